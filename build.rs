@@ -1,0 +1,47 @@
+//! Writes into the binary where its libraries lie (its RUNPATH), so that it runs from any folder and
+//! needs no LD_LIBRARY_PATH.
+
+use std::env;
+use std::path::Path;
+use std::process::Command;
+
+fn main() {
+    println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo:rerun-if-env-changed=LIBTORCH");
+    println!("cargo:rerun-if-env-changed=MPICC");
+
+    match env::var("LIBTORCH") {
+        Ok(folder) => add_runpath(&Path::new(&folder).join("lib")),
+        Err(_) => println!(
+            "cargo:warning=LIBTORCH is not set, so LibTorch may not be found; \
+             run launch/setup, then `. .venv/lockstep.env`, and build again"
+        ),
+    }
+    if env::var_os("CARGO_FEATURE_MPI").is_some() {
+        for folder in mpi_library_folders() {
+            add_runpath(Path::new(&folder));
+        }
+    }
+}
+
+/// Adds a folder to the RUNPATH; an absolute one, because a relative one would mean the folder that the
+/// binary is started from.
+fn add_runpath(folder: &Path) {
+    let folder = folder.canonicalize().unwrap_or(folder.to_path_buf());
+    println!("cargo:rustc-link-arg=-Wl,-rpath,{}", folder.display());
+}
+
+/// The library folders that MPI's compiler wrapper links with; none where there is no wrapper to ask,
+/// which is no error here: MPI may come from pkg-config, and then lies in one of the system's folders.
+fn mpi_library_folders() -> Vec<String> {
+    let wrapper = env::var("MPICC").unwrap_or("mpicc".into());
+    // Open MPI, MPICH and their relatives all answer `-show` with the command line that they would run.
+    let Ok(answer) = Command::new(wrapper).arg("-show").output() else {
+        return Vec::new();
+    };
+    String::from_utf8_lossy(&answer.stdout)
+        .split_whitespace()
+        .filter_map(|word| word.strip_prefix("-L"))
+        .map(str::to_owned)
+        .collect()
+}

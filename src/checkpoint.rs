@@ -1,0 +1,381 @@
+//! Checkpoints: a folder a step, complete or absent, every byte of it accounted for.
+//!
+//! `step-00001000/` holds `model.safetensors` (GPT-2's names, linear weights (out, in)), `optimizer.safetensors` (Adam's
+//! two moments, flat, with their range of the flat buffer in the metadata), `state.json` and `MANIFEST.json` (size and
+//! SHA-256 of each other file). It is written under another name, made durable file by file, and renamed.
+
+use std::borrow::Cow;
+use std::collections::{BTreeMap, HashMap};
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use safetensors::{Dtype, SafeTensors, View};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use tch::{no_grad, Kind, Tensor};
+use tracing::warn;
+
+use crate::error::{Error, Result};
+use crate::model::Parameters;
+use crate::train::optimizer::AdamW;
+
+const MODEL: &str = "model.safetensors";
+const OPTIMIZER: &str = "optimizer.safetensors";
+const STATE: &str = "state.json";
+const MANIFEST: &str = "MANIFEST.json";
+const TEMPORARY: &str = ".tmp";
+
+/// What a run needs beside the tensors in order to go on, and what must be equal for it to go on bit for bit.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct State {
+    /// Version of the checkpoint's format.
+    pub format_version: u32,
+    /// Optimizer steps done.
+    pub step: usize,
+    /// Targets counted so far, over all ranks.
+    pub tokens: u64,
+    /// Training time so far, seconds.
+    pub elapsed_s: f64,
+    /// SHA-256 of the training tokens.
+    pub data_sha256: String,
+    /// What the arithmetic ran on.
+    pub conditions: Conditions,
+}
+
+/// Where these are equal, a resumed run equals an undisturbed one bit for bit.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[allow(missing_docs)]
+pub struct Conditions {
+    pub lockstep: String,
+    pub libtorch: String,
+    pub device: String,
+    /// Processor or GPU model.
+    pub hardware: String,
+    pub world_size: usize,
+    pub threads: usize,
+    pub micro_batch: usize,
+}
+
+impl Conditions {
+    /// (name, then, now) of each condition that is not what it was.
+    pub fn differences(&self, now: &Self) -> Vec<(&'static str, String, String)> {
+        let pairs = [
+            ("lockstep", self.lockstep.clone(), now.lockstep.clone()),
+            ("libtorch", self.libtorch.clone(), now.libtorch.clone()),
+            ("device", self.device.clone(), now.device.clone()),
+            ("hardware", self.hardware.clone(), now.hardware.clone()),
+            ("world_size", self.world_size.to_string(), now.world_size.to_string()),
+            ("threads", self.threads.to_string(), now.threads.to_string()),
+            ("micro_batch", self.micro_batch.to_string(), now.micro_batch.to_string()),
+        ];
+        pairs.into_iter().filter(|(_, then, now)| then != now).collect()
+    }
+}
+
+/// The format that this version writes and reads.
+pub const FORMAT_VERSION: u32 = 1;
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Manifest {
+    format_version: u32,
+    files: BTreeMap<String, Entry>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Entry {
+    size: u64,
+    sha256: String,
+}
+
+/// Writes a checkpoint of `state.step` into the folder `checkpoints`, and returns its path.
+///
+/// # Errors
+/// Storage, where a file cannot be written; nothing but a temporary folder is then left behind.
+pub fn save(checkpoints: &Path, state: &State, parameters: &Parameters, optimizer: &AdamW) -> Result<PathBuf> {
+    let target = checkpoints.join(format!("step-{:08}", state.step));
+    let temporary = checkpoints.join(format!("step-{:08}{TEMPORARY}", state.step));
+    clear_temporaries(checkpoints);
+    fs::create_dir_all(&temporary).map_err(|e| Error::write(&temporary, e))?;
+
+    let write_tensors = |name: &str, tensors: Vec<(String, FlatView)>, range: Option<String>| {
+        let path = temporary.join(name);
+        let metadata = range.map(|range| HashMap::from([("flat_range".to_string(), range)]));
+        safetensors::serialize_to_file(tensors, metadata, &path).map_err(|e| Error::write(&path, e))
+    };
+    let weights = parameters.specs.iter().map(|spec| (spec.name.clone(), FlatView::new(&spec.view(&parameters.flat))));
+    write_tensors(MODEL, weights.collect(), None)?;
+    let moments = [("exp_avg", &optimizer.exp_avg), ("exp_avg_sq", &optimizer.exp_avg_sq)];
+    let moments = moments.into_iter().map(|(name, flat)| (name.to_string(), FlatView::new(flat)));
+    write_tensors(OPTIMIZER, moments.collect(), Some(format!("0..{}", parameters.numel())))?;
+    write_json(&temporary.join(STATE), state)?;
+
+    let mut files = BTreeMap::new();
+    for name in [MODEL, OPTIMIZER, STATE] {
+        let path = temporary.join(name);
+        files.insert(name.to_string(), digest(&path).map_err(|e| Error::write(&path, e))?);
+        sync(&path)?;
+    }
+    write_json(&temporary.join(MANIFEST), &Manifest { format_version: FORMAT_VERSION, files })?;
+    sync(&temporary.join(MANIFEST))?;
+    sync(&temporary)?;
+    if target.exists() {
+        // The same step, saved before: an unreadable one that a resumed run passed over.
+        fs::remove_dir_all(&target).map_err(|e| Error::write(&target, e))?;
+    }
+    fs::rename(&temporary, &target).map_err(|e| Error::write(&target, e))?;
+    sync(checkpoints)?;
+    Ok(target)
+}
+
+/// Complete checkpoints in a folder, by step; a folder without a manifest is not one.
+pub fn list(checkpoints: &Path) -> Vec<(usize, PathBuf)> {
+    let Ok(entries) = fs::read_dir(checkpoints) else { return Vec::new() };
+    let mut found: Vec<(usize, PathBuf)> = entries
+        .flatten()
+        .filter_map(|entry| {
+            let step = entry.file_name().to_str()?.strip_prefix("step-")?.parse().ok()?;
+            entry.path().join(MANIFEST).is_file().then(|| (step, entry.path()))
+        })
+        .collect();
+    found.sort();
+    found
+}
+
+/// The newest checkpoint whose every byte is what was written; bad ones are named aloud and passed over.
+///
+/// # Errors
+/// Storage, where there are checkpoints but none is good.
+pub fn latest(checkpoints: &Path) -> Result<Option<PathBuf>> {
+    let mut bad = Vec::new();
+    for (_, path) in list(checkpoints).into_iter().rev() {
+        match verify(&path) {
+            Ok(()) => return Ok(Some(path)),
+            Err(error) => {
+                warn!("passing over a checkpoint: {error:#}");
+                bad.push(format!("{error:#}"));
+            }
+        }
+    }
+    match bad.is_empty() {
+        true => Ok(None),
+        false => Err(Error::Storage(format!(
+            "no checkpoint in {} can be used: {}; restore one, or start anew in another --run-dir",
+            checkpoints.display(),
+            bad.join("; ")
+        ))
+        .into()),
+    }
+}
+
+/// Compares size and SHA-256 of every file with the manifest.
+///
+/// # Errors
+/// Storage: the file, what was expected and what was found.
+pub fn verify(checkpoint: &Path) -> Result<()> {
+    let manifest: Manifest = read_json(&checkpoint.join(MANIFEST))?;
+    check_version(&checkpoint.join(MANIFEST), manifest.format_version)?;
+    for name in [MODEL, OPTIMIZER, STATE] {
+        let path = checkpoint.join(name);
+        let Some(expected) = manifest.files.get(name) else {
+            return damaged(&path, "is not in the manifest");
+        };
+        let found = digest(&path).map_err(|e| Error::Storage(format!("cannot read {}: {e}", path.display())))?;
+        if found.size != expected.size {
+            return damaged(&path, &format!("has {} bytes, {} were written", found.size, expected.size));
+        }
+        if found.sha256 != expected.sha256 {
+            return damaged(&path, &format!("has SHA-256 {}, {} was written", found.sha256, expected.sha256));
+        }
+    }
+    Ok(())
+}
+
+/// Reads a verified checkpoint's state.
+///
+/// # Errors
+/// Storage, where a byte is not what was written or the format is of another version.
+pub fn load_state(checkpoint: &Path) -> Result<State> {
+    verify(checkpoint)?;
+    let path = checkpoint.join(STATE);
+    let state: State = read_json(&path)?;
+    check_version(&path, state.format_version)?;
+    Ok(state)
+}
+
+/// Reads a verified checkpoint's weights into parameters of the same names and shapes.
+///
+/// # Errors
+/// Storage, naming the tensor that is missing, superfluous or of another shape or type.
+pub fn load_model(checkpoint: &Path, parameters: &mut Parameters) -> Result<()> {
+    let path = checkpoint.join(MODEL);
+    let bytes = read(&path)?;
+    let tensors = parse(&path, &bytes)?;
+    for name in tensors.names() {
+        if !parameters.specs.iter().any(|spec| spec.name == name) {
+            return damaged(&path, &format!("holds `{name}`, which this model does not have"));
+        }
+    }
+    for spec in &parameters.specs {
+        copy(&path, &tensors, &spec.name, &mut spec.view(&parameters.flat))?;
+    }
+    parameters.publish();
+    Ok(())
+}
+
+/// Reads a verified checkpoint's optimizer state.
+///
+/// # Errors
+/// As [`load_model`].
+pub fn load_optimizer(checkpoint: &Path, optimizer: &mut AdamW) -> Result<()> {
+    let path = checkpoint.join(OPTIMIZER);
+    let bytes = read(&path)?;
+    let tensors = parse(&path, &bytes)?;
+    copy(&path, &tensors, "exp_avg", &mut optimizer.exp_avg)?;
+    copy(&path, &tensors, "exp_avg_sq", &mut optimizer.exp_avg_sq)
+}
+
+/// Removes all complete checkpoints but the newest `keep` and those of the steps to `spare`.
+///
+/// The manifest goes first, so that an interrupted removal leaves nothing that looks complete.
+pub fn purge(checkpoints: &Path, keep: usize, spare: Option<usize>) -> Result<()> {
+    let found = list(checkpoints);
+    for (step, path) in found.iter().rev().skip(keep) {
+        if Some(*step) != spare {
+            fs::remove_file(path.join(MANIFEST)).map_err(|e| Error::write(path, e))?;
+            fs::remove_dir_all(path).map_err(|e| Error::write(path, e))?;
+        }
+    }
+    Ok(())
+}
+
+/// Moves checkpoints of steps after `step` out of the way of a run that goes on from there; nothing is deleted.
+pub fn set_aside_after(checkpoints: &Path, step: usize) -> Result<()> {
+    for (later, path) in list(checkpoints).into_iter().filter(|(later, _)| *later > step) {
+        let aside = (1..)
+            .map(|n| checkpoints.join(format!("set-aside-{n}-step-{later:08}")))
+            .find(|path| !path.exists())
+            .unwrap_or_default();
+        fs::rename(&path, &aside).map_err(|e| Error::write(&path, e))?;
+        warn!("set the later checkpoint {} aside as {}", path.display(), aside.display());
+    }
+    Ok(())
+}
+
+/// A contiguous tensor as the bytes of a safetensors file; copied when it is written.
+struct FlatView {
+    tensor: Tensor,
+    shape: Vec<usize>,
+}
+
+impl FlatView {
+    fn new(tensor: &Tensor) -> Self {
+        let shape = tensor.size().iter().map(|&n| n as usize).collect();
+        Self { tensor: tensor.detach(), shape }
+    }
+}
+
+impl View for FlatView {
+    fn dtype(&self) -> Dtype {
+        Dtype::F32
+    }
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+    fn data(&self) -> Cow<'_, [u8]> {
+        let mut bytes = vec![0; self.data_len()];
+        self.tensor.copy_data_u8(&mut bytes, self.tensor.numel());
+        bytes.into()
+    }
+    fn data_len(&self) -> usize {
+        self.tensor.numel() * 4
+    }
+}
+
+fn copy(path: &Path, tensors: &SafeTensors, name: &str, into: &mut Tensor) -> Result<()> {
+    let Ok(found) = tensors.tensor(name) else {
+        return damaged(path, &format!("lacks `{name}`, which this model has"));
+    };
+    let expected: Vec<usize> = into.size().iter().map(|&n| n as usize).collect();
+    if found.dtype() != Dtype::F32 || found.shape() != expected {
+        return damaged(
+            path,
+            &format!(
+                "holds `{name}` as {:?} {:?}, this model has it as F32 {expected:?}",
+                found.dtype(),
+                found.shape()
+            ),
+        );
+    }
+    let source = Tensor::from_data_size(found.data(), &into.size(), Kind::Float);
+    no_grad(|| into.copy_(&source));
+    Ok(())
+}
+
+fn parse<'a>(path: &Path, bytes: &'a [u8]) -> Result<SafeTensors<'a>> {
+    SafeTensors::deserialize(bytes)
+        .map_err(|e| Error::Storage(format!("{} is not a safetensors file: {e}", path.display())).into())
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    fs::read(path).map_err(|e| Error::Storage(format!("cannot read {}: {e}", path.display())).into())
+}
+
+fn damaged<T>(path: &Path, what: &str) -> Result<T> {
+    Err(Error::Storage(format!("{} {what}", path.display())).into())
+}
+
+fn check_version(path: &Path, found: u32) -> Result<()> {
+    match found {
+        FORMAT_VERSION => Ok(()),
+        _ => damaged(path, &format!("is of format version {found}, this binary reads {FORMAT_VERSION}")),
+    }
+}
+
+/// Writes a value as indented JSON.
+///
+/// # Errors
+/// Storage, where the file cannot be written.
+pub fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<()> {
+    let mut text = serde_json::to_string_pretty(value)?;
+    text.push('\n');
+    fs::write(path, text).map_err(|e| Error::write(path, e))
+}
+
+fn read_json<T: for<'a> Deserialize<'a>>(path: &Path) -> Result<T> {
+    let bytes = read(path)?;
+    serde_json::from_slice(&bytes).map_err(|e| Error::Storage(format!("{}: {e}", path.display())).into())
+}
+
+fn digest(path: &Path) -> std::io::Result<Entry> {
+    let mut file = File::open(path)?;
+    let mut hasher = Sha256::new();
+    let mut buffer = vec![0; 1 << 20];
+    let mut size = 0;
+    loop {
+        let n = file.read(&mut buffer)?;
+        if n == 0 {
+            break;
+        }
+        hasher.update(&buffer[..n]);
+        size += n as u64;
+    }
+    let sha256 = hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+    Ok(Entry { size, sha256 })
+}
+
+fn sync(path: &Path) -> Result<()> {
+    File::open(path).and_then(|file| file.sync_all()).map_err(|e| Error::write(path, e))
+}
+
+/// What interrupted saves left behind.
+fn clear_temporaries(checkpoints: &Path) {
+    let entries = fs::read_dir(checkpoints).into_iter().flatten().flatten();
+    for entry in entries.filter(|entry| entry.file_name().to_string_lossy().ends_with(TEMPORARY)) {
+        let _ = fs::remove_dir_all(entry.path());
+    }
+}

@@ -1,0 +1,178 @@
+//! The command line: types only.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Trains GPT language models with one process a GPU, in lockstep.
+#[derive(Debug, Parser)]
+#[command(name = "lockstep", version, about)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub verb: Verb,
+    /// How log lines on stderr look.
+    #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text)]
+    pub log_format: LogFormat,
+    /// Logs more; twice for everything.
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+    /// Logs warnings only.
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    pub quiet: bool,
+}
+
+/// The format of log lines.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One object a line, for programs.
+    Json,
+}
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// Turns text into a data folder of token ids.
+    #[command(
+        after_help = "Example:\n  lockstep prepare --source wikitext-2-raw --tokenizer bpe:8192 --out data/wikitext-2"
+    )]
+    Prepare {
+        /// `sample` (embedded), a folder with wiki.{train,valid,test}.{tokens,raw} or .txt, or wikitext-2, wikitext-2-raw,
+        /// wikitext-103, wikitext-103-raw (downloaded, checksum verified).
+        #[arg(long)]
+        source: String,
+        /// `gpt2` (50,257 tokens), `bpe:N` (N tokens, trained on the training split), or a tokenizer.json.
+        #[arg(long)]
+        tokenizer: String,
+        /// The data folder to write.
+        #[arg(long)]
+        out: PathBuf,
+        /// A mirror of the archive to download.
+        #[arg(long)]
+        url: Option<String>,
+    },
+    /// Prints the token ids of text, a line a line, or the text of ids.
+    #[command(after_help = "Example:\n  echo 'Hello world' | lockstep tokenize --tokenizer gpt2")]
+    Tokenize {
+        /// `gpt2` or a tokenizer.json.
+        #[arg(long)]
+        tokenizer: String,
+        /// Reads ids and prints text.
+        #[arg(long)]
+        decode: bool,
+        /// The file to read; stdin where none is named.
+        file: Option<PathBuf>,
+    },
+    /// Trains a model, or goes on where a run was stopped.
+    #[command(after_help = "Example:\n  lockstep train --config configs/wikitext2.yaml --set optim.lr=1e-3")]
+    Train {
+        /// The run's YAML file.
+        #[arg(long)]
+        config: PathBuf,
+        /// Replaces one key of it, for example optim.lr=3e-4.
+        #[arg(long = "set", value_name = "KEY=VALUE")]
+        overrides: Vec<String>,
+        /// Where the run's files go; runs/NAME where none is named.
+        #[arg(long)]
+        run_dir: Option<PathBuf>,
+        /// `auto`: at the newest checkpoint of the run directory; `never`; or a checkpoint or run directory.
+        #[arg(long, default_value = "auto", value_name = "auto|never|PATH")]
+        resume: String,
+        /// Lets a resumed run change this key, although it changes what is learnt.
+        #[arg(long, value_name = "KEY")]
+        allow_config_change: Vec<String>,
+    },
+    /// Evaluates a checkpoint and prints one CSV row with its header.
+    #[command(after_help = "Example:\n  lockstep eval --run-dir runs/wikitext2 --split test")]
+    Eval {
+        /// The run and its checkpoint.
+        #[command(flatten)]
+        run: Run,
+        /// The split to evaluate on.
+        #[arg(long, value_enum, default_value_t = SplitName::Valid)]
+        split: SplitName,
+    },
+    /// Continues prompts with a trained model.
+    #[command(
+        after_help = "Example:\n  lockstep generate --run-dir runs/wikitext2 --prompt ' The river' --tokens 100"
+    )]
+    Generate {
+        /// The run and its checkpoint.
+        #[command(flatten)]
+        run: Run,
+        /// What to continue; may be given several times.
+        #[arg(long, required = true, num_args = 1.., value_name = "TEXT")]
+        prompt: Vec<String>,
+        /// Tokens to generate.
+        #[arg(long, default_value_t = 100)]
+        tokens: usize,
+        /// Divides the logits; 0 takes the likeliest token.
+        #[arg(long, default_value_t = 0.8)]
+        temperature: f64,
+        /// Draws from the K likeliest tokens only.
+        #[arg(long)]
+        top_k: Option<usize>,
+        /// Draws from the likeliest tokens that together reach this probability only.
+        #[arg(long)]
+        top_p: Option<f64>,
+        /// Fixes every draw.
+        #[arg(long, default_value_t = 0)]
+        seed: u64,
+        /// Continuations of each prompt.
+        #[arg(long, default_value_t = 1)]
+        samples: usize,
+    },
+    /// Lists or verifies a run's checkpoints.
+    #[command(after_help = "Example:\n  lockstep checkpoint verify --run-dir runs/wikitext2")]
+    Checkpoint {
+        /// What to do with them.
+        #[command(subcommand)]
+        action: CheckpointAction,
+    },
+    /// Prints shell completions.
+    #[command(
+        after_help = "Example:\n  lockstep completions bash > ~/.local/share/bash-completion/completions/lockstep"
+    )]
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Which checkpoint of which run.
+#[derive(Debug, Args)]
+pub struct Run {
+    /// The run directory.
+    #[arg(long)]
+    pub run_dir: PathBuf,
+    /// `best`, `latest` or `step-N`.
+    #[arg(long, default_value = "best")]
+    pub checkpoint: String,
+}
+
+/// A split that can be evaluated on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[allow(missing_docs)]
+pub enum SplitName {
+    Valid,
+    Test,
+}
+
+/// The verbs of `lockstep checkpoint`.
+#[derive(Debug, Subcommand)]
+pub enum CheckpointAction {
+    /// Prints step, size and folder of each.
+    List {
+        /// The run directory.
+        #[arg(long)]
+        run_dir: PathBuf,
+    },
+    /// Compares every byte with what was written.
+    Verify {
+        /// The run directory.
+        #[arg(long)]
+        run_dir: PathBuf,
+    },
+}

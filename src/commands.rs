@@ -1,0 +1,344 @@
+//! A verb each: from what the command line says to the call that does it.
+
+use std::fs::{self, File};
+use std::io::{self, BufRead, BufReader, BufWriter, IsTerminal, Write};
+use std::path::Path;
+
+use clap::CommandFactory;
+use tch::Device;
+use tracing::level_filters::LevelFilter;
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::time::FormatTime;
+use tracing_subscriber::prelude::*;
+
+use crate::checkpoint;
+use crate::cli::{CheckpointAction, Cli, LogFormat, Run, SplitName, Verb};
+use crate::comm::Comm;
+use crate::config::{Config, DeviceChoice, Plan};
+use crate::data::loader::Samples;
+use crate::data::prepare::{prepare, DataDir};
+use crate::data::wikitext::Source;
+use crate::device;
+use crate::error::{Error, Result};
+use crate::model::generate::{generate, Sampling};
+use crate::model::{Gpt, GptConfig};
+use crate::tokenizer::Tokenizer;
+use crate::train::evaluate::Evaluation;
+use crate::train::record::{find_checkpoint, RunDir};
+use crate::train::{self, Resume};
+
+/// Does what the command line asks for.
+///
+/// # Errors
+/// As the verb; [`crate::error::exit_code`] says what they mean for the process.
+pub fn run(cli: &Cli) -> Result<()> {
+    if !matches!(cli.verb, Verb::Train { .. }) {
+        start_log(cli, None, true);
+    }
+    match &cli.verb {
+        Verb::Prepare { source, tokenizer, out, url } => {
+            device::set_threads(None);
+            let meta = prepare(&Source::parse(source, url.as_deref())?, tokenizer, out)?;
+            print(&format!(
+                "{}: {} train, {} valid, {} test tokens, vocabulary {}",
+                out.display(),
+                meta.train.tokens,
+                meta.valid.tokens,
+                meta.test.tokens,
+                meta.vocab_size
+            ))
+        }
+        Verb::Tokenize { tokenizer, decode, file } => tokenize(tokenizer, *decode, file.as_deref()),
+        Verb::Train { config, overrides, run_dir, resume, allow_config_change } => {
+            let config = Config::load(config, overrides)?;
+            let run_dir = run_dir.clone().unwrap_or_else(|| Path::new("runs").join(&config.name));
+            let resume = match resume.as_str() {
+                "auto" => Resume::Auto,
+                "never" => Resume::Never,
+                path => Resume::From(path.into()),
+            };
+            on_every_rank(|comm| {
+                let plan = config.clone().validate(comm.world_size)?;
+                start_log(cli, Some(&RunDir(run_dir.clone()).log(comm.rank)), comm.is_root());
+                train::train(comm, plan, &run_dir, &resume, allow_config_change)
+            })
+        }
+        Verb::Eval { run, split } => on_every_rank(|comm| eval(comm, run, *split)),
+        Verb::Generate { run, prompt, tokens, temperature, top_k, top_p, seed, samples } => {
+            let sampling = Sampling { temperature: *temperature, top_k: *top_k, top_p: *top_p, seed: *seed };
+            check_sampling(&sampling)?;
+            continue_prompts(run, prompt, *tokens, *samples, &sampling)
+        }
+        Verb::Checkpoint { action: CheckpointAction::List { run_dir } } => {
+            for (step, path) in checkpoints(run_dir)? {
+                let size = |name: &str| fs::metadata(path.join(name)).map_or(0, |file| file.len());
+                let bytes = size("model.safetensors") + size("optimizer.safetensors");
+                print(&format!("{step}\t{:.1} MiB\t{}", bytes as f64 / 1048576.0, path.display()))?;
+            }
+            Ok(())
+        }
+        Verb::Checkpoint { action: CheckpointAction::Verify { run_dir } } => {
+            let found = checkpoints(run_dir)?;
+            let mut bad = Vec::new();
+            for (step, path) in &found {
+                match checkpoint::verify(path) {
+                    Ok(()) => print(&format!("{step}\tgood\t{}", path.display()))?,
+                    Err(error) => bad.push(format!("{error:#}")),
+                }
+            }
+            match bad.is_empty() {
+                true => Ok(()),
+                false => Err(Error::Storage(format!(
+                    "{} of {} checkpoints are damaged: {}; `--resume auto` passes over them",
+                    bad.len(),
+                    found.len(),
+                    bad.join("; ")
+                ))
+                .into()),
+            }
+        }
+        Verb::Completions { shell } => {
+            clap_complete::generate(*shell, &mut Cli::command(), "lockstep", &mut io::stdout());
+            Ok(())
+        }
+    }
+}
+
+/// Runs the same on every rank of the job. An error of one rank ends them all: the others may be waiting for it in a
+/// collective and would wait for ever.
+fn on_every_rank(work: impl FnOnce(&Comm) -> Result<()>) -> Result<()> {
+    let comm = Comm::start()?;
+    // A panic is a defect, but it must not leave the other ranks waiting either.
+    let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| work(&comm)));
+    let error = match done {
+        Ok(Ok(())) => return Ok(()),
+        Ok(Err(error)) => error,
+        Err(panic) => crate::error::from_panic(panic.as_ref()),
+    };
+    // A preempted run has been stopped by all ranks together.
+    if comm.world_size == 1 || matches!(error.downcast_ref(), Some(Error::Preempted(_))) {
+        return Err(error);
+    }
+    eprintln!("lockstep: rank {}: {error:#}", comm.rank);
+    comm.abort(crate::error::exit_code(&error));
+    Err(error)
+}
+
+/// Log lines on stderr, and in `file` where one is given. Ranks other than 0 put warnings only on stderr.
+fn start_log(cli: &Cli, file: Option<&Path>, root: bool) {
+    let level = match (cli.quiet, cli.verbose) {
+        (true, _) => LevelFilter::WARN,
+        (_, 0) => LevelFilter::INFO,
+        (_, 1) => LevelFilter::DEBUG,
+        _ => LevelFilter::TRACE,
+    };
+    let shown = if root { level } else { LevelFilter::WARN };
+    let ansi = io::stderr().is_terminal();
+    let layer = tracing_subscriber::fmt::layer().with_writer(io::stderr).with_ansi(ansi).with_target(false);
+    let (text, json) = match cli.log_format {
+        LogFormat::Text => (Some(layer.with_timer(UtcTime).with_filter(shown)), None),
+        LogFormat::Json => {
+            (None, Some(tracing_subscriber::fmt::layer().json().with_writer(io::stderr).with_filter(shown)))
+        }
+    };
+    // A folder that cannot be written is said by whoever writes the run's files, with the right exit code.
+    let file = file.and_then(|path| {
+        fs::create_dir_all(path.parent()?).ok()?;
+        File::options().create(true).append(true).open(path).ok()
+    });
+    let file = file.map(|file| {
+        let layer = tracing_subscriber::fmt::layer().with_ansi(false).with_target(false).with_timer(UtcTime);
+        layer.with_writer(std::sync::Mutex::new(file)).with_filter(level)
+    });
+    let _ = tracing_subscriber::registry().with(text).with(json).with(file).try_init();
+}
+
+/// Seconds' resolution is enough for people; the CSVs have the exact times.
+struct UtcTime;
+
+impl FormatTime for UtcTime {
+    fn format_time(&self, writer: &mut Writer<'_>) -> std::fmt::Result {
+        let since_epoch = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        let of_day = since_epoch.as_secs() % 86_400;
+        write!(writer, "{:02}:{:02}:{:02}Z", of_day / 3600, of_day / 60 % 60, of_day % 60)
+    }
+}
+
+fn print(line: &str) -> Result<()> {
+    writeln!(io::stdout().lock(), "{line}").map_err(stdout_failed)
+}
+
+fn stdout_failed(e: io::Error) -> anyhow::Error {
+    Error::Storage(format!("cannot write to standard output: {e}")).into()
+}
+
+fn tokenize(tokenizer: &str, decode: bool, file: Option<&Path>) -> Result<()> {
+    let tokenizer = match tokenizer {
+        "gpt2" => Tokenizer::gpt2()?,
+        path => Tokenizer::from_file(Path::new(path))?,
+    };
+    let (input, name): (Box<dyn BufRead>, String) = match file {
+        Some(path) => {
+            let file = File::open(path).map_err(|e| Error::read(path, e))?;
+            (Box::new(BufReader::new(file)), path.display().to_string())
+        }
+        None => (Box::new(io::stdin().lock()), "standard input".into()),
+    };
+    let mut output = BufWriter::new(io::stdout().lock());
+    let mut offset = 0;
+    for (number, line) in input.split(b'\n').enumerate() {
+        let bytes = line.map_err(|e| Error::read(Path::new(&name), e))?;
+        let line = String::from_utf8(bytes).map_err(|e| {
+            let at = offset + e.utf8_error().valid_up_to();
+            Error::Data(format!("{name}: not UTF-8 at byte {at}; convert the text to UTF-8"))
+        })?;
+        offset += line.len() + 1;
+        let written = if decode {
+            let ids = parse_ids(&line).map_err(|e| e.context(format!("{name}, line {}", number + 1)))?;
+            output.write_all(&tokenizer.decode(&ids)?)
+        } else {
+            let ids: Vec<String> = tokenizer.encode(&line).iter().map(ToString::to_string).collect();
+            output.write_all(ids.join(" ").as_bytes())
+        };
+        written.and_then(|()| output.write_all(b"\n")).map_err(stdout_failed)?;
+    }
+    output.flush().map_err(stdout_failed)
+}
+
+fn parse_ids(line: &str) -> Result<Vec<u32>> {
+    line.split_whitespace()
+        .map(|word| {
+            word.parse().map_err(|_| Error::Data(format!("expected token ids between spaces, found `{word}`")).into())
+        })
+        .collect()
+}
+
+/// A run's model, loaded from one of its checkpoints.
+struct Loaded {
+    plan: Plan,
+    tokenizer: Tokenizer,
+    model: Gpt,
+    device: Device,
+    step: usize,
+}
+
+fn load(run: &Run, world_size: usize, local_rank: usize) -> Result<Loaded> {
+    let dir = RunDir(run.run_dir.clone());
+    if !dir.config().is_file() {
+        return Err(Error::Usage(format!(
+            "{} is not a run directory: it has no config.yaml; name the folder that `lockstep train` wrote",
+            run.run_dir.display()
+        ))
+        .into());
+    }
+    let path = match run.checkpoint.as_str() {
+        "latest" => find_checkpoint(&run.run_dir)?,
+        "best" => match fs::read(dir.best()) {
+            Ok(bytes) => {
+                let best: train::record::Best = serde_json::from_slice(&bytes)
+                    .map_err(|e| Error::Storage(format!("{}: {e}", dir.best().display())))?;
+                dir.checkpoints().join(format!("step-{:08}", best.step))
+            }
+            // A run without evaluations has no best.
+            Err(_) => find_checkpoint(&run.run_dir)?,
+        },
+        name => {
+            let step = name.strip_prefix("step-").and_then(|step| step.parse::<usize>().ok()).ok_or_else(|| {
+                Error::Usage(format!("--checkpoint {name}: expected best, latest or step-N, for example step-1000"))
+            })?;
+            dir.checkpoints().join(format!("step-{step:08}"))
+        }
+    };
+    let state = checkpoint::load_state(&path)?;
+    let mut config = Config::load(&dir.config(), &[])?;
+    // How a finished model is used need not divide as its training did.
+    config.data.batch_size = config.data.batch_size.div_ceil(world_size) * world_size;
+    config.data.micro_batch = crate::config::Auto::Auto;
+    let plan = config.validate(world_size)?;
+    device::set_threads(None);
+    let wanted = match plan.config.device {
+        DeviceChoice::Cpu => "cpu",
+        DeviceChoice::Cuda | DeviceChoice::Auto => "auto",
+    };
+    let device = device::select(wanted, local_rank)?;
+    let tokenizer = Tokenizer::from_file(&dir.tokenizer())?;
+    let config = GptConfig::new(&plan, tokenizer.vocab_size());
+    let mut model = Gpt::new(config, device, train::kind(plan.config.precision));
+    checkpoint::load_model(&path, &mut model.parameters).map_err(|e| {
+        e.context(format!("a model of {} with a vocabulary of {}", dir.config().display(), tokenizer.vocab_size()))
+    })?;
+    Ok(Loaded { plan, tokenizer, model, device, step: state.step })
+}
+
+fn eval(comm: &Comm, run: &Run, split: SplitName) -> Result<()> {
+    let Loaded { plan, tokenizer, model, device, step } = load(run, comm.world_size, comm.local_rank)?;
+    let config = &plan.config.data;
+    let data = DataDir::open(&config.dir)?;
+    if data.train.tokenizer_digest() != tokenizer.digest() {
+        return Err(Error::Data(format!(
+            "{} was tokenized with another tokenizer (vocabulary {}) than {} was trained with (vocabulary {}); prepare the \
+             text with --tokenizer {}",
+            config.dir.display(),
+            data.meta.vocab_size,
+            run.run_dir.display(),
+            tokenizer.vocab_size(),
+            RunDir(run.run_dir.clone()).tokenizer().display()
+        ))
+        .into());
+    }
+    let (shard, split) = match split {
+        SplitName::Valid => (data.valid, "valid"),
+        SplitName::Test => (data.test, "test"),
+    };
+    let evaluation = Evaluation {
+        split,
+        samples: Samples::for_evaluation(shard, config.layout, config.block_size)?,
+        layout: config.layout,
+        micro_batch: plan.micro_batch,
+        padding: i64::from(tokenizer.end_of_text()),
+    };
+    let row = evaluation.run(comm, &model, device, step);
+    if comm.is_root() {
+        let mut writer = csv::Writer::from_writer(io::stdout());
+        writer.serialize(row).and_then(|()| Ok(writer.flush()?)).map_err(|e| stdout_failed(e.into()))?;
+    }
+    Ok(())
+}
+
+fn check_sampling(sampling: &Sampling) -> Result<()> {
+    let wrong = |option: &str, expected: &str, found: String| {
+        Err(Error::Usage(format!("--{option}: expected {expected}, found {found}")).into())
+    };
+    match *sampling {
+        Sampling { temperature, .. } if !(temperature >= 0.0 && temperature.is_finite()) => {
+            wrong("temperature", "0 or more", temperature.to_string())
+        }
+        Sampling { top_k: Some(0), .. } => wrong("top-k", "1 or more", "0".into()),
+        Sampling { top_p: Some(p), .. } if !(p > 0.0 && p <= 1.0) => wrong("top-p", "above 0 to 1", p.to_string()),
+        _ => Ok(()),
+    }
+}
+
+fn continue_prompts(run: &Run, prompts: &[String], tokens: usize, samples: usize, sampling: &Sampling) -> Result<()> {
+    let Loaded { tokenizer, model, .. } = load(run, 1, 0)?;
+    let rows: Vec<&String> = prompts.iter().flat_map(|prompt| std::iter::repeat_n(prompt, samples)).collect();
+    let ids: Vec<Vec<u32>> = rows.iter().map(|prompt| tokenizer.encode(prompt)).collect();
+    let continuations = generate(&model, &ids, tokens, sampling, tokenizer.end_of_text());
+    let many = rows.len() > 1;
+    for (number, (prompt, ids)) in rows.iter().zip(continuations).enumerate() {
+        if many && number > 0 {
+            print("---")?;
+        }
+        print(&format!("{prompt}{}", String::from_utf8_lossy(&tokenizer.decode(&ids)?)))?;
+    }
+    Ok(())
+}
+
+fn checkpoints(run_dir: &Path) -> Result<Vec<(usize, std::path::PathBuf)>> {
+    let found = checkpoint::list(&RunDir(run_dir.to_path_buf()).checkpoints());
+    if found.is_empty() {
+        let message = format!("{} holds no checkpoint; name the folder that `lockstep train` wrote", run_dir.display());
+        return Err(Error::Storage(message).into());
+    }
+    Ok(found)
+}

@@ -1,0 +1,258 @@
+//! Which tokens a rank reads at a step: a pure function of the data, the seed, the step, the rank and the world size.
+//!
+//! Nothing is kept between steps, so a resumed run, or one with another number of ranks, reads what an undisturbed
+//! one would have read.
+
+use std::ops::Range;
+
+use tch::{Device, Tensor};
+
+use crate::config::{Layout, Loss};
+use crate::data::shard::Shard;
+use crate::error::{Error, Result};
+use crate::random::mix;
+
+/// B sequences, padded to the longest of them: T positions.
+pub struct Batch {
+    /// (B, T) int64.
+    pub inputs: Tensor,
+    /// (B, T) int64: the token after each input; 0 at padding.
+    pub targets: Tensor,
+    /// (B, T) fp32: what each target's loss counts; 0 at padding.
+    pub weights: Tensor,
+}
+
+/// One split cut into samples: runs of tokens, each the input of the next.
+pub struct Samples {
+    shard: Shard,
+    cut: Cut,
+}
+
+enum Cut {
+    /// Blocks of this many targets from the start of the stream; the last may be shorter where `tail` keeps it.
+    Blocks { length: usize, count: usize },
+    /// (first token, tokens) of each piece.
+    Pieces(Vec<(usize, u32)>),
+}
+
+impl Samples {
+    /// Cuts a split for training: `packed` leaves out the last, incomplete block.
+    ///
+    /// # Errors
+    /// Data, where the split is too short for a single sample.
+    pub fn for_training(shard: Shard, layout: Layout, block_size: usize) -> Result<Self> {
+        Self::cut(shard, layout, block_size, false)
+    }
+
+    /// Cuts a split for evaluation: every token but the first of the stream (`packed`) or of a piece (`paragraphs`)
+    /// is a target.
+    ///
+    /// # Errors
+    /// As [`Samples::for_training`].
+    pub fn for_evaluation(shard: Shard, layout: Layout, block_size: usize) -> Result<Self> {
+        Self::cut(shard, layout, block_size, true)
+    }
+
+    fn cut(shard: Shard, layout: Layout, block_size: usize, tail: bool) -> Result<Self> {
+        let targets = shard.n_tokens().saturating_sub(1);
+        let cut = match layout {
+            Layout::Packed => {
+                let count = if tail { targets.div_ceil(block_size) } else { targets / block_size };
+                Cut::Blocks { length: block_size, count }
+            }
+            Layout::Paragraphs => Cut::Pieces(pieces(&shard, block_size)),
+        };
+        let samples = Self { shard, cut };
+        if samples.is_empty() {
+            let (need, lines) = match layout {
+                Layout::Packed => (block_size + 1, String::new()),
+                Layout::Paragraphs => (2, format!(" on {} lines, none of which has two", samples.shard.n_lines())),
+            };
+            return Err(Error::Data(format!(
+                "a sample of data.block_size {block_size} needs {need} tokens, the split has {}{lines}; \
+                 use a smaller data.block_size or more text",
+                samples.shard.n_tokens()
+            ))
+            .into());
+        }
+        Ok(samples)
+    }
+
+    /// The number of samples: one epoch.
+    pub fn len(&self) -> usize {
+        match &self.cut {
+            Cut::Blocks { count, .. } => *count,
+            Cut::Pieces(pieces) => pieces.len(),
+        }
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The split that the samples are cut from.
+    pub fn shard(&self) -> &Shard {
+        &self.shard
+    }
+
+    /// The tokens of a sample, one more than it has targets.
+    fn tokens(&self, sample: usize) -> Range<usize> {
+        match &self.cut {
+            Cut::Blocks { length, .. } => {
+                let start = sample * length;
+                start..(start + length + 1).min(self.shard.n_tokens())
+            }
+            Cut::Pieces(pieces) => {
+                let (start, length) = pieces[sample];
+                start..start + length as usize
+            }
+        }
+    }
+
+    /// How many targets a sample has.
+    pub fn targets(&self, sample: usize) -> usize {
+        self.tokens(sample).len() - 1
+    }
+
+    /// Reads samples as one batch; `weight` gives what each target of a sample of n targets counts.
+    pub fn batch(&self, samples: &[usize], padding: i64, device: Device, weight: impl Fn(usize) -> f32) -> Batch {
+        let width = samples.iter().map(|&sample| self.targets(sample)).max().unwrap_or(0);
+        let size = samples.len() * width;
+        let mut inputs = vec![padding; size];
+        let mut targets = vec![0i64; size];
+        let mut weights = vec![0f32; size];
+        let mut tokens = Vec::with_capacity(width + 1);
+        for (row, &sample) in samples.iter().enumerate() {
+            tokens.clear();
+            self.shard.tokens(self.tokens(sample), &mut tokens);
+            let n = tokens.len() - 1;
+            let place = row * width..row * width + n;
+            inputs[place.clone()].copy_from_slice(&tokens[..n]);
+            targets[place.clone()].copy_from_slice(&tokens[1..]);
+            weights[place].fill(weight(n));
+        }
+        let shape = [samples.len() as i64, width as i64];
+        Batch {
+            inputs: Tensor::from_slice(&inputs).view(shape).to_device(device),
+            targets: Tensor::from_slice(&targets).view(shape).to_device(device),
+            weights: Tensor::from_slice(&weights).view(shape).to_device(device),
+        }
+    }
+}
+
+/// Each line's pieces of at most `block_size` tokens, pieces of one token dropped.
+fn pieces(shard: &Shard, block_size: usize) -> Vec<(usize, u32)> {
+    (0..shard.n_lines())
+        .flat_map(|line| {
+            let line = shard.line(line);
+            line.clone().step_by(block_size).map(move |start| (start, (line.end - start).min(block_size) as u32))
+        })
+        .filter(|&(_, length)| length > 1)
+        .collect()
+}
+
+/// The training samples in the order of the steps, and this rank's share of each step.
+pub struct Loader {
+    /// What is sampled.
+    pub samples: Samples,
+    /// Fixes the order of every epoch.
+    pub seed: u64,
+    /// Sequences a step, over all ranks.
+    pub batch_size: usize,
+    /// Sequences a micro-step, of one rank.
+    pub micro_batch: usize,
+    /// What the weights in a batch express.
+    pub loss: Loss,
+    /// The token that fills short rows.
+    pub padding: i64,
+    #[allow(missing_docs)]
+    pub rank: usize,
+    #[allow(missing_docs)]
+    pub world_size: usize,
+}
+
+impl Loader {
+    /// The samples of the global batch after `step` steps done, in order.
+    ///
+    /// Position i of the batch is sample number step * batch_size + i of an endless sequence of epochs, each a
+    /// permutation of its own.
+    pub fn global_batch(&self, step: usize) -> Vec<usize> {
+        let epoch_length = self.samples.len() as u64;
+        let first = step as u64 * self.batch_size as u64;
+        (first..first + self.batch_size as u64)
+            .map(|number| permute(self.seed, number / epoch_length, number % epoch_length, epoch_length) as usize)
+            .collect()
+    }
+
+    /// This rank's contiguous share of a global batch.
+    pub fn share<'a>(&self, global: &'a [usize]) -> &'a [usize] {
+        let share = self.batch_size / self.world_size;
+        &global[self.rank * share..(self.rank + 1) * share]
+    }
+
+    /// Targets in a global batch: what a step adds to the count of tokens.
+    pub fn targets(&self, global: &[usize]) -> usize {
+        global.iter().map(|&sample| self.samples.targets(sample)).sum()
+    }
+
+    /// One micro-batch of this rank's share. Its weights make the plain sum over micro-steps and ranks the objective.
+    pub fn micro_batch(&self, global: &[usize], micro_step: usize, device: Device) -> Batch {
+        let mine = &self.share(global)[micro_step * self.micro_batch..(micro_step + 1) * self.micro_batch];
+        let targets = self.targets(global) as f32;
+        let sequences = self.batch_size as f32;
+        self.samples.batch(mine, self.padding, device, |n| match self.loss {
+            Loss::TokenMean => 1.0 / targets,
+            Loss::SequenceMean => 1.0 / (n as f32 * sequences),
+        })
+    }
+}
+
+/// Where `index` goes in the permutation of 0..n that belongs to (seed, epoch).
+///
+/// A Feistel network over the smallest even power of two that holds n, walked until it lands below n (Black and
+/// Rogaway 2002): random access to a shuffle without a table.
+fn permute(seed: u64, epoch: u64, index: u64, n: u64) -> u64 {
+    const ROUNDS: u64 = 6;
+    let bits = (64 - n.saturating_sub(1).leading_zeros()).max(2).div_ceil(2);
+    let mask = (1u64 << bits) - 1;
+    let key = mix(seed, epoch);
+    let mut value = index;
+    loop {
+        let (mut left, mut right) = (value >> bits, value & mask);
+        for round in 0..ROUNDS {
+            (left, right) = (right, left ^ (mix(key.wrapping_add(round), right) & mask));
+        }
+        value = left << bits | right;
+        if value < n {
+            return value;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_epoch_is_a_permutation() {
+        for n in [1, 2, 3, 5, 64, 100, 1023, 1024, 1025] {
+            for epoch in 0..3 {
+                let mut seen: Vec<u64> = (0..n).map(|index| permute(7, epoch, index, n)).collect();
+                seen.sort_unstable();
+                assert_eq!(seen, (0..n).collect::<Vec<_>>(), "n = {n}, epoch {epoch}");
+            }
+        }
+    }
+
+    #[test]
+    fn epochs_and_seeds_differ_and_neighbours_scatter() {
+        let n = 10_000;
+        let order = |seed, epoch| (0..n).map(|index| permute(seed, epoch, index, n)).collect::<Vec<_>>();
+        assert_ne!(order(1, 0), order(1, 1));
+        assert_ne!(order(1, 0), order(2, 0));
+        let jumps = order(1, 0).windows(2).map(|w| w[0].abs_diff(w[1])).sum::<u64>() as f64 / (n - 1) as f64;
+        // Two uniform draws are n / 3 apart on average.
+        assert!((jumps / n as f64 - 1.0 / 3.0).abs() < 0.02, "{jumps}");
+    }
+}

@@ -1,0 +1,340 @@
+//! Where text comes from: the embedded sample, a folder, or WikiText's published archives.
+//!
+//! A [`Source`] is what `--source` names; [`Source::texts`] turns it into one [`Text`] a split, which
+//! is read as a stream of whole lines. WikiText's formats: tokenized (`wiki.train.tokens`, rare words
+//! replaced by `<unk>`) and raw (`wiki.train.raw`), after Merity et al. 2016, "Pointer Sentinel
+//! Mixture Models".
+
+use std::fmt::Display;
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use zip::ZipArchive;
+
+use super::download;
+use crate::error::{Error, Result};
+
+/// Text is read in pieces of about this many bytes, cut at a line's end.
+const CHUNK: u64 = 4 << 20;
+/// No published split is larger; a declared size beyond it is an archive made to fill the machine.
+const MAX_TEXT: u64 = 2 << 30;
+/// WikiText's author serves the archives here; the first home, at S3, answers 403 now.
+const MIRROR: &str = "https://wikitext.smerity.com";
+/// Names and SHA-256 of the archives NAME-v1.zip.
+const PUBLISHED: [(&str, &str); 4] = [
+    ("wikitext-2", "92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c"),
+    ("wikitext-2-raw", "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11"),
+    ("wikitext-103", "242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590"),
+    ("wikitext-103-raw", "91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794"),
+];
+
+/// The three parts of a corpus.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Split {
+    /// What the model learns from; a trained tokenizer too.
+    Train,
+    /// What picks the best checkpoint.
+    Valid,
+    /// What is looked at last.
+    Test,
+}
+
+impl Split {
+    /// All splits, in the order in which they are written.
+    pub const ALL: [Self; 3] = [Self::Train, Self::Valid, Self::Test];
+
+    /// The name in files and tables: `train`, `valid` or `test`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Train => "train",
+            Self::Valid => "valid",
+            Self::Test => "test",
+        }
+    }
+}
+
+impl Display for Split {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A published zip archive of one corpus; its texts are `NAME/wiki.{train,valid,test}.ENDING`.
+#[derive(Debug, Clone)]
+pub struct Archive {
+    /// The corpus, such as `wikitext-2-raw`; the ending is `raw` after `-raw` and `tokens` elsewhere.
+    pub name: String,
+    /// Where it is downloaded from.
+    pub url: String,
+    /// SHA-256 of the archive in lower-case hexadecimal digits, wherever it comes from.
+    pub sha256: String,
+}
+
+impl Archive {
+    /// Where the archive lies in the folder of downloads.
+    fn file(&self, downloads: &Path) -> PathBuf {
+        downloads.join(format!("{}.zip", self.name))
+    }
+
+    /// Removes the download, and the folder if nothing else is in it.
+    ///
+    /// # Errors
+    /// Storage where the file cannot be removed.
+    pub fn remove_download(&self, downloads: &Path) -> Result<()> {
+        let file = self.file(downloads);
+        fs::remove_file(&file).map_err(|e| Error::write(&file, e))?;
+        // Another archive's download may be in it.
+        let _ = fs::remove_dir(downloads);
+        Ok(())
+    }
+}
+
+/// Where a corpus comes from.
+#[derive(Debug, Clone)]
+pub enum Source {
+    /// The small corpus embedded in the binary.
+    Sample,
+    /// A folder with a text file a split.
+    Folder(PathBuf),
+    /// A published archive.
+    Published(Archive),
+}
+
+impl Source {
+    /// Reads what `--source` and `--url` say; a published name wins over a folder of that name.
+    ///
+    /// # Errors
+    /// Usage for a source that is neither a known name nor a folder, and for a URL beside a
+    /// source that is not downloaded.
+    pub fn parse(source: &str, url: Option<&str>) -> Result<Self> {
+        if let Some((name, sha256)) = PUBLISHED.iter().find(|(name, _)| *name == source) {
+            let url = url.map_or_else(|| format!("{MIRROR}/{name}-v1.zip"), String::from);
+            return Ok(Self::Published(Archive { name: name.to_string(), url, sha256: sha256.to_string() }));
+        }
+        let names = PUBLISHED.map(|(name, _)| name).join(", ");
+        if let Some(url) = url {
+            return Err(Error::Usage(format!(
+                "--url {url} with --source {source}: only {names} are downloaded; leave --url out"
+            ))
+            .into());
+        }
+        match source {
+            "sample" => Ok(Self::Sample),
+            folder if Path::new(folder).is_dir() => Ok(Self::Folder(folder.into())),
+            _ => Err(Error::Usage(format!(
+                "--source {source}: expected sample, {names}, or a folder; there is no such folder"
+            ))
+            .into()),
+        }
+    }
+
+    /// Makes the splits readable, in the order of [`Split::ALL`]; a published archive is downloaded
+    /// into the folder `downloads`, if it is not there from an earlier attempt.
+    ///
+    /// # Errors
+    /// Data where a split is missing, empty, unreadable or cannot be had; Storage where the
+    /// download cannot be written.
+    pub fn texts(&self, downloads: &Path) -> Result<[Text; 3]> {
+        let texts = match self {
+            Self::Sample => [
+                Text::Embedded("sample/train.txt", include_str!("sample/train.txt")),
+                Text::Embedded("sample/valid.txt", include_str!("sample/valid.txt")),
+                Text::Embedded("sample/test.txt", include_str!("sample/test.txt")),
+            ],
+            Self::Folder(folder) => files_in(folder)?.map(Text::File),
+            Self::Published(archive) => {
+                let file = archive.file(downloads);
+                download::fetch(&archive.url, &archive.sha256, &file)?;
+                refuse_escapes(&file)?;
+                let ending = match archive.name.ends_with("-raw") {
+                    true => "raw",
+                    false => "tokens",
+                };
+                Split::ALL.map(|split| Text::Entry {
+                    archive: file.clone(),
+                    name: format!("{}/wiki.{split}.{ending}", archive.name),
+                })
+            }
+        };
+        for text in &texts {
+            if text.size()? == 0 {
+                return Err(text.empty());
+            }
+        }
+        Ok(texts)
+    }
+}
+
+impl Display for Source {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Sample => f.write_str("sample"),
+            Self::Folder(folder) => folder.display().fmt(f),
+            Self::Published(archive) => f.write_str(&archive.name),
+        }
+    }
+}
+
+/// The three files of a folder: the names that end alike and are all there.
+fn files_in(folder: &Path) -> Result<[PathBuf; 3]> {
+    let patterns = ["wiki.*.tokens", "wiki.*.raw", "wiki.*.txt", "*.txt"];
+    let files = patterns.map(|pattern| Split::ALL.map(|split| folder.join(pattern.replace('*', split.name()))));
+    let complete: Vec<_> = (0..patterns.len()).filter(|&i| files[i].iter().all(|file| file.is_file())).collect();
+    let wrong = match complete[..] {
+        [only] => return Ok(files[only].clone()),
+        [] => "none of them has all three splits".to_owned(),
+        _ => format!(
+            "found {}; keep one in the folder",
+            complete.iter().map(|&i| patterns[i]).collect::<Vec<_>>().join(" and ")
+        ),
+    };
+    Err(Error::Data(format!(
+        "{}: expected the files of one of {} with train, valid and test for the star; {wrong}",
+        folder.display(),
+        patterns.join(", ")
+    ))
+    .into())
+}
+
+/// Entries are only ever read, never extracted; still, an archive whose entries point out of its
+/// folder was made to do harm, so nothing of it is used.
+fn refuse_escapes(file: &Path) -> Result<()> {
+    let zip = open_zip(file)?;
+    for i in 0..zip.len() {
+        let entry = zip.by_index_data(i).map_err(|e| Error::read(file, e))?;
+        let name = String::from_utf8_lossy(entry.name_raw());
+        let reason = if entry.is_symlink() {
+            "is a symbolic link"
+        } else if name.starts_with(['/', '\\']) || name.contains(':') {
+            "has an absolute path"
+        } else if name.split(['/', '\\']).any(|part| part == "..") {
+            "points out of its folder"
+        } else {
+            continue;
+        };
+        return Err(Error::Data(format!(
+            "{}: entry {name:?} {reason}: expected plain files within one folder; do not trust this \
+             archive, name another mirror with --url",
+            file.display()
+        ))
+        .into());
+    }
+    Ok(())
+}
+
+fn open_zip(file: &Path) -> Result<ZipArchive<File>> {
+    let opened = File::open(file).map_err(|e| Error::read(file, e))?;
+    ZipArchive::new(opened).map_err(|e| Error::read(file, e))
+}
+
+/// The text of one split, read as a stream.
+#[derive(Debug)]
+pub enum Text {
+    /// A name and a text in the binary.
+    Embedded(&'static str, &'static str),
+    /// A file.
+    File(PathBuf),
+    /// An entry of a zip archive.
+    Entry {
+        /// The archive's file.
+        archive: PathBuf,
+        /// The entry's name in it.
+        name: String,
+    },
+}
+
+impl Text {
+    /// Bytes of the text, as the file system or the archive declares them.
+    ///
+    /// # Errors
+    /// Data where the file or the entry is not there, or declares more than any corpus holds.
+    pub fn size(&self) -> Result<u64> {
+        match self {
+            Self::Embedded(_, text) => Ok(text.len() as u64),
+            Self::File(path) => Ok(path.metadata().map_err(|e| Error::read(path, e))?.len()),
+            Self::Entry { archive, name } => {
+                let mut zip = open_zip(archive)?;
+                let entry = zip.by_name(name).map_err(|e| self.unreadable(e))?;
+                if entry.size() > MAX_TEXT {
+                    let size = entry.size();
+                    return Err(self.unreadable(format!("it declares {size} bytes, expected at most {MAX_TEXT}")));
+                }
+                Ok(entry.size())
+            }
+        }
+    }
+
+    /// Calls `each` with pieces of a few MiB that end at a line's end, in order; gives the number of
+    /// bytes. Line ends stay as they are, "\r\n" included, and the last line may lack one.
+    ///
+    /// # Errors
+    /// Those of `each`; Data where the text cannot be read or is not UTF-8.
+    pub fn for_each_chunk(&self, each: impl FnMut(&str) -> Result<()>) -> Result<u64> {
+        match self {
+            Self::Embedded(_, text) => self.chunks(text.as_bytes(), each),
+            Self::File(path) => {
+                let file = File::open(path).map_err(|e| Error::read(path, e))?;
+                self.chunks(file, each)
+            }
+            Self::Entry { archive, name } => {
+                let mut zip = open_zip(archive)?;
+                // The library holds the entry to its CRC and to no more than its declared size.
+                let entry = zip.by_name(name).map_err(|e| self.unreadable(e))?;
+                self.chunks(entry, each)
+            }
+        }
+    }
+
+    fn chunks(&self, mut reader: impl Read, mut each: impl FnMut(&str) -> Result<()>) -> Result<u64> {
+        let mut buffer = Vec::new();
+        // Bytes before the buffer.
+        let mut before = 0;
+        loop {
+            let held = buffer.len();
+            let read = (&mut reader).take(CHUNK).read_to_end(&mut buffer);
+            let read = read.map_err(|e| self.unreadable(e))?;
+            let end = match buffer[held..].iter().rposition(|&byte| byte == b'\n') {
+                _ if read == 0 => buffer.len(),
+                Some(newline) => held + newline + 1,
+                None => continue,
+            };
+            let text = std::str::from_utf8(&buffer[..end]).map_err(|e| {
+                let at = e.valid_up_to();
+                Error::Data(format!(
+                    "{self}: expected UTF-8, found byte 0x{:02x} at byte offset {}; convert the file to \
+                     UTF-8, with iconv for instance",
+                    buffer[at],
+                    before + at as u64
+                ))
+            })?;
+            if !text.is_empty() {
+                each(text)?;
+            }
+            before += end as u64;
+            if read == 0 {
+                return Ok(before);
+            }
+            buffer.drain(..end);
+        }
+    }
+
+    /// The error for a split without a word.
+    pub fn empty(&self) -> anyhow::Error {
+        Error::Data(format!("{self}: expected text, found not a single word; every split needs some")).into()
+    }
+
+    fn unreadable(&self, reason: impl Display) -> anyhow::Error {
+        Error::Data(format!("cannot read {self}: {reason}")).into()
+    }
+}
+
+impl Display for Text {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Embedded(name, _) => f.write_str(name),
+            Self::File(path) => path.display().fmt(f),
+            Self::Entry { archive, name } => write!(f, "{name} in {}", archive.display()),
+        }
+    }
+}

@@ -1,0 +1,132 @@
+//! Where the tensors live, how many threads compute, and how fast this machine multiplies.
+#![allow(unsafe_code)]
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use tch::{Cuda, Device, Kind, Tensor};
+
+use crate::error::{Error, Result};
+
+/// The device that `device: cpu|cuda|auto` means for this rank.
+///
+/// `cuda` takes the only visible GPU, else the one with the number of the rank on its node; `auto` takes
+/// a GPU where LibTorch can use one and the CPU elsewhere.
+///
+/// # Errors
+/// Usage, where `cuda` is asked for and LibTorch sees no GPU, or fewer GPUs than ranks on this node.
+pub fn select(wanted: &str, local_rank: usize) -> Result<Device> {
+    if wanted == "cpu" {
+        return Ok(Device::Cpu);
+    }
+    let loaded = load_cuda();
+    let visible = if loaded.is_ok() { usize::try_from(Cuda::device_count()).unwrap_or(0) } else { 0 };
+    match visible {
+        0 if wanted == "auto" => Ok(Device::Cpu),
+        0 => {
+            let reason = loaded.err().unwrap_or_else(|| "LibTorch sees no GPU".into());
+            Err(Error::Usage(format!(
+                "device: cuda was asked for, but {reason}; install the CUDA libraries with `launch/setup --cuda`, \
+                 check `nvidia-smi`, or use `--set device=cpu`"
+            ))
+            .into())
+        }
+        1 => Ok(Device::Cuda(0)),
+        n if local_rank < n => Ok(Device::Cuda(local_rank)),
+        n => Err(Error::Usage(format!(
+            "this is rank {local_rank} on its node, but only {n} GPUs are visible here; start at most {n} ranks a node"
+        ))
+        .into()),
+    }
+}
+
+/// Loads libtorch_cuda. The linker drops it from the binary because nothing names a symbol of it, and
+/// without it LibTorch reports no GPU and no reason.
+fn load_cuda() -> std::result::Result<(), String> {
+    use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
+    if tch::utils::has_cuda() {
+        return Ok(());
+    }
+    if !Path::new("/dev/nvidiactl").exists() {
+        return Err("this machine has no NVIDIA driver".into());
+    }
+    // SAFETY: the library is LibTorch's own of the version that the binary is linked to; its initialisers
+    // only register kernels. It is never unloaded (`forget`), so no registered pointer can dangle.
+    let library = unsafe { Library::open(Some("libtorch_cuda.so"), RTLD_NOW | RTLD_GLOBAL) }
+        .map_err(|e| format!("libtorch_cuda.so cannot be loaded ({e})"))?;
+    std::mem::forget(library);
+    Ok(())
+}
+
+/// Sets the threads that this process computes with, in LibTorch and in rayon alike.
+///
+/// `None` leaves the choice to `OMP_NUM_THREADS` or, where that is unset, to the cores this process may use.
+/// Returns the number in force.
+pub fn set_threads(threads: Option<usize>) -> usize {
+    let threads = threads
+        .or_else(|| std::env::var("OMP_NUM_THREADS").ok()?.parse().ok().filter(|&n| n > 0))
+        .or_else(|| std::thread::available_parallelism().ok().map(Into::into))
+        .unwrap_or(1);
+    tch::set_num_threads(i32::try_from(threads).unwrap_or(i32::MAX));
+    // A second call finds the pool built; the number of threads is then what the first one set.
+    let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
+    threads
+}
+
+/// Measures the peak of this device in FLOP/s, as a square matrix product reaches it: the denominator of mfu.
+pub fn measure_peak(device: Device, kind: Kind) -> f64 {
+    let n: i64 = if device.is_cuda() { 4096 } else { 1024 };
+    let flop = 2.0 * (n as f64).powi(3);
+    let a = Tensor::ones([n, n], (kind, device));
+    let time = || {
+        let start = Instant::now();
+        let product = a.mm(&a);
+        product.double_value(&[0, 0]); // waits for the device
+        start.elapsed().as_secs_f64()
+    };
+    time();
+    let until = Instant::now() + Duration::from_millis(150);
+    let mut best = f64::INFINITY;
+    while Instant::now() < until {
+        best = best.min(time());
+    }
+    flop / best
+}
+
+/// The most memory this process has had resident, in MiB; `None` where the system does not say.
+pub fn peak_resident_mib() -> Option<f64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kib: f64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib / 1024.0)
+}
+
+/// The version of the LibTorch that this process runs on; "unknown" where its folder does not say.
+pub fn libtorch_version() -> String {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    let library =
+        maps.lines().find_map(|line| Some(line[line.find('/')?..].trim()).filter(|p| p.ends_with("libtorch_cpu.so")));
+    let folder = library.and_then(|path| Path::new(path).parent()?.parent());
+    let read = |name: &str| std::fs::read_to_string(folder?.join(name)).ok();
+    // The Python wheel says it in version.py, the C++ archive in build-version.
+    let wheel = read("version.py").and_then(|text| {
+        Some(text.lines().find_map(|line| line.strip_prefix("__version__ = "))?.trim_matches('\'').to_string())
+    });
+    wheel.or_else(|| read("build-version").map(|text| text.trim().to_string())).unwrap_or_else(|| "unknown".into())
+}
+
+/// The model of the processor or GPU; "unknown" where the system does not say.
+pub fn hardware(device: Device) -> String {
+    let field = |path: &Path, name: &str| {
+        let text = std::fs::read_to_string(path).ok()?;
+        let line = text.lines().find(|line| line.starts_with(name))?;
+        Some(line.split_once(':')?.1.trim().to_string())
+    };
+    let found = match device {
+        Device::Cuda(_) => std::fs::read_dir("/proc/driver/nvidia/gpus")
+            .ok()
+            .and_then(|mut gpus| field(&gpus.next()?.ok()?.path().join("information"), "Model")),
+        _ => field(Path::new("/proc/cpuinfo"), "model name"),
+    };
+    found.unwrap_or_else(|| "unknown".into())
+}

@@ -1,0 +1,81 @@
+//! Error classes and the exit code of each.
+//!
+//! Every function returns [`Result`]; whoever knows what a failure means for the user wraps it in an
+//! [`Error`], whose class decides the exit code in one place, [`exit_code`]. A message says what was
+//! expected, what was found, where, and what to do.
+
+use std::fmt::Display;
+use std::path::Path;
+
+/// A result whose error is a chain; the class is the first [`Error`] found in it.
+pub type Result<T> = anyhow::Result<T>;
+
+/// What kind of thing went wrong; each kind is an exit code that scripts may rely on.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Exit code 2: a command line or a configuration that cannot be run.
+    #[error("{0}")]
+    Usage(String),
+    /// Exit code 3: text, shards or vocabularies that cannot be used.
+    #[error("{0}")]
+    Data(String),
+    /// Exit code 4: files that cannot be written or checkpoints that cannot be trusted.
+    #[error("{0}")]
+    Storage(String),
+    /// Exit code 5: a loss or a gradient that is not finite.
+    #[error("{0}")]
+    Numbers(String),
+    /// Exit code 6: a peer lost, hung or not agreeing.
+    #[error("{0}")]
+    Communication(String),
+    /// Exit code 75: stopped on request with the state saved; start the same command again.
+    #[error("{0}")]
+    Preempted(String),
+}
+
+impl Error {
+    /// A data error (exit 3) about a file: "cannot read PATH: REASON".
+    pub fn read(path: &Path, reason: impl Display) -> anyhow::Error {
+        Self::Data(format!("cannot read {}: {reason}", path.display())).into()
+    }
+
+    /// A storage error (exit 4) about a file: "cannot write PATH: REASON", with the usual remedy.
+    pub fn write(path: &Path, reason: impl Display) -> anyhow::Error {
+        Self::Storage(format!(
+            "cannot write {}: {reason}; free space or name a folder that you may write to",
+            path.display()
+        ))
+        .into()
+    }
+
+    fn code(&self) -> u8 {
+        match self {
+            Self::Usage(_) => 2,
+            Self::Data(_) => 3,
+            Self::Storage(_) => 4,
+            Self::Numbers(_) => 5,
+            Self::Communication(_) => 6,
+            Self::Preempted(_) => 75,
+        }
+    }
+}
+
+/// The process's exit code for an error chain; 1 where no link of it bears a class, which is a defect.
+pub fn exit_code(error: &anyhow::Error) -> u8 {
+    error.chain().find_map(|link| link.downcast_ref::<Error>()).map_or(1, Error::code)
+}
+
+/// What a panic becomes: tch reports LibTorch's errors so. Memory is the one that a user can do something about.
+pub fn from_panic(panic: &(dyn std::any::Any + Send)) -> anyhow::Error {
+    let text = panic.downcast_ref::<String>().cloned();
+    let text = text.or_else(|| panic.downcast_ref::<&str>().map(ToString::to_string)).unwrap_or_default();
+    if text.contains("can't allocate memory") || text.contains("out of memory") {
+        let first = text.lines().find(|line| line.contains("memory")).unwrap_or_default();
+        return Error::Usage(format!(
+            "there is not enough memory ({}); use a smaller data.micro_batch or model, or model.recompute: true",
+            first.trim()
+        ))
+        .into();
+    }
+    anyhow::anyhow!("internal error, please report it: {text}")
+}

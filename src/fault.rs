@@ -1,0 +1,38 @@
+//! Signals: a request to stop is noted here and decided by all ranks together between two steps.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+
+use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
+use signal_hook::flag;
+
+use crate::error::{Error, Result};
+
+/// Whether this rank was asked to save and stop.
+pub struct StopRequest(Arc<AtomicBool>);
+
+impl StopRequest {
+    /// Notes SIGUSR1, SIGTERM and SIGINT from now on; a second SIGTERM or SIGINT ends the process at once.
+    ///
+    /// # Errors
+    /// Usage, where the system refuses signal handlers.
+    pub fn install() -> Result<Self> {
+        let raised = Arc::new(AtomicBool::new(false));
+        let register = || -> std::io::Result<()> {
+            for signal in [SIGTERM, SIGINT] {
+                flag::register_conditional_shutdown(signal, 128 + signal, raised.clone())?;
+            }
+            for signal in [SIGUSR1, SIGTERM, SIGINT] {
+                flag::register(signal, raised.clone())?;
+            }
+            Ok(())
+        };
+        register().map_err(|e| Error::Usage(format!("cannot handle signals: {e}")))?;
+        Ok(Self(raised))
+    }
+
+    /// Whether a signal has come.
+    pub fn raised(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}

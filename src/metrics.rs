@@ -1,0 +1,214 @@
+//! The CSV files of a run: what a row holds, and how a resumed run takes a file up again.
+
+use std::fs::{self, File, OpenOptions};
+use std::path::{Path, PathBuf};
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// A row of train.csv. An unknown number is an empty cell.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct TrainRow {
+    /// Optimizer steps done; the first row is 1.
+    pub step: usize,
+    /// Targets counted so far, over all ranks.
+    pub tokens: u64,
+    /// The objective of this step's global batch.
+    pub loss: f64,
+    /// exp(loss).
+    pub ppl: f64,
+    #[allow(missing_docs)]
+    pub lr: f64,
+    /// The gradient's global norm before clipping.
+    pub grad_norm: f64,
+    /// Rank 0's wall time of the step without evaluation, saving and sampling; the next four add up to it.
+    pub step_ms: f64,
+    /// Reading the batch.
+    pub data_ms: f64,
+    /// Forward and backward passes.
+    pub compute_ms: f64,
+    /// Communication that no computation hid.
+    pub comm_exposed_ms: f64,
+    /// Clipping and the update.
+    pub optimizer_ms: f64,
+    /// Targets a second of all ranks, since the last row.
+    pub tokens_per_s: f64,
+    /// Model FLOP/s utilisation: the share of the measured peak of all ranks.
+    pub mfu: Option<f64>,
+    /// The most memory of any rank: resident on CPU, the device's on GPU.
+    pub memory_mib: Option<f64>,
+    #[allow(missing_docs)]
+    pub world_size: usize,
+    /// Training time, summed over restarts.
+    pub elapsed_s: f64,
+}
+
+/// A row of eval.csv.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct EvalRow {
+    /// Optimizer steps done.
+    pub step: usize,
+    /// `valid` or `test`.
+    pub split: String,
+    /// Token mean over the split.
+    pub loss: f64,
+    /// exp(loss).
+    pub ppl: f64,
+    /// exp(total negative log-likelihood / (words + lines)); only where the split is one stream.
+    pub word_ppl: Option<f64>,
+    /// Targets evaluated.
+    pub tokens: u64,
+    /// Wall time.
+    pub eval_s: f64,
+}
+
+/// A row that belongs to a step.
+pub trait Row: Serialize + DeserializeOwned {
+    /// The columns' names, in order.
+    const COLUMNS: &'static [&'static str];
+    /// The step that the row is about.
+    fn step(&self) -> usize;
+}
+
+impl Row for TrainRow {
+    const COLUMNS: &'static [&'static str] = &[
+        "step",
+        "tokens",
+        "loss",
+        "ppl",
+        "lr",
+        "grad_norm",
+        "step_ms",
+        "data_ms",
+        "compute_ms",
+        "comm_exposed_ms",
+        "optimizer_ms",
+        "tokens_per_s",
+        "mfu",
+        "memory_mib",
+        "world_size",
+        "elapsed_s",
+    ];
+    fn step(&self) -> usize {
+        self.step
+    }
+}
+
+impl Row for EvalRow {
+    const COLUMNS: &'static [&'static str] = &["step", "split", "loss", "ppl", "word_ppl", "tokens", "eval_s"];
+    fn step(&self) -> usize {
+        self.step
+    }
+}
+
+/// A CSV file that grows by a row at a time, each written whole.
+pub struct Log {
+    path: PathBuf,
+    writer: csv::Writer<File>,
+}
+
+impl Log {
+    /// Opens a file for a run that goes on after `step` steps: later rows and a half-written one are dropped, so that
+    /// every step will stand once. Returns the rows kept.
+    ///
+    /// # Errors
+    /// Storage, where the file cannot be written, or holds something else than this log.
+    pub fn open<R: Row>(path: &Path, step: usize) -> Result<(Self, Vec<R>)> {
+        let rows: Vec<R> = match fs::read(path) {
+            Ok(bytes) => read(path, &bytes)?.into_iter().take_while(|row: &R| row.step() <= step).collect(),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Vec::new(),
+            Err(e) => return Err(Error::Storage(format!("cannot read {}: {e}", path.display())).into()),
+        };
+        // A new file under another name, renamed over the old: an interruption here leaves one of the two whole.
+        let temporary = path.with_extension("csv.tmp");
+        let fail = |e: &dyn std::fmt::Display| Error::write(path, e);
+        let mut fresh = csv::WriterBuilder::new().has_headers(false).from_path(&temporary).map_err(|e| fail(&e))?;
+        fresh.write_record(R::COLUMNS).map_err(|e| fail(&e))?;
+        for row in &rows {
+            fresh.serialize(row).map_err(|e| fail(&e))?;
+        }
+        fresh.flush().map_err(|e| fail(&e))?;
+        fresh.get_ref().sync_all().map_err(|e| fail(&e))?;
+        fs::rename(&temporary, path).map_err(|e| fail(&e))?;
+        let file = OpenOptions::new().append(true).open(path).map_err(|e| fail(&e))?;
+        let writer = csv::WriterBuilder::new().has_headers(false).from_writer(file);
+        Ok((Self { path: path.to_path_buf(), writer }, rows))
+    }
+
+    /// Appends a row.
+    ///
+    /// # Errors
+    /// Storage, where the row cannot be written.
+    pub fn append<R: Row>(&mut self, row: &R) -> Result<()> {
+        let written = self.writer.serialize(row).map_err(|e| e.to_string());
+        written.and_then(|()| self.writer.flush().map_err(|e| e.to_string())).map_err(|e| Error::write(&self.path, e))
+    }
+}
+
+/// The rows of a file. A last line without its newline, or one that does not parse, is what a crash left: it is
+/// dropped. A header of other columns means another program's file.
+fn read<R: Row>(path: &Path, bytes: &[u8]) -> Result<Vec<R>> {
+    let whole = bytes.iter().rposition(|&b| b == b'\n').map_or(0, |end| end + 1);
+    if whole == 0 {
+        return Ok(Vec::new());
+    }
+    let mut reader = csv::Reader::from_reader(&bytes[..whole]);
+    let header = reader.headers().map_err(|e| Error::Storage(format!("{}: {e}", path.display())))?.clone();
+    if header.iter().ne(R::COLUMNS.iter().copied()) {
+        return Err(Error::Storage(format!(
+            "{} does not have the columns of this log: expected {}, found {}; move it away or use another --run-dir",
+            path.display(),
+            R::COLUMNS.join(","),
+            header.iter().collect::<Vec<_>>().join(",")
+        ))
+        .into());
+    }
+    Ok(reader.deserialize().map_while(std::result::Result::ok).collect())
+}
+
+/// A measured number as a CSV shows it: three decimals.
+pub fn rounded(number: f64) -> f64 {
+    (number * 1000.0).round() / 1000.0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(step: usize) -> EvalRow {
+        EvalRow { step, split: "valid".into(), loss: 1.5, ppl: 4.5, word_ppl: None, tokens: 9, eval_s: 0.1 }
+    }
+
+    #[test]
+    fn a_resumed_log_drops_later_and_half_rows() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("eval.csv");
+        let (mut log, kept) = Log::open::<EvalRow>(&path, 0).unwrap();
+        assert!(kept.is_empty());
+        for step in 1..=4 {
+            log.append(&row(step)).unwrap();
+        }
+        drop(log);
+        let whole = fs::read(&path).unwrap();
+        for cut in 0..whole.len() {
+            fs::write(&path, &whole[..cut]).unwrap();
+            let (_, kept) = Log::open::<EvalRow>(&path, 3).unwrap();
+            let lines = whole[..cut].iter().filter(|&&b| b == b'\n').count();
+            assert_eq!(kept.len(), lines.saturating_sub(1).min(3), "cut at byte {cut}");
+            let text = fs::read_to_string(&path).unwrap();
+            assert_eq!(text.lines().count(), kept.len() + 1);
+            assert!(text.starts_with("step,split,loss,ppl,word_ppl,tokens,eval_s\n"));
+        }
+    }
+
+    #[test]
+    fn another_programs_file_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("eval.csv");
+        fs::write(&path, "a,b\n1,2\n").unwrap();
+        assert!(Log::open::<EvalRow>(&path, 0).is_err());
+        assert_eq!(fs::read_to_string(&path).unwrap(), "a,b\n1,2\n");
+    }
+}

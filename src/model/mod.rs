@@ -1,0 +1,9 @@
+//! The model: mathematics on tensors, with no idea of ranks or files.
+
+pub mod generate;
+pub mod gpt;
+pub mod head;
+pub mod parameters;
+
+pub use gpt::{Gpt, GptConfig};
+pub use parameters::Parameters;

@@ -1,0 +1,122 @@
+//! Flat memory: every parameter is a view into one contiguous tensor, every gradient into another.
+//!
+//! All-reduce, clipping, AdamW and checkpoints are then operations on slices of a few tensors, whatever the model.
+//! The buffer is laid out in the order in which the backward pass finishes the gradients: head first, embedding last.
+
+use tch::{no_grad, Device, Kind, Tensor};
+
+/// One parameter's place in the flat tensors.
+#[derive(Debug, Clone)]
+pub struct Spec {
+    /// GPT-2's name for it in Hugging Face's checkpoints.
+    pub name: String,
+    /// Linear weights are (out, in).
+    pub shape: Vec<i64>,
+    /// Its first element in the flat tensors.
+    pub offset: i64,
+    /// Whether weight decay applies: matrices of linear layers.
+    pub decay: bool,
+}
+
+impl Spec {
+    /// Number of elements.
+    pub fn numel(&self) -> i64 {
+        self.shape.iter().product()
+    }
+
+    /// This parameter's view of a flat tensor (P,).
+    pub fn view(&self, flat: &Tensor) -> Tensor {
+        flat.narrow(0, self.offset, self.numel()).view(&self.shape[..])
+    }
+}
+
+/// All parameters and gradients of a model, P elements each.
+pub struct Parameters {
+    /// Where each parameter lies, in the order of the buffer.
+    pub specs: Vec<Spec>,
+    /// (P,) fp32: the weights that the optimizer changes.
+    pub flat: Tensor,
+    /// (P,) fp32: the gradients, summed over micro-steps and ranks.
+    pub grad: Tensor,
+    /// (P,) the weights that the model computes with: `flat` itself, or its bf16 copy.
+    compute: Tensor,
+    /// (P,) what autograd adds into: `grad` itself, or one micro-step's bf16 gradients (autograd refuses an fp32
+    /// gradient on a bf16 leaf).
+    compute_grad: Tensor,
+    leaves: Vec<Tensor>,
+}
+
+impl Parameters {
+    /// Allocates zeros for parameters of these names, shapes and decays, in this order.
+    pub fn new(shapes: Vec<(String, Vec<i64>, bool)>, device: Device, kind: Kind) -> Self {
+        let mut offset = 0;
+        let mut specs = Vec::with_capacity(shapes.len());
+        for (name, shape, decay) in shapes {
+            let spec = Spec { name, shape, offset, decay };
+            offset += spec.numel();
+            specs.push(spec);
+        }
+        let zeros = |kind| Tensor::zeros([offset], (kind, device));
+        let (flat, grad) = (zeros(Kind::Float), zeros(Kind::Float));
+        let (compute, compute_grad) =
+            if kind == Kind::Float { (flat.shallow_clone(), grad.shallow_clone()) } else { (zeros(kind), zeros(kind)) };
+        let leaves = specs.iter().map(|spec| leaf(spec, &compute, &compute_grad)).collect();
+        Self { specs, flat, grad, compute, compute_grad, leaves }
+    }
+
+    /// P: the number of parameters.
+    pub fn numel(&self) -> i64 {
+        self.flat.size()[0]
+    }
+
+    /// The weight of this name as the model computes with it; its gradient goes into the flat gradient.
+    pub fn leaf(&self, name: &str) -> Option<Tensor> {
+        let place = self.specs.iter().position(|spec| spec.name == name)?;
+        Some(self.leaves[place].shallow_clone())
+    }
+
+    /// The fp32 gradient of the parameter of this name, a view.
+    pub fn grad_of(&self, name: &str) -> Option<Tensor> {
+        self.specs.iter().find(|spec| spec.name == name).map(|spec| spec.view(&self.grad))
+    }
+
+    /// Forgets the gradients, before a step's first micro-step.
+    pub fn zero_grad(&mut self) {
+        no_grad(|| {
+            let _ = self.grad.zero_();
+            if self.is_mixed() {
+                let _ = self.compute_grad.zero_();
+            }
+        });
+    }
+
+    /// Adds a micro-step's bf16 gradients into the fp32 sum.
+    pub fn collect_gradients(&mut self) {
+        if self.is_mixed() {
+            no_grad(|| {
+                let _ = self.grad.g_add_(&self.compute_grad);
+                let _ = self.compute_grad.zero_();
+            });
+        }
+    }
+
+    /// Makes changed weights those that the model computes with; call after every change of `flat`.
+    pub fn publish(&mut self) {
+        if self.is_mixed() {
+            no_grad(|| self.compute.copy_(&self.flat));
+        }
+    }
+
+    fn is_mixed(&self) -> bool {
+        self.compute.kind() != self.flat.kind()
+    }
+}
+
+/// A leaf of autograd that shares both its weight's and its gradient's storage with the flat tensors.
+fn leaf(spec: &Spec, compute: &Tensor, compute_grad: &Tensor) -> Tensor {
+    let leaf = spec.view(compute).detach().set_requires_grad(true);
+    // A first backward pass makes the gradient exist; from then on autograd adds in place, into the view.
+    (&leaf * 0.0).sum(leaf.kind()).backward();
+    leaf.grad().set_data(&spec.view(compute_grad));
+    leaf
+}

@@ -1,0 +1,234 @@
+//! What rank 0 writes: the run directory.
+
+use std::fs;
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::{Deserialize, Serialize};
+use tracing::info;
+
+use crate::checkpoint::{self, write_json};
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::metrics::{EvalRow, Log, TrainRow};
+
+/// The places in a run directory.
+#[derive(Debug, Clone)]
+pub struct RunDir(pub PathBuf);
+
+impl RunDir {
+    #[allow(missing_docs)]
+    pub fn checkpoints(&self) -> PathBuf {
+        self.0.join("checkpoints")
+    }
+
+    /// The resolved configuration.
+    pub fn config(&self) -> PathBuf {
+        self.0.join("config.yaml")
+    }
+
+    /// A copy of the data folder's tokenizer, so that the run can speak without its data.
+    pub fn tokenizer(&self) -> PathBuf {
+        self.0.join("tokenizer.json")
+    }
+
+    #[allow(missing_docs)]
+    pub fn best(&self) -> PathBuf {
+        self.0.join("best.json")
+    }
+
+    /// The log of one rank.
+    pub fn log(&self, rank: usize) -> PathBuf {
+        self.0.join("logs").join(format!("rank-{rank:04}.log"))
+    }
+
+    /// Makes the folders of a run.
+    ///
+    /// # Errors
+    /// Storage, where one cannot be made.
+    pub fn create(&self) -> Result<()> {
+        for folder in ["checkpoints", "logs", "samples"] {
+            let folder = self.0.join(folder);
+            fs::create_dir_all(&folder).map_err(|e| Error::write(&folder, e))?;
+        }
+        Ok(())
+    }
+
+    /// Refuses a configuration that differs from the directory's own in what is learnt, and then writes it there.
+    ///
+    /// # Errors
+    /// Usage, with each key and both values; storage, where the file cannot be written.
+    pub fn claim(&self, config: &Config, allowed: &[String]) -> Result<()> {
+        if self.config().exists() {
+            let older = Config::load(&self.config(), &[])?;
+            let changes: Vec<String> = config
+                .changes_since(&older)?
+                .into_iter()
+                .filter(|(key, ..)| !allowed.contains(key))
+                .map(|(key, then, now)| format!("{key} was {then} and is {now}"))
+                .collect();
+            if !changes.is_empty() {
+                return Err(Error::Usage(format!(
+                    "{} belongs to a run with another configuration: {}; use another --run-dir, or allow it with \
+                     --allow-config-change KEY",
+                    self.0.display(),
+                    changes.join(", ")
+                ))
+                .into());
+            }
+        }
+        let temporary = self.config().with_extension("yaml.tmp");
+        fs::write(&temporary, config.to_yaml()?)
+            .and_then(|()| fs::rename(&temporary, self.config()))
+            .map_err(|e| Error::write(&self.config(), e))
+    }
+}
+
+/// The best evaluation so far: `best.json`.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Best {
+    /// The step whose checkpoint is spared.
+    pub step: usize,
+    /// Token mean over the validation split.
+    pub loss: f64,
+    /// exp(loss).
+    pub ppl: f64,
+}
+
+impl Best {
+    fn of(rows: &[EvalRow]) -> Option<Self> {
+        let valid = rows.iter().filter(|row| row.split == "valid" && row.loss.is_finite());
+        let best = valid.min_by(|a, b| a.loss.total_cmp(&b.loss))?;
+        Some(Self { step: best.step, loss: best.loss, ppl: best.ppl })
+    }
+}
+
+/// The files that grow while a run goes on, and what a person sees of it.
+pub struct Recorder {
+    dir: RunDir,
+    train: Log,
+    eval: Log,
+    /// The best evaluation so far.
+    pub best: Option<Best>,
+    progress: Progress,
+}
+
+impl Recorder {
+    /// Takes up the files of a run that goes on after `step` of `steps` steps.
+    ///
+    /// # Errors
+    /// Storage, where a file cannot be written.
+    pub fn open(dir: &RunDir, step: usize, steps: usize) -> Result<Self> {
+        let (train, _) = Log::open::<TrainRow>(&dir.0.join("train.csv"), step)?;
+        let (eval, rows) = Log::open::<EvalRow>(&dir.0.join("eval.csv"), step)?;
+        let best = Best::of(&rows);
+        match best {
+            Some(best) => write_json(&dir.best(), &best)?,
+            // What a run left that was killed after its first evaluation and before its first checkpoint.
+            None if dir.best().exists() => fs::remove_file(dir.best()).map_err(|e| Error::write(&dir.best(), e))?,
+            None => {}
+        }
+        Ok(Self { dir: dir.clone(), train, eval, best, progress: Progress::new(step, steps) })
+    }
+
+    /// Notes a step; it becomes a row of train.csv where `row` is given.
+    pub fn step(&mut self, step: usize, loss: f64, row: Option<&TrainRow>) -> Result<()> {
+        if let Some(row) = row {
+            self.train.append(row)?;
+        }
+        self.progress.step(step, loss, row);
+        Ok(())
+    }
+
+    /// Writes an evaluation; whether it is the best so far.
+    pub fn evaluation(&mut self, row: &EvalRow) -> Result<bool> {
+        self.eval.append(row)?;
+        let EvalRow { step, loss, ppl, .. } = *row;
+        let improved = loss.is_finite() && self.best.is_none_or(|best| loss < best.loss);
+        let mark = if improved { ", the best so far" } else { "" };
+        self.progress.say(|| info!("step {step}: {} loss {loss:.4}, perplexity {ppl:.2}{mark}", row.split));
+        if improved {
+            self.best = Some(Best { step, loss, ppl });
+        }
+        Ok(improved)
+    }
+
+    /// Publishes the best evaluation, once its checkpoint is there, and clears checkpoints no longer kept.
+    pub fn saved(&mut self, keep_last: usize) -> Result<()> {
+        if let Some(best) = &self.best {
+            let temporary = self.dir.best().with_extension("json.tmp");
+            write_json(&temporary, best)?;
+            fs::rename(&temporary, self.dir.best()).map_err(|e| Error::write(&self.dir.best(), e))?;
+        }
+        checkpoint::purge(&self.dir.checkpoints(), keep_last, self.best.map(|best| best.step))
+    }
+
+    /// Writes the text generated at a step.
+    pub fn sample(&mut self, step: usize, text: &str) -> Result<()> {
+        let path = self.dir.0.join("samples").join(format!("step-{step:08}.txt"));
+        fs::write(&path, text).map_err(|e| Error::write(&path, e))
+    }
+
+    /// Says something without tearing the progress bar.
+    pub fn say(&self, say: impl FnOnce()) {
+        self.progress.say(say);
+    }
+}
+
+/// A bar on a terminal, a line now and then elsewhere.
+struct Progress {
+    bar: ProgressBar,
+    steps: usize,
+    last_line: Option<Instant>,
+}
+
+impl Progress {
+    const BETWEEN_LINES: Duration = Duration::from_secs(10);
+
+    fn new(step: usize, steps: usize) -> Self {
+        let bar = if std::io::stderr().is_terminal() { ProgressBar::new(steps as u64) } else { ProgressBar::hidden() };
+        let template = "{bar:30} {pos}/{len} steps, {msg}, {eta} left";
+        if let Ok(style) = ProgressStyle::with_template(template) {
+            bar.set_style(style);
+        }
+        bar.set_position(step as u64);
+        bar.reset_eta();
+        Self { bar, steps, last_line: None }
+    }
+
+    fn step(&mut self, step: usize, loss: f64, row: Option<&TrainRow>) {
+        let speed = row.map_or(String::new(), |row| format!(", {:.0} tokens/s", row.tokens_per_s));
+        if !self.bar.is_hidden() {
+            self.bar.set_message(format!("loss {loss:.4}{speed}"));
+            self.bar.set_position(step as u64);
+            if step == self.steps {
+                self.bar.finish();
+            }
+            return;
+        }
+        let due = self.last_line.is_none_or(|last| last.elapsed() >= Self::BETWEEN_LINES);
+        if due || step == self.steps {
+            info!("step {step}/{}: loss {loss:.4}{speed}", self.steps);
+            self.last_line = Some(Instant::now());
+        }
+    }
+
+    fn say(&self, say: impl FnOnce()) {
+        self.bar.suspend(say);
+    }
+}
+
+/// Where a checkpoint or a run named by the user lies: the checkpoint's folder itself, or a run's newest good one.
+///
+/// # Errors
+/// Storage, where there is none.
+pub fn find_checkpoint(path: &Path) -> Result<PathBuf> {
+    if path.join("MANIFEST.json").is_file() {
+        return Ok(path.to_path_buf());
+    }
+    checkpoint::latest(&path.join("checkpoints"))?.ok_or_else(|| {
+        Error::Storage(format!("{} is neither a checkpoint nor a run directory with one", path.display())).into()
+    })
+}

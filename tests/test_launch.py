@@ -1,0 +1,293 @@
+"""The launch scripts, with stand-ins for the binary and for what a machine may lack."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Says what it was given. On USR1 it saves for longer than mpirun lets its ranks live after TERM.
+STAND_IN = """#!/usr/bin/env bash
+rank=${OMPI_COMM_WORLD_RANK:-${PMI_RANK:-0}}
+printf '%s\\n' "$*" >"$OUT/arguments-$rank"
+printf '%s\\n' "$OMP_NUM_THREADS" >"$OUT/threads-$rank"
+trap 'sleep 1.5; touch "$OUT/saved-$rank"; exit 75' USR1
+if [[ $1 == exit ]]; then exit "$2"; fi
+printf '%s\\n' $$ >"$OUT/ready-$rank"
+for _ in {1..300}; do sleep 0.1; done
+"""
+
+
+@pytest.fixture
+def ranks(tmp_path):
+    """A folder that the stand-in for the binary writes to, and the environment that runs it."""
+    binary = tmp_path / "lockstep"
+    binary.write_text(STAND_IN)
+    binary.chmod(0o755)
+    environment = {**os.environ, "LOCKSTEP_BIN": str(binary), "OUT": str(tmp_path)}
+    for name in ("OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK", "OMPI_COMM_WORLD_LOCAL_SIZE"):
+        environment.pop(name, None)
+    return tmp_path, environment
+
+
+def wait_until(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def start_two_ranks(ranks):
+    """Starts two ranks through launch/local; returns it, and the ranks' process ids."""
+    folder, environment = ranks
+    local = subprocess.Popen(
+        [ROOT / "launch/local", "2", "train"],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    ready = [folder / f"ready-{rank}" for rank in range(2)]
+    wait_until(lambda: all(path.exists() and path.read_text().strip() for path in ready))
+    return local, [int(path.read_text()) for path in ready]
+
+
+def rank(ranks, *arguments, **environment):
+    folder, base = ranks
+    subprocess.run(
+        [ROOT / "launch/rank", "exit", "0", *arguments], env={**base, **environment}, check=True
+    )
+    return folder
+
+
+def test_rank_hands_arguments_on_unchanged(ranks):
+    folder = rank(ranks, "--prompt", "two words")
+    assert (folder / "arguments-0").read_text() == "exit 0 --prompt two words\n"
+
+
+@pytest.mark.parametrize(
+    ("environment", "threads"),
+    [
+        ({}, len(os.sched_getaffinity(0))),
+        ({"OMP_NUM_THREADS": "3"}, 3),
+        ({"SLURM_CPUS_PER_TASK": "5", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, 5),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, max(1, len(os.sched_getaffinity(0)) // 2)),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1000"}, 1),
+    ],
+)
+def test_rank_takes_its_share_of_the_cores(ranks, environment, threads):
+    folder = rank(ranks, **environment)
+    assert (folder / "threads-0").read_text() == f"{threads}\n"
+
+
+def test_rank_says_how_to_build_a_missing_binary(ranks):
+    _, environment = ranks
+    environment["LOCKSTEP_BIN"] = "/nonexistent/lockstep"
+    result = subprocess.run(
+        [ROOT / "launch/rank", "doctor"], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 2
+    assert "/nonexistent/lockstep is not there" in result.stderr
+    assert "cargo build --release" in result.stderr
+
+
+@pytest.mark.parametrize("code", [0, 3, 75])
+def test_local_exits_with_the_code_of_the_ranks(ranks, code):
+    folder, environment = ranks
+    result = subprocess.run(
+        [ROOT / "launch/local", "3", "exit", str(code)], env=environment, capture_output=True
+    )
+    assert result.returncode == code
+    if code == 0:
+        assert len(list(folder.glob("arguments-*"))) == 3
+
+
+@pytest.mark.parametrize("arguments", [[], ["2"], ["0", "train"], ["train", "2"]])
+def test_local_explains_its_arguments(arguments):
+    result = subprocess.run(
+        [ROOT / "launch/local", *arguments], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert "launch/local 2 train" in result.stderr
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_local_lets_the_ranks_save_before_they_stop(ranks, stop):
+    local, pids = start_two_ranks(ranks)
+    # The whole process group, as a terminal's Ctrl-C or `timeout` does it.
+    os.killpg(local.pid, stop)
+    assert local.wait(timeout=30) == 75
+    folder, _ = ranks
+    assert (folder / "saved-0").exists()
+    assert (folder / "saved-1").exists()
+    wait_until(lambda: not any(map(is_running, pids)))
+
+
+def test_a_second_signal_ends_the_ranks_at_once(ranks):
+    local, pids = start_two_ranks(ranks)
+    os.kill(local.pid, signal.SIGTERM)
+    time.sleep(0.3)
+    os.kill(local.pid, signal.SIGTERM)
+    assert local.wait(timeout=30) == 143
+    wait_until(lambda: not any(map(is_running, pids)))
+    folder, _ = ranks
+    assert not list(folder.glob("saved-*"))
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv, of util-linux")
+def test_ranks_do_not_outlive_a_killed_local(ranks):
+    local, pids = start_two_ranks(ranks)
+    local.kill()
+    local.wait()
+    wait_until(lambda: not any(map(is_running, pids)))
+
+
+# launch/setup on machines that lack something: a clone in a temporary folder, and a PATH that has
+# only the tools named here.
+TOOLS = ["awk", "bash", "cat", "cut", "df", "dirname", "du", "env", "grep", "head", "ln", "ls"]
+TOOLS += ["mkdir", "realpath", "rm", "rmdir", "sed", "sort", "tail"]
+BUILD_TOOLS = ["c++", "cc", "cargo", "rustc", "as", "ld"]
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """A clone without a virtual environment, and a machine with nothing but a shell's tools."""
+    clone = tmp_path / "clone"
+    (clone / "analysis").mkdir(parents=True)
+    shutil.copytree(ROOT / "launch", clone / "launch")
+    shutil.copy(ROOT / "analysis/requirements.txt", clone / "analysis")
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    for name in TOOLS:
+        give(bin_folder, name)
+    return clone, bin_folder
+
+
+def give(bin_folder, *names):
+    for name in names:
+        # Not a link: some programs look at the path that they were called by.
+        script(bin_folder, name, f'exec {shutil.which(name)} "$@"')
+
+
+def script(bin_folder, name, body):
+    path = bin_folder / name
+    path.write_text(f"#!/bin/bash\n{body}\n")
+    path.chmod(0o755)
+
+
+def setup(bare, *arguments, **environment):
+    """Runs launch/setup, which must fail; returns what it said, which must be one line."""
+    clone, bin_folder = bare
+    kept = {name: os.environ[name] for name in ("HOME", "RUSTUP_HOME") if name in os.environ}
+    result = subprocess.run(
+        [clone / "launch/setup", *arguments],
+        env={**kept, "PATH": str(bin_folder), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.count("\n") == 1, result.stderr
+    return result.stderr
+
+
+def test_setup_without_a_compiler(bare):
+    message = setup(bare)
+    assert "no C++ compiler" in message
+    assert "apt install g++" in message
+
+
+def test_setup_with_a_compiler_that_cannot_compile(bare):
+    _, bin_folder = bare
+    script(bin_folder, "c++", "exit 1")
+    assert "cannot compile C++17" in setup(bare)
+
+
+def test_setup_without_rust(bare):
+    _, bin_folder = bare
+    give(bin_folder, "c++", "cc", "as", "ld")
+    assert "https://rustup.rs" in setup(bare)
+
+
+def test_setup_with_an_old_rust(bare):
+    _, bin_folder = bare
+    give(bin_folder, *BUILD_TOOLS)
+    script(bin_folder, "rustc", "echo 'rustc 1.70.0 (abc 2023-06-01)'")
+    message = setup(bare)
+    assert "Rust 1.70.0 is too old" in message
+    assert "rustup update" in message
+
+
+def test_setup_without_python(bare):
+    _, bin_folder = bare
+    give(bin_folder, *BUILD_TOOLS)
+    assert "no Python on PATH" in setup(bare)
+
+
+def test_setup_with_an_old_python(bare):
+    _, bin_folder = bare
+    give(bin_folder, *BUILD_TOOLS)
+    script(bin_folder, "python3", '[[ $1 == --version ]] && echo "Python 3.6.8"')
+    assert "Python 3.6.8 on PATH, 3.9 or newer is needed" in setup(bare)
+
+
+def test_setup_with_a_python_that_cannot_make_environments(bare):
+    _, bin_folder = bare
+    give(bin_folder, *BUILD_TOOLS)
+    script(bin_folder, "python3", "[[ $* != *ensurepip* ]]")
+    assert "python3-venv" in setup(bare)
+
+
+def test_setup_with_a_full_disk(bare):
+    clone, bin_folder = bare
+    give(bin_folder, *BUILD_TOOLS, "python3")
+    script(
+        bin_folder,
+        "df",
+        "echo 'Filesystem 1M-blocks Used Available Capacity Mounted on'; echo 'd 9 9 123 99% /'",
+    )
+    message = setup(bare)
+    assert f"{clone}/.venv has 123 MB free" in message
+    assert "--prefix" in message
+
+
+def test_setup_without_a_network(bare):
+    _, bin_folder = bare
+    give(bin_folder, *BUILD_TOOLS, "python3")
+    # A port that nobody listens on.
+    proxy = "http://127.0.0.1:9"
+    message = setup(bare, HTTPS_PROXY=proxy, HTTP_PROXY=proxy)
+    assert "cannot download Python packages; check the network" in message
+
+
+def test_setup_spares_a_folder_of_other_things(bare, tmp_path):
+    _, bin_folder = bare
+    give(bin_folder, *BUILD_TOOLS, "python3")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("precious")
+    assert "holds other things" in setup(bare, "--prefix", str(other))
+    assert [path.name for path in other.iterdir()] == ["thesis.txt"]
+
+
+def test_setup_with_a_wrong_libtorch(bare):
+    _, bin_folder = bare
+    give(bin_folder, *BUILD_TOOLS, "python3")
+    message = setup(bare, LIBTORCH="/nonexistent")
+    assert "LIBTORCH names /nonexistent" in message
+
+
+def test_setup_with_an_unknown_argument(bare):
+    assert "unknown argument --gpu" in setup(bare, "--gpu")
