@@ -40,8 +40,12 @@ EVAL_COLUMNS = ["step", "split", "loss", "ppl"]
 # Okabe and Ito's palette: people who cannot tell red from green can tell these apart.
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 
-# The trend averages over this part of a run: it shows where the loss goes through the noise of batches.
+# The trend averages over this part of a run, to show where the loss goes in spite of noisy batches.
 TREND_WINDOW = 0.02
+
+TREND = {"linewidth": 1.8}
+EACH_STEP = {"linewidth": 0.8, "alpha": 0.25}
+VALIDATION = {"linewidth": 1.2, "linestyle": "--", "marker": "o", "markersize": 5}
 
 
 class Unusable(Exception):
@@ -75,7 +79,7 @@ def read_csv(path: Path, columns: list[str]) -> pd.DataFrame:
     except pd.errors.EmptyDataError:
         raise Unusable(f"{path} is empty; expected a line of column names") from None
     except (OSError, UnicodeDecodeError, pd.errors.ParserError) as error:
-        raise Unusable(f"cannot read {path}: {error}") from None
+        raise Unusable(f"cannot read {path}: {str(error).strip()}") from None
     missing = [name for name in columns if name not in table]
     if missing:
         raise Unusable(
@@ -111,6 +115,9 @@ def read_run(folder: Path) -> Run:
     train = read_csv(folder / "train.csv", TRAIN_COLUMNS)
     if train.empty:
         raise Unusable(f"{folder / 'train.csv'} has no rows yet; train for a step at least")
+    for name in ("loss", "ppl"):
+        if train[name].isna().all():
+            raise Unusable(f"{folder / 'train.csv'} has no finite {name}; there is nothing to draw")
     valid = pd.DataFrame(columns=EVAL_COLUMNS)
     # A run that came to no evaluation has no such file.
     if (folder / "eval.csv").exists():
@@ -128,54 +135,27 @@ def trend(values: pd.Series) -> pd.Series:
 def draw(runs: list[Run], column: str, path: Path) -> None:
     """Draws one measurement of all runs, `loss` or `ppl`, into a PNG.
 
-    A run has a colour; a run alone has two, one of them for its validation points.
+    Each run has a colour; a run alone has two, one of them for its validation points.
     """
+    alone = len(runs) == 1
     figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    handles, shown = [], []
+    for run, color in zip(runs, cycle(COLORS)):
+        valid_color = COLORS[1] if alone else color
+        shown += draw_run(axes, run, column, color, valid_color)
+        if alone:
+            handles += legend_of_styles(color, valid_color, best(run, column))
+        else:
+            label = f"{run.name}: {best(run, column)}"
+            handles += [Line2D([], [], color=color, linewidth=4, label=label)]
+    if not alone:
+        handles += legend_of_styles("gray", "gray", "validation")
+    scale(axes, pd.concat([part for part in shown if len(part)]), logarithmic=column == "ppl")
+    what = "Loss" if column == "loss" else "Perplexity"
+    whose = runs[0].name if alone else f"{len(runs)} runs"
+    axes.set_title(f"{what} of {whose}", loc="left", fontweight="bold")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats per token)" if column == "loss" else "perplexity (log scale)")
-    axes.set_title(
-        f"{'Loss' if column == 'loss' else 'Perplexity'} of {runs[0].name}"
-        if len(runs) == 1
-        else f"{'Loss' if column == 'loss' else 'Perplexity'} of {len(runs)} runs",
-        loc="left",
-        fontweight="bold",
-    )
-    handles, seen = [], []
-    for run, color in zip(runs, cycle(COLORS)):
-        measured = run.train[column]
-        # Perplexity is exp(loss): its trend is that of the loss.
-        mean = trend(measured) if column == "loss" else np.exp(trend(np.log(measured)))
-        alone = len(runs) == 1
-        dots = "." if len(measured) == 1 else ""  # a line through one point is invisible
-        steps = run.train["step"]
-        axes.plot(steps, measured, color=color, alpha=0.25, linewidth=0.8)
-        axes.plot(steps, mean, color=color, linewidth=1.8, marker=dots)
-        valid_style = {
-            "color": COLORS[1] if alone else color,
-            "linestyle": "--",
-            "linewidth": 1.2,
-            "marker": "o",
-            "markersize": 5,
-        }
-        axes.plot(run.valid["step"], run.valid[column], **valid_style)
-        seen += [mean, run.valid[column]]
-        if alone:
-            handles += [
-                Line2D([], [], color=color, linewidth=1.8, label="training, smoothed"),
-                Line2D([], [], color=color, alpha=0.4, linewidth=0.8, label="training, each step"),
-            ]
-            if len(run.valid):
-                handles += [Line2D([], [], **valid_style, label=f"validation, {best(run, column)}")]
-        else:
-            label = f"{run.name}: {best(run, column)}" if len(run.valid) else run.name
-            handles += [Line2D([], [], color=color, linewidth=3, label=label)]
-    if len(runs) > 1:
-        gray = {"color": "gray"}
-        handles += [
-            Line2D([], [], **gray, linewidth=1.8, label="training (faint: each step)"),
-            Line2D([], [], **gray, linewidth=1.2, linestyle="--", marker="o", label="validation"),
-        ]
-    scale(axes, pd.concat([part for part in seen if len(part)]), logarithmic=column == "ppl")
     axes.legend(handles=handles, frameon=False)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -184,30 +164,55 @@ def draw(runs: list[Run], column: str, path: Path) -> None:
     plt.close(figure)
 
 
+def draw_run(axes: Axes, run: Run, column: str, color: str, valid_color: str) -> list[pd.Series]:
+    """Draws one run's curves; returns the values that the axes should be wide enough for."""
+    steps, each = run.train["step"], run.train[column]
+    # Perplexity is exp(loss), so the trend of its logarithm is the loss's own.
+    smooth = trend(each) if column == "loss" else np.exp(trend(np.log(each)))
+    axes.plot(steps, each, color=color, **EACH_STEP)
+    # A line through a single point would be invisible.
+    axes.plot(steps, smooth, color=color, **TREND, marker="o" if len(steps) == 1 else "")
+    axes.plot(run.valid["step"], run.valid[column], color=valid_color, **VALIDATION)
+    # A few extreme batches may stick out of the picture.
+    return [smooth, run.valid[column], each.quantile([0.005, 0.995])]
+
+
+def legend_of_styles(color: str, valid_color: str, valid_label: str) -> list[Line2D]:
+    """What the three kinds of lines are."""
+    return [
+        Line2D([], [], color=color, **TREND, label="training, smoothed"),
+        # Thicker than it is drawn: there, neighbouring steps add up to a band.
+        Line2D([], [], color=color, **{**EACH_STEP, "linewidth": 3}, label="training, each step"),
+        Line2D([], [], color=valid_color, **VALIDATION, label=valid_label),
+    ]
+
+
 def best(run: Run, column: str) -> str:
     """The run's lowest validation loss or perplexity, in words."""
+    if run.valid.empty:
+        return "no validation yet"
     row = run.valid.loc[run.valid["loss"].idxmin()]
     value = f"{row[column]:.3f}" if column == "loss" else f"{row[column]:,.1f}"
-    return f"best {value} at step {int(row['step']):,}"
+    return f"best validation {value} at step {int(row['step']):,}"
 
 
 def scale(axes: Axes, values: pd.Series, *, logarithmic: bool) -> None:
-    """Fits the axes to the trends and the validation points; single steps may stick out."""
+    """Fits the axes to the values, with labels that are plain numbers."""
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
     low, high = values.min(), values.max()
-    if not low < high:
-        low, high = low * 0.9, low * 1.1
+    if high <= low * 1.001:  # a single value, give or take rounding
+        low, high = low * 0.9, high * 1.1 + 0.01
     if logarithmic:
         axes.set_yscale("log")
         margin = (high / low) ** 0.05
         axes.set_ylim(low / margin, high * margin)
         # Powers of ten alone would leave a usual curve with one or two labels.
-        wide = high / low > 20
-        locator = LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(nbins=8, steps=[1, 2, 5, 10])
+        wide = high / low > 5
+        locator = LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(8, steps=[1, 2, 5, 10])
         axes.yaxis.set_major_locator(locator)
         axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     else:
         margin = (high - low) * 0.05
         axes.set_ylim(low - margin, high + margin)
@@ -236,8 +241,8 @@ def main() -> int:
         return 3
     # Runs of one name, in different folders, are told apart by their paths.
     if len({run.name for run in runs}) < len(runs):
-        for run, folder in zip(runs, folders, strict=True):
-            run.name = str(folder)
+        for index, run in enumerate(runs):
+            run.name = str(folders[index])
     for column in ("loss", "ppl"):
         path = out / f"{column}.png"
         try:

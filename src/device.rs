@@ -67,9 +67,17 @@ pub fn set_threads(threads: Option<usize>) -> usize {
         .or_else(|| std::env::var("OMP_NUM_THREADS").ok()?.parse().ok().filter(|&n| n > 0))
         .or_else(|| std::thread::available_parallelism().ok().map(Into::into))
         .unwrap_or(1);
-    tch::set_num_threads(i32::try_from(threads).unwrap_or(i32::MAX));
+    // Rayon's threads call LibTorch from one core each. Asking for LibTorch's number first matters: it makes the thread
+    // take the process' setting, which it would otherwise do later, over this one.
+    let alone = |_| {
+        tch::get_num_threads();
+        tch::set_num_threads(1);
+    };
     // A second call finds the pool built; the number of threads is then what the first one set.
-    let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
+    let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).start_handler(alone).build_global();
+    // Each thread's setting is the process' too until the next: wait for them all, then set this one's.
+    rayon::broadcast(|_| ());
+    tch::set_num_threads(i32::try_from(threads).unwrap_or(i32::MAX));
     threads
 }
 

@@ -231,6 +231,7 @@ fn a_refusal_or_an_address_that_is_none_is_not_tried_again() {
     fails(fetch(&server.url, "", &to), 3, &[&server.url, "expected status 200, found 403", "--url", "--source"]);
     assert_eq!(server.requests().len(), 1);
     fails(fetch("no address", "", &to), 2, &["--url no address", "http"]);
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0, "nothing arrived, nothing is left");
 }
 
 #[test]

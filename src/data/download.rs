@@ -39,13 +39,23 @@ pub fn fetch(url: &str, sha256: &str, to: &Path) -> Result<()> {
     if to.exists() && sha256_of(to)? == sha256 {
         return Ok(());
     }
-    if let Some(folder) = to.parent() {
-        fs::create_dir_all(folder).map_err(|e| Error::write(folder, e))?;
-    }
+    let folder = to.parent().unwrap_or(Path::new("."));
+    fs::create_dir_all(folder).map_err(|e| Error::write(folder, e))?;
     let mut part = to.as_os_str().to_owned();
     part.push(".part");
     let part = PathBuf::from(part);
+    let received = receive(url, sha256, &part);
+    if received.is_err() && size_of(&part) == 0 {
+        // Nothing to resume from: leave no empty file, and no folder that holds nothing else.
+        let _ = fs::remove_file(&part);
+        let _ = fs::remove_dir(folder);
+    }
+    received?;
+    fs::rename(&part, to).map_err(|e| Error::write(to, e))
+}
 
+/// Completes `part` in as many attempts as it takes and verifies it.
+fn receive(url: &str, sha256: &str, part: &Path) -> Result<()> {
     tracing::info!("downloading {url}");
     let agent: Agent = Agent::config_builder()
         .user_agent(concat!("lockstep/", env!("CARGO_PKG_VERSION")))
@@ -60,20 +70,23 @@ pub fn fetch(url: &str, sha256: &str, to: &Path) -> Result<()> {
     let bar = byte_bar("download", 0);
     let mut failures = 0;
     loop {
-        let had = size_of(&part);
-        let reason = match attempt(&agent, url, &part, &bar) {
+        let had = size_of(part);
+        let reason = match attempt(&agent, url, part, &bar) {
             Ok(()) => break,
             Err(Failure::Final(error)) => return Err(error),
             Err(Failure::Passing(reason)) => reason,
         };
-        let has = size_of(&part);
+        let has = size_of(part);
         failures = if has >= had + PROGRESS { 1 } else { failures + 1 };
         if failures == ATTEMPTS {
+            let kept = match has {
+                0 => "nothing has arrived".to_owned(),
+                _ => format!("{has} bytes are kept in {} and the same command resumes", part.display()),
+            };
             return Err(Error::Data(format!(
-                "cannot download {url}: {reason}, {ATTEMPTS} times in a row; {has} bytes are kept in {} and \
-                 the same command resumes. Without a network, fetch the archive elsewhere, unpack it and \
-                 name its folder with --source; another server is named with --url",
-                part.display()
+                "cannot download {url}: {reason}, {ATTEMPTS} times in a row; {kept}. Without a network, fetch \
+                 the archive elsewhere, unpack it and name its folder with --source; another server is \
+                 named with --url"
             ))
             .into());
         }
@@ -83,17 +96,17 @@ pub fn fetch(url: &str, sha256: &str, to: &Path) -> Result<()> {
     }
     bar.finish_and_clear();
 
-    let found = sha256_of(&part)?;
+    let found = sha256_of(part)?;
     if found != sha256 {
-        let size = size_of(&part);
-        fs::remove_file(&part).map_err(|e| Error::write(&part, e))?;
+        let size = size_of(part);
+        fs::remove_file(part).map_err(|e| Error::write(part, e))?;
         return Err(Error::Data(format!(
             "{url}: expected SHA-256 {sha256}, found {found} ({size} bytes, now removed); run the command \
              again, and where the error stays, name another server with --url"
         ))
         .into());
     }
-    fs::rename(&part, to).map_err(|e| Error::write(to, e))
+    Ok(())
 }
 
 /// One request for what is missing of `part`.

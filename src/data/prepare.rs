@@ -72,7 +72,7 @@ impl Meta {
 }
 
 /// Tokenizes a corpus into the data folder `out`, over all cores and as a stream: memory is that of
-/// the tokenizer and of a few MiB of text. A data folder at `out` is replaced once the new one is
+/// the tokenizer and of some MiB of text. A data folder at `out` is replaced once the new one is
 /// complete.
 ///
 /// `tokenizer` is `gpt2`, `bpe:N` (N tokens, trained here on the training split) or a tokenizer.json.

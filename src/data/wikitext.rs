@@ -15,8 +15,9 @@ use zip::ZipArchive;
 use super::download;
 use crate::error::{Error, Result};
 
-/// Text is read in pieces of about this many bytes, cut at a line's end.
-const CHUNK: u64 = 4 << 20;
+/// Text is read in pieces of about this many bytes, cut at a line's end: enough for every core to fill
+/// its cache of words, little beside the memory of any machine.
+const CHUNK: u64 = 16 << 20;
 /// No published split is larger; a declared size beyond it is an archive made to fill the machine.
 const MAX_TEXT: u64 = 2 << 30;
 /// WikiText's author serves the archives here; the first home, at S3, answers 403 now.
@@ -265,7 +266,7 @@ impl Text {
         }
     }
 
-    /// Calls `each` with pieces of a few MiB that end at a line's end, in order; gives the number of
+    /// Calls `each` with pieces of some MiB that end at a line's end, in order; gives the number of
     /// bytes. Line ends stay as they are, "\r\n" included, and the last line may lack one.
     ///
     /// # Errors

@@ -74,7 +74,8 @@ impl Encoder {
         self.ranks.get(&(left, right)).copied().unwrap_or(NEVER)
     }
 
-    /// Merges a word in place, the lowest rank first and from the left; returns how many tokens are left.
+    /// Merges a word in place, the lowest rank first and from the left; returns how many tokens are
+    /// left.
     fn merge_scanning(&self, tokens: &mut [u32]) -> usize {
         let mut length = tokens.len();
         // The rank of the pair that starts at each token.
@@ -99,8 +100,8 @@ impl Encoder {
         }
     }
 
-    /// The same for a word of any length, which is `ids` from `start` on: a linked list of tokens, and a heap
-    /// of the pairs in it.
+    /// The same for a word of any length, which is `ids` from `start` on: a linked list of tokens,
+    /// and a heap of the pairs in it.
     fn merge_long(&self, ids: &mut Vec<u32>, start: usize) {
         let end = ids.len() - start;
         let mut tokens = ids.split_off(start);
@@ -139,8 +140,8 @@ impl Encoder {
     }
 }
 
-/// Short words met before and their ids. A word has one slot, which the last one to be hashed there holds, so
-/// the cache never grows.
+/// Short words met before and their ids. A word has one slot, which the last one to be hashed there
+/// holds, so the cache never grows.
 pub(super) struct Cache {
     slots: Vec<Slot>,
 }

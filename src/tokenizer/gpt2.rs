@@ -7,7 +7,8 @@ use crate::error::{Error, Result};
 /// The ids below this are bytes and merges; it is END_OF_TEXT's.
 const END_OF_TEXT_ID: u32 = 50_256;
 
-/// Builds the tokenizer. tiktoken lists tokens only; a merge's parts are what the merges before it leave of its token.
+/// Builds the tokenizer. tiktoken lists tokens only; a merge's parts are what the merges before it
+/// leave of its token.
 pub(super) fn load() -> Result<Tokenizer> {
     let defect = |what: &str| Error::Data(format!("the built-in GPT-2 vocabulary is damaged: {what}"));
     let ranks = tiktoken_rs::r50k_base().map_err(|reason| defect(&reason.to_string()))?;

@@ -1,7 +1,8 @@
 //! `tokenizer.json`, the format of Hugging Face `tokenizers`.
 //!
-//! Read without trust: a file is refused, with the place and the reason, unless it asks for what this program does,
-//! which is byte-level BPE as in GPT-2 with [`END_OF_TEXT`] as the only added token.
+//! Read without trust: a file is refused, with the place and the reason, unless it asks for what
+//! this program does, which is byte-level BPE as in GPT-2 with [`END_OF_TEXT`] as the only added
+//! token.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -93,22 +94,22 @@ pub(super) fn read(path: &Path) -> Result<Tokenizer> {
     let file: Value =
         serde_json::from_slice(&text).map_err(|reason| defect(format!("expected JSON, a tokenizer.json: {reason}")))?;
     check_settings(&file)?;
-    let (tokens, ids) = read_vocabulary(&file)?;
-    let merges = read_merges(&file, &ids)?;
-    Tokenizer::new(tokens, merges, ids[END_OF_TEXT])
+    let vocabulary = Vocabulary::read(&file)?;
+    let merges = vocabulary.read_merges(&file)?;
+    Tokenizer::new(vocabulary.tokens, merges, vocabulary.ids[END_OF_TEXT])
 }
 
 fn defect(message: String) -> anyhow::Error {
     Error::Data(message).into()
 }
 
-/// An error about a place in the file, its content shortened to a line.
+/// An error about a place in the file; place and content are shortened, both come from the file.
 fn unexpected(place: &str, expected: &str, found: &Value) -> anyhow::Error {
-    let mut text = found.to_string();
-    if let Some((end, _)) = text.char_indices().nth(60) {
-        text.replace_range(end.., "...");
-    }
-    defect(format!("{place} is {text}; expected {expected}"))
+    let short = |text: &str| match text.char_indices().nth(60) {
+        Some((end, _)) => format!("{}...", &text[..end]),
+        None => text.to_string(),
+    };
+    defect(format!("{} is {}; expected {expected}", short(place), short(&found.to_string())))
 }
 
 fn at<'a>(file: &'a Value, place: &str) -> &'a Value {
@@ -127,7 +128,11 @@ fn check_settings(file: &Value) -> Result<()> {
     }
     for (part, others) in PARTS {
         let found = at(file, part);
-        for key in found.as_object().into_iter().flat_map(|part| part.keys()) {
+        if found.is_null() {
+            continue;
+        }
+        let keys = found.as_object().ok_or_else(|| unexpected(part, "an object", found))?.keys();
+        for key in keys {
             let place = format!("{part}/{key}");
             let known = others.contains(&key.as_str()) || SETTINGS.iter().any(|(known, _)| *known == place);
             if !known {
@@ -142,61 +147,68 @@ fn check_settings(file: &Value) -> Result<()> {
     Ok(())
 }
 
-/// The bytes of each token, and the id of each name.
-fn read_vocabulary(file: &Value) -> Result<(Vec<Vec<u8>>, HashMap<&str, u32>)> {
-    let vocab = at(file, "/model/vocab");
-    let entries =
-        vocab.as_object().ok_or_else(|| unexpected("/model/vocab", "an object of tokens and their ids", vocab))?;
-    let added = at(file, "/added_tokens/0/id");
-    if entries.get(END_OF_TEXT).is_some_and(|id| id != added) {
-        return Err(unexpected("/added_tokens/0/id", "the id that /model/vocab gives this token", added));
-    }
-    let mut names: HashMap<&str, &Value> = entries.iter().map(|(name, id)| (name.as_str(), id)).collect();
-    names.insert(END_OF_TEXT, added);
-
-    let bytes: HashMap<char, u8> = byte_alphabet().map(|(byte, c)| (c, byte)).collect();
-    let mut tokens = vec![Vec::new(); names.len()];
-    let mut ids = HashMap::with_capacity(names.len());
-    for (name, id) in names {
-        let place = || format!("/model/vocab/{name}");
-        let number = id.as_u64().and_then(|number| u32::try_from(number).ok());
-        let slot = number.and_then(|number| tokens.get_mut(number as usize).filter(|slot| slot.is_empty()));
-        let (Some(number), Some(slot)) = (number, slot) else {
-            return Err(unexpected(&place(), "each id from 0 to the number of tokens once", id));
-        };
-        *slot = if name == END_OF_TEXT {
-            END_OF_TEXT.into()
-        } else {
-            let token: Option<Vec<u8>> = name.chars().map(|c| bytes.get(&c).copied()).collect();
-            token.filter(|token| !token.is_empty()).ok_or_else(|| {
-                unexpected(&place(), "a name of characters that stand for bytes (GPT-2's alphabet)", id)
-            })?
-        };
-        ids.insert(name, number);
-    }
-    Ok((tokens, ids))
+struct Vocabulary<'a> {
+    /// The bytes of each token, by id.
+    tokens: Vec<Vec<u8>>,
+    /// The id of each token's name in the file.
+    ids: HashMap<&'a str, u32>,
 }
 
-fn read_merges(file: &Value, ids: &HashMap<&str, u32>) -> Result<Vec<Pair>> {
-    let merges = at(file, "/model/merges");
-    let list = merges.as_array().ok_or_else(|| unexpected("/model/merges", "a list of pairs of tokens", merges))?;
-    let pair = |merge: &Value| {
+impl<'a> Vocabulary<'a> {
+    fn read(file: &'a Value) -> Result<Self> {
+        let vocab = at(file, "/model/vocab");
+        let entries =
+            vocab.as_object().ok_or_else(|| unexpected("/model/vocab", "an object of tokens and their ids", vocab))?;
+        let added = at(file, "/added_tokens/0/id");
+        if entries.get(END_OF_TEXT).is_some_and(|id| id != added) {
+            let expected = "the id that /model/vocab gives this token";
+            return Err(unexpected("/added_tokens/0/id", expected, added));
+        }
+        let mut names: HashMap<&str, &Value> = entries.iter().map(|(name, id)| (name.as_str(), id)).collect();
+        names.insert(END_OF_TEXT, added);
+
+        let bytes: HashMap<char, u8> = byte_alphabet().map(|(byte, c)| (c, byte)).collect();
+        let mut tokens = vec![Vec::new(); names.len()];
+        let mut ids = HashMap::with_capacity(names.len());
+        for (name, id) in names {
+            let refuse = |expected| unexpected(&format!("/model/vocab/{name}"), expected, id);
+            let number = id.as_u64().and_then(|number| u32::try_from(number).ok());
+            let free = number.and_then(|number| tokens.get_mut(number as usize)).filter(|token| token.is_empty());
+            let (Some(number), Some(token)) = (number, free) else {
+                return Err(refuse("each id from 0 to the number of tokens once"));
+            };
+            *token = if name == END_OF_TEXT {
+                END_OF_TEXT.into()
+            } else {
+                let named: Option<_> = name.chars().map(|c| bytes.get(&c).copied()).collect();
+                named.unwrap_or_default()
+            };
+            if token.is_empty() {
+                return Err(refuse("a name of characters that stand for bytes, as in GPT-2"));
+            }
+            ids.insert(name, number);
+        }
+        Ok(Self { tokens, ids })
+    }
+
+    fn read_merges(&self, file: &Value) -> Result<Vec<Pair>> {
+        let merges = at(file, "/model/merges");
+        let list = merges.as_array().ok_or_else(|| unexpected("/model/merges", "a list of pairs of tokens", merges))?;
+        let read = |(rank, merge)| {
+            self.pair(merge).ok_or_else(|| {
+                let expected = "two tokens of /model/vocab, as \"a b\" or [\"a\", \"b\"]";
+                unexpected(&format!("/model/merges/{rank}"), expected, merge)
+            })
+        };
+        list.iter().enumerate().map(read).collect()
+    }
+
+    fn pair(&self, merge: &Value) -> Option<Pair> {
         let (left, right) = match merge {
             Value::String(text) => text.split_once(' ')?,
             Value::Array(parts) if parts.len() == 2 => (parts[0].as_str()?, parts[1].as_str()?),
             _ => return None,
         };
-        Some((*ids.get(left)?, *ids.get(right)?))
-    };
-    (list.iter().enumerate())
-        .map(|(rank, merge)| {
-            pair(merge).ok_or_else(|| {
-                unexpected(
-                    &format!("/model/merges/{rank}"),
-                    "two tokens of /model/vocab, as \"a b\" or [\"a\", \"b\"]",
-                    merge,
-                )
-            })
-        })
-        .collect()
+        Some((*self.ids.get(left)?, *self.ids.get(right)?))
+    }
 }

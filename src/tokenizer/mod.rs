@@ -1,13 +1,14 @@
 //! Text to token ids and back: byte-level byte-pair encoding (BPE), from scratch.
 //!
-//! A text is cut into lines, each with its newline; a line into words ([`pretokenize`]); a word's bytes are tokens,
-//! and learnt pairs of neighbouring tokens are merged, in the order in which they were learnt ([`encode`]).
-//! A vocabulary is learnt here ([`train`]), read from a `tokenizer.json` ([`Tokenizer::from_file`]), or GPT-2's.
+//! A text is cut into lines, each with its newline; a line into words (`pretokenize`); a word's
+//! bytes are tokens, and learnt pairs of neighbouring tokens are merged, in the order in which they
+//! were learnt (`encode`). A vocabulary is learnt here ([`train()`]), read from a `tokenizer.json`
+//! ([`Tokenizer::from_file`]), or GPT-2's.
 
 mod encode;
 mod gpt2;
 mod json;
-pub mod pretokenize;
+mod pretokenize;
 mod train;
 
 use std::path::Path;
@@ -37,7 +38,8 @@ pub struct Tokenizer {
 }
 
 impl Tokenizer {
-    /// Checks that tokens and merges fit together. The token of a merge is the one with both parts' bytes.
+    /// Checks that tokens and merges fit together. The token of a merge is the one with both parts'
+    /// bytes.
     fn new(tokens: Vec<Vec<u8>>, merges: Vec<Pair>, end_of_text: u32) -> Result<Self> {
         let ids: FxHashMap<&[u8], u32> =
             (0..).zip(&tokens).filter(|(id, _)| *id != end_of_text).map(|(id, token)| (&token[..], id)).collect();
@@ -52,17 +54,14 @@ impl Tokenizer {
         let mut encoder = Encoder::new(bytes);
         for (rank, &(left, right)) in merges.iter().enumerate() {
             let (a, b) = (&tokens[left as usize], &tokens[right as usize]);
-            let defect = |what| {
-                let (a, b) = (String::from_utf8_lossy(a), String::from_utf8_lossy(b));
-                Error::Data(format!("merge {rank}, of {a:?} and {b:?}, {what}"))
-            };
+            let defect = |what| Error::Data(format!("merge {rank}, of tokens {left} and {right}, {what}"));
             let token = [&a[..], b].concat();
-            let id = ids.get(&token[..]).ok_or_else(|| defect("makes a token that is not in the vocabulary"))?;
+            let id = ids.get(&token[..]).ok_or_else(|| defect("makes no token of the vocabulary; expected one"))?;
             if left == end_of_text || right == end_of_text {
-                return Err(defect("merges the special token").into());
+                return Err(defect("has the special token; expected others").into());
             }
             if !encoder.add_merge((left, right), *id) {
-                return Err(defect("is there twice").into());
+                return Err(defect("is there twice; expected each pair once").into());
             }
         }
         Ok(Self { tokens, merges, end_of_text, encoder })
@@ -76,11 +75,12 @@ impl Tokenizer {
         gpt2::load()
     }
 
-    /// Reads a `tokenizer.json` in Hugging Face's format, written by [`Self::save`] or by Hugging Face `tokenizers`.
+    /// Reads a `tokenizer.json` in Hugging Face's format, written by [`Self::save`] or by Hugging
+    /// Face `tokenizers`.
     ///
     /// # Errors
-    /// Data where the file cannot be read, is malformed, or asks for something other than byte-level BPE as
-    /// GPT-2 does it.
+    /// Data where the file cannot be read, is malformed, or asks for something other than
+    /// byte-level BPE as GPT-2 does it.
     pub fn from_file(path: &Path) -> Result<Self> {
         json::read(path).map_err(|reason| Error::read(path, reason))
     }
@@ -141,8 +141,8 @@ impl Tokenizer {
             .collect()
     }
 
-    /// The bytes that the ids stand for: UTF-8 where they come from [`Self::encode`], perhaps not where a model
-    /// drew them. [`END_OF_TEXT`] appears as it is written.
+    /// The bytes that the ids stand for: UTF-8 where they come from [`Self::encode`], perhaps not
+    /// where a model drew them. [`END_OF_TEXT`] appears as it is written.
     ///
     /// # Errors
     /// Data where an id is outside the vocabulary.
@@ -162,8 +162,9 @@ impl Tokenizer {
     }
 }
 
-/// The 256 bytes in the order of vocabularies, each with the character that stands for it in a `tokenizer.json`:
-/// itself where it prints, else one from U+0100 on, so that no token's name has a space (GPT-2's `encoder.py`).
+/// The 256 bytes in the order of vocabularies, each with the character that stands for it in a
+/// `tokenizer.json`: itself where it prints, else one from U+0100 on, so that no token's name has a
+/// space (GPT-2's `encoder.py`).
 fn byte_alphabet() -> impl Iterator<Item = (u8, char)> {
     let prints = |byte: &u8| matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
     let printing = (0..=255).filter(prints).map(|byte| (byte, char::from(byte)));

@@ -62,7 +62,8 @@ fn class(c: char) -> Class {
     }
 }
 
-/// The class of the character at byte `at`, and how many bytes it takes; None at the end of the text.
+/// The class of the character at byte `at`, and how many bytes it takes; None at the end of the
+/// text.
 #[inline]
 fn class_at(text: &str, at: usize) -> Option<(Class, usize)> {
     let byte = *text.as_bytes().get(at)?;
@@ -87,7 +88,8 @@ fn first_word(text: &str) -> usize {
     }
 }
 
-/// How many bytes an English contraction at the start takes, its apostrophe included; 0 where there is none.
+/// How many bytes an English contraction at the start takes, its apostrophe included; 0 where there
+/// is none.
 fn contraction(text: &[u8]) -> usize {
     match text {
         [b'\'', b's' | b't' | b'm' | b'd', ..] => 2,
@@ -107,8 +109,8 @@ fn run(text: &str, mut at: usize, class: Class) -> usize {
     at
 }
 
-/// How many bytes of white space at the start are one word: all of it, but where something else follows,
-/// the last character is left over, since a space would belong to that.
+/// How many bytes of white space at the start are one word: all of it, but where something else
+/// follows, the last character is left over, since a space would belong to that.
 fn whitespace(text: &str) -> usize {
     let (mut last, mut end) = (0, 0);
     while let Some((Class::Space, width)) = class_at(text, end) {

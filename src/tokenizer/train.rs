@@ -1,9 +1,10 @@
 //! Learns a byte-level BPE vocabulary from text (Sennrich et al., 2016).
 //!
 //! The merges are those of Hugging Face's `BpeTrainer` with a byte-level pre-tokenizer and
-//! `<|endoftext|>` as its one special token: the most frequent pair of neighbouring tokens becomes a
-//! token, among equally frequent ones the pair with the smaller ids. A heap of candidates, each with the words in
-//! which it occurs, gives the next pair; only those words are visited, never the whole corpus.
+//! `<|endoftext|>` as its one special token: the most frequent pair of neighbouring tokens becomes
+//! a token, among equally frequent ones the pair with the smaller ids. A heap of candidates, each
+//! with the words in which it occurs, gives the next pair; only those words are visited, never the
+//! whole corpus.
 
 use std::cmp::Reverse;
 use std::collections::binary_heap::{BinaryHeap, PeekMut};
@@ -15,7 +16,8 @@ use super::pretokenize::words;
 use super::{byte_alphabet, Pair, Tokenizer, END_OF_TEXT};
 use crate::error::{Error, Result};
 
-/// How often each word occurs in a text; filled batch by batch, so the text need not fit into memory.
+/// How often each word occurs in a text; filled batch by batch, so the text need not fit into
+/// memory.
 #[derive(Default)]
 pub struct WordCounts {
     counts: FxHashMap<Box<str>, u64>,
@@ -57,8 +59,8 @@ impl WordCounts {
 /// The result depends on the counts alone, not on the number of threads.
 ///
 /// # Errors
-/// Usage where `vocab_size` is under 257; Data where the text has too few pairs to merge, with the largest
-/// vocabulary that it allows.
+/// Usage where `vocab_size` is under 257; Data where the text has too few pairs to merge, with the
+/// largest vocabulary that it allows.
 pub fn train(counts: &WordCounts, vocab_size: usize) -> Result<Tokenizer> {
     let mut tokens: Vec<Vec<u8>> = vec![END_OF_TEXT.into()];
     tokens.extend(byte_alphabet().map(|(byte, _)| vec![byte]));
@@ -90,10 +92,11 @@ pub fn train(counts: &WordCounts, vocab_size: usize) -> Result<Tokenizer> {
     Tokenizer::new(tokens, merges, 0)
 }
 
-/// A pair waiting to be merged. The greatest is the most frequent, then the one with the smaller ids.
+/// A pair waiting to be merged. The greatest is the most frequent, then the one with the smaller
+/// ids.
 ///
-/// Each pair is queued once, by the merge that makes the younger of its tokens: that merge makes all there will
-/// ever be of it, and later ones only use them up.
+/// Each pair is queued once, by the merge that makes the younger of its tokens: that merge makes
+/// all there will ever be of it, and later ones only use them up.
 #[derive(PartialEq, Eq, PartialOrd, Ord)]
 struct Candidate {
     /// The pair's count when last looked at; never less than it is now.
@@ -159,7 +162,8 @@ impl Corpus {
         }
     }
 
-    /// Puts token `id` in place of the pair in the candidate's words, and queues the pairs that this makes.
+    /// Puts token `id` in place of the pair in the candidate's words, and queues the pairs that
+    /// this makes.
     fn merge(&mut self, candidate: &Candidate, id: u32) {
         self.counts.remove(&candidate.pair.0);
         let mut made = Made::default();
@@ -203,8 +207,8 @@ impl Made {
     }
 }
 
-/// Replaces each `pair` in `tokens` by `id`, from left to right. Tells `change(lost, gained)` of each
-/// neighbouring pair that becomes another.
+/// Replaces each `pair` in `tokens` by `id`, from left to right. Tells `change(lost, gained)` of
+/// each neighbouring pair that becomes another.
 fn merge_pair(tokens: &mut Vec<u32>, pair: Pair, id: u32, mut change: impl FnMut(Pair, Pair)) {
     let (left, right) = pair;
     let (mut read, mut write) = (0, 0);

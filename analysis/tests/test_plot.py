@@ -1,0 +1,177 @@
+"""plot.py through its command line, on small CSVs written here."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+PLOT = Path(__file__).resolve().parent.parent / "plot.py"
+sys.path.insert(0, str(PLOT.parent))
+import plot  # noqa: E402  # the path must be known first
+
+TRAIN_HEADER = (
+    "step,tokens,loss,ppl,lr,grad_norm,step_ms,data_ms,compute_ms,comm_exposed_ms,optimizer_ms,"
+    "tokens_per_s,mfu,memory_mib,world_size,elapsed_s"
+)
+EVAL_HEADER = "step,split,loss,ppl,word_ppl,tokens,eval_s"
+
+
+def train_row(step, loss):
+    return f"{step},{step * 512},{loss},{math.exp(loss)},0.001,1.5,9,1,6,1,1,50000,,200,2,{step}"
+
+
+def eval_row(step, split, loss):
+    return f"{step},{split},{loss},{math.exp(loss)},,4000,0.5"
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run of 200 steps with an evaluation every 50."""
+    return make_run(tmp_path / "sample")
+
+
+def make_run(folder):
+    folder.mkdir(parents=True)
+    losses = [(step, 4 + 3 / step) for step in range(1, 201)]
+    rows = [train_row(step, loss) for step, loss in losses]
+    (folder / "train.csv").write_text("\n".join([TRAIN_HEADER, *rows, ""]))
+    rows = [eval_row(step, "valid", 4.5 - step / 1000) for step in (50, 100, 150, 200)]
+    rows += [eval_row(200, "test", 1.0)]
+    (folder / "eval.csv").write_text("\n".join([EVAL_HEADER, *rows, ""]))
+    return folder
+
+
+def draw(*arguments, cwd=None):
+    return subprocess.run(
+        [sys.executable, PLOT, *arguments], cwd=cwd, capture_output=True, text=True, check=False
+    )
+
+
+def is_png(path):
+    return path.read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def refused(*arguments):
+    """What plot.py says of CSVs that it cannot draw: one line, and exit code 3."""
+    result = draw(*arguments)
+    assert result.returncode == 3, result.stderr
+    assert result.stderr.count("\n") == 1, result.stderr
+    return result.stderr
+
+
+def test_one_run_is_drawn_into_its_own_folder(run):
+    result = draw(run)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    for name in ("loss.png", "ppl.png"):
+        assert str(run / "plots" / name) in result.stdout
+        assert is_png(run / "plots" / name)
+
+
+def test_several_runs_are_drawn_into_the_working_folder(run, tmp_path):
+    # Of the same name, in another folder.
+    other = make_run(tmp_path / "other/sample")
+    result = draw(run, other, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert is_png(tmp_path / "plots/loss.png")
+    assert not (run / "plots").exists()
+
+
+def test_out_names_the_folder(run, tmp_path):
+    assert draw(run, "--out", tmp_path / "a/b").returncode == 0
+    assert is_png(tmp_path / "a/b/ppl.png")
+    assert not (run / "plots").exists()
+
+
+def test_a_run_of_one_step_without_evaluations_is_drawn(run):
+    (run / "train.csv").write_text(f"{TRAIN_HEADER}\n{train_row(1, 7.6)}\n")
+    (run / "eval.csv").unlink()
+    result = draw(run)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+
+
+def test_unknown_and_infinite_measurements_are_left_out(run):
+    rows = ["1,512,7.6,inf,,,,,,,,,,,2,1", "2,1024,,,,,,,,,,,,,2,2", train_row(3, 7.0)]
+    (run / "train.csv").write_text("\n".join([TRAIN_HEADER, *rows, ""]))
+    result = draw(run)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+
+
+def test_only_the_validation_split_is_drawn(run):
+    assert plot.read_run(run).valid["step"].tolist() == [50, 100, 150, 200]
+    assert plot.best(plot.read_run(run), "loss") == "best validation 4.300 at step 200"
+
+
+def test_the_trend_is_centred(run):
+    values = pd.Series(range(1000), dtype=float)
+    smooth = plot.trend(values)
+    assert (smooth[100:900] - values[100:900]).abs().max() <= 0.5
+    assert len(smooth) == len(values)
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    assert f"{tmp_path}/no is not a folder" in refused(tmp_path / "no")
+
+
+def test_a_missing_csv_is_named(run):
+    (run / "train.csv").unlink()
+    assert f"{run}/train.csv is not there" in refused(run)
+
+
+def test_an_empty_csv_is_named(run):
+    (run / "train.csv").write_text("")
+    assert f"{run}/train.csv is empty" in refused(run)
+
+
+def test_a_csv_without_rows_is_named(run):
+    (run / "train.csv").write_text(TRAIN_HEADER + "\n")
+    assert "has no rows yet" in refused(run)
+
+
+def test_a_csv_of_something_else_is_told_by_its_columns(run):
+    (run / "train.csv").write_text("name,size\na,1\n")
+    assert "has no column step, loss, ppl" in refused(run)
+
+
+def test_a_cell_that_is_no_number_is_told_with_its_line(run):
+    rows = [train_row(1, 7.0), train_row(2, 6.5).replace("6.5", "six", 1)]
+    (run / "train.csv").write_text("\n".join([TRAIN_HEADER, *rows, ""]))
+    message = refused(run)
+    assert f"{run}/train.csv, line 3: expected a number in column loss, found 'six'" in message
+
+
+def test_a_row_of_too_many_cells_is_told(run):
+    (run / "eval.csv").write_text(f"{EVAL_HEADER}\n50,valid,4,55,,9,1\n60,valid,4,55,,9,1,7,7\n")
+    message = refused(run)
+    assert f"cannot read {run}/eval.csv" in message
+    assert "line 3" in message
+
+
+def test_bytes_that_are_no_text_are_told(run):
+    (run / "train.csv").write_bytes(TRAIN_HEADER.encode() + b"\n\xff\xfe\x00")
+    assert f"{run}/train.csv" in refused(run)
+
+
+def test_a_run_without_a_finite_loss_is_told(run):
+    (run / "train.csv").write_text(f"{TRAIN_HEADER}\n1,512,NaN,NaN,,,,,,,,,,,2,1\n")
+    assert "has no finite loss" in refused(run)
+
+
+def test_a_folder_that_cannot_be_made_is_told(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = draw(run, "--out", tmp_path / "file/plots")
+    assert result.returncode == 4
+    assert f"cannot write {tmp_path}/file/plots/loss.png" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_the_command_line_is_explained():
+    assert draw().returncode == 2
+    result = draw("--help")
+    assert result.returncode == 0
+    assert "example: analysis/plot.py" in result.stdout

@@ -1,0 +1,242 @@
+//! The output head and the loss in one: linear layer, softmax, cross-entropy, and their gradients.
+//!
+//! N rows of C channels against V words. The (N, V) logits, the largest tensor of a small model by far, never exist
+//! whole: a chunk of rows at a time becomes logits, loss, and gradients, and its memory serves the next chunk
+//! (the idea of Liger Kernel's fused linear cross-entropy, Hsu et al. 2024).
+//!
+//! On the CPU in fp32 every core takes a share of the rows, and its chunk stays in its cache from the product to the
+//! gradients; elsewhere LibTorch's own kernels do the work.
+#![allow(unsafe_code)]
+
+mod softmax;
+
+use rayon::prelude::*;
+use tch::{no_grad, Device, Kind, Tensor};
+
+/// The sum over rows of weight times negative log-likelihood.
+///
+/// `hidden` (..., C), `head` (V, C), `targets` (...) int64, `weights` (...) fp32.
+pub fn loss(hidden: &Tensor, head: &Tensor, targets: &Tensor, weights: &Tensor) -> f64 {
+    no_grad(|| {
+        let rows = Rows::counted(hidden, targets, weights);
+        if runs_on_cores(&rows, head) {
+            return rows
+                .share(head, false)
+                .into_par_iter()
+                .map(Share::compute)
+                .map(|done| done.loss)
+                .collect::<Vec<_>>()
+                .iter()
+                .sum();
+        }
+        let mut total = 0.0;
+        for (hidden, targets, weights) in rows.chunks(head) {
+            let logits = hidden.mm(&head.tr()).to_kind(Kind::Float); // (n, V)
+            let picked = logits.gather(1, &targets, false).squeeze_dim(1);
+            let nll = logits.logsumexp([1i64].as_slice(), false) - picked; // (n,)
+            total += (nll * weights.squeeze_dim(1)).sum(Kind::Double).double_value(&[]);
+        }
+        total
+    })
+}
+
+/// [`loss`], and its gradients: the hidden states' is returned (shape and type of `hidden`), the head's is added to
+/// `head_grad` (V, C) fp32.
+pub fn loss_and_gradients(
+    hidden: &Tensor,
+    head: &Tensor,
+    targets: &Tensor,
+    weights: &Tensor,
+    head_grad: &mut Tensor,
+) -> (f64, Tensor) {
+    no_grad(|| {
+        let rows = Rows::counted(hidden, targets, weights);
+        let (loss, grads) = if runs_on_cores(&rows, head) {
+            // In the order of the shares, so that the sums do not depend on who is done first.
+            let done: Vec<Done> = rows.share(head, true).into_par_iter().map(Share::compute).collect();
+            for share in &done {
+                let _ = head_grad.g_add_(&share.head_grad);
+            }
+            (done.iter().map(|share| share.loss).sum(), done.into_iter().map(|share| share.grad).collect())
+        } else {
+            on_device(&rows, head, head_grad)
+        };
+        (loss, rows.scatter(&grads, hidden))
+    })
+}
+
+/// The loss and each chunk's gradient (n, C), by LibTorch's kernels.
+fn on_device(rows: &Rows, head: &Tensor, head_grad: &mut Tensor) -> (f64, Vec<Tensor>) {
+    let mut total = Tensor::zeros([1], (Kind::Double, head.device()));
+    let mut grads = Vec::new();
+    for (hidden, targets, weights) in rows.chunks(head) {
+        let mut logits = hidden.mm(&head.tr()).to_kind(Kind::Float); // (n, V)
+        let largest = logits.amax([1i64].as_slice(), true); // (n, 1)
+        let _ = logits.g_sub_(&largest);
+        let picked = logits.gather(1, &targets, false); // (n, 1)
+        let _ = logits.exp_();
+        let sum = logits.sum_dim_intlist([1i64].as_slice(), true, Kind::Float); // (n, 1)
+        let _ = total.g_add_(&((sum.log() - picked) * &weights).sum(Kind::Double));
+        // d loss / d logits = weight * (softmax - one-hot)
+        let _ = logits.g_mul_(&(&weights / &sum));
+        let _ = logits.scatter_add_(1, &targets, &weights.neg());
+        let dlogits = logits.to_kind(hidden.kind());
+        if head.kind() == Kind::Float {
+            let _ = head_grad.addmm_(&dlogits.tr(), &hidden);
+        } else {
+            let _ = head_grad.g_add_(&dlogits.tr().mm(&hidden));
+        }
+        grads.push(dlogits.mm(head)); // (n, C)
+    }
+    (total.double_value(&[0]), grads)
+}
+
+fn runs_on_cores(rows: &Rows, head: &Tensor) -> bool {
+    head.device() == Device::Cpu && head.kind() == Kind::Float && rows.hidden.size()[0] > 0
+}
+
+/// The rows that one core computes.
+struct Share {
+    hidden: Tensor,
+    head: Tensor,
+    targets: Vec<i64>,
+    weights: Vec<f32>,
+    wants_grad: bool,
+}
+
+/// What became of a share; the gradients are undefined tensors where they were not wanted.
+struct Done {
+    loss: f64,
+    grad: Tensor,
+    head_grad: Tensor,
+}
+
+impl Share {
+    /// Elements of logits at a time: they, and the rows of the head that meet them, stay near the core.
+    const CHUNK_ELEMENTS: i64 = 1 << 21;
+
+    fn compute(self) -> Done {
+        no_grad(|| {
+            let (n, c) = (self.hidden.size()[0], self.hidden.size()[1]);
+            let v = self.head.size()[0];
+            let length = (Self::CHUNK_ELEMENTS / v).clamp(16, 1024);
+            let options = (Kind::Float, Device::Cpu);
+            let logits = Tensor::empty([length.min(n), v], options);
+            let (grad, mut head_grad) = if self.wants_grad {
+                (Tensor::empty([n, c], options), Tensor::zeros([v, c], options))
+            } else {
+                (Tensor::new(), Tensor::new())
+            };
+            let mut loss = 0.0;
+            for start in (0..n).step_by(length as usize) {
+                let rows = length.min(n - start);
+                let hidden = self.hidden.narrow(0, start, rows);
+                let mut logits = logits.narrow(0, 0, rows); // (rows, V)
+                let _ = hidden.mm_out(&logits, &self.head.tr());
+                let first = start as usize;
+                for (row, logits) in floats(&mut logits).chunks_exact_mut(v as usize).enumerate() {
+                    let (target, weight) = (self.targets[first + row] as usize, self.weights[first + row]);
+                    let nll = softmax::cross_entropy(logits, target, self.wants_grad.then_some(weight));
+                    loss += f64::from(nll) * f64::from(weight);
+                }
+                if self.wants_grad {
+                    let _ = head_grad.addmm_(&logits.tr(), &hidden);
+                    let _ = logits.mm_out(&grad.narrow(0, start, rows), &self.head);
+                }
+            }
+            Done { loss, grad, head_grad }
+        })
+    }
+}
+
+/// The memory of a contiguous fp32 CPU tensor.
+fn floats(tensor: &mut Tensor) -> &mut [f32] {
+    assert!(tensor.kind() == Kind::Float && tensor.device() == Device::Cpu && tensor.is_contiguous());
+    // SAFETY: checked above, `numel` floats lie at the data pointer; the exclusive borrow outlives the slice, and the only
+    // other handle to this storage is the buffer that `compute` cuts it from and does not touch meanwhile.
+    unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast::<f32>(), tensor.numel()) }
+}
+
+/// The rows that count: padding (weight 0) costs nothing in the head.
+struct Rows {
+    /// (N, C)
+    hidden: Tensor,
+    /// (N, 1)
+    targets: Tensor,
+    /// (N, 1)
+    weights: Tensor,
+    /// The counted rows' numbers; `None` where every row counts.
+    counted: Option<Tensor>,
+}
+
+impl Rows {
+    /// Elements of logits that a chunk of LibTorch's kernels works on.
+    const CHUNK_ELEMENTS: i64 = 1 << 26;
+
+    fn counted(hidden: &Tensor, targets: &Tensor, weights: &Tensor) -> Self {
+        let width = hidden.size().last().copied().unwrap_or(1);
+        let hidden = hidden.reshape([-1, width]);
+        let (targets, weights) = (targets.reshape([-1, 1]), weights.reshape([-1, 1]));
+        let counted = weights.reshape([-1]).nonzero().reshape([-1]);
+        if counted.size() == [hidden.size()[0]] {
+            return Self { hidden, targets, weights, counted: None };
+        }
+        Self {
+            hidden: hidden.index_select(0, &counted),
+            targets: targets.index_select(0, &counted),
+            weights: weights.index_select(0, &counted),
+            counted: Some(counted),
+        }
+    }
+
+    /// Hidden states (n, C), targets (n, 1) and weights (n, 1) of each chunk.
+    fn chunks(&self, head: &Tensor) -> impl Iterator<Item = (Tensor, Tensor, Tensor)> + '_ {
+        let rows = self.hidden.size()[0];
+        let length = (Self::CHUNK_ELEMENTS / head.size()[0]).clamp(16, 8192);
+        (0..rows).step_by(length as usize).map(move |start| {
+            let part = |tensor: &Tensor| tensor.narrow(0, start, length.min(rows - start));
+            (part(&self.hidden), part(&self.targets), part(&self.weights))
+        })
+    }
+
+    /// The rows in as many contiguous shares as there are threads.
+    fn share(&self, head: &Tensor, wants_grad: bool) -> Vec<Share> {
+        let rows = self.hidden.size()[0];
+        let threads = (rayon::current_num_threads() as i64).min(rows);
+        let targets: Vec<i64> = values(&self.targets);
+        let weights: Vec<f32> = values(&self.weights);
+        (0..threads)
+            .map(|thread| {
+                let (start, end) = (rows * thread / threads, rows * (thread + 1) / threads);
+                Share {
+                    hidden: self.hidden.narrow(0, start, end - start),
+                    head: head.detach(),
+                    targets: targets[start as usize..end as usize].to_vec(),
+                    weights: weights[start as usize..end as usize].to_vec(),
+                    wants_grad,
+                }
+            })
+            .collect()
+    }
+
+    /// The chunks' gradients at their rows' places, zeros elsewhere.
+    fn scatter(&self, grads: &[Tensor], hidden: &Tensor) -> Tensor {
+        if grads.is_empty() {
+            return hidden.zeros_like();
+        }
+        let grads = Tensor::cat(grads, 0);
+        match &self.counted {
+            None => grads.view_as(hidden),
+            Some(counted) => {
+                let all = Tensor::zeros_like(&hidden.reshape([-1, grads.size()[1]]));
+                all.index_copy(0, counted, &grads).view_as(hidden)
+            }
+        }
+    }
+}
+
+fn values<T: tch::kind::Element + Default + Clone>(tensor: &Tensor) -> Vec<T> {
+    let mut values = vec![T::default(); tensor.numel()];
+    tensor.copy_data(&mut values, tensor.numel());
+    values
+}

@@ -1,0 +1,167 @@
+//! What the model promises beyond its golden values.
+
+use lockstep::config::{Activation, Norm};
+use lockstep::model::generate::{generate, Cache, Sampling};
+use lockstep::model::{Gpt, GptConfig};
+use tch::{Device, Kind, Tensor};
+
+const SMALL: GptConfig = GptConfig {
+    n_layer: 3,
+    n_head: 2,
+    n_embd: 16,
+    block_size: 12,
+    vocab_size: 40,
+    dropout: 0.0,
+    norm: Norm::Pre,
+    activation: Activation::Gelu,
+    tied_head: true,
+    bias: true,
+    recompute: false,
+};
+
+/// LibTorch has one random generator a process: tests that seed it take turns.
+fn generator() -> std::sync::MutexGuard<'static, ()> {
+    static GENERATOR: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    GENERATOR.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// A model whose weights are large enough that what it says depends on what it read.
+fn model(config: GptConfig) -> Gpt {
+    let mut model = Gpt::new(config, Device::Cpu, Kind::Float);
+    model.initialize(5);
+    tch::no_grad(|| {
+        for spec in model.parameters.specs.iter().filter(|spec| spec.shape.len() == 2) {
+            let _ = spec.view(&model.parameters.flat).g_mul_scalar_(8.0);
+        }
+    });
+    model
+}
+
+fn ids(shape: [i64; 2]) -> Tensor {
+    Tensor::arange(shape[0] * shape[1], (Kind::Int64, Device::Cpu)).multiply_scalar(17).remainder(37).view(shape)
+}
+
+fn assert_close(found: &Tensor, expected: &Tensor, tolerance: f64) {
+    let distance = (found - expected).norm().double_value(&[]) / expected.norm().double_value(&[]);
+    assert!(distance < tolerance, "{distance:e}");
+}
+
+fn batch(shape: [i64; 2]) -> [Tensor; 3] {
+    let tokens = ids([shape[0], shape[1] + 1]);
+    let weights = Tensor::full(shape, 1.0 / (shape[0] * shape[1]) as f64, (Kind::Float, Device::Cpu));
+    [tokens.narrow(1, 0, shape[1]), tokens.narrow(1, 1, shape[1]), weights]
+}
+
+#[test]
+fn the_cache_changes_nothing() {
+    let _turn = generator();
+    for norm in [Norm::Pre, Norm::Post] {
+        let model = model(GptConfig { norm, ..SMALL });
+        let ids = ids([3, 12]);
+        let whole = model.hidden(&ids, None);
+        let mut cache = Cache::new(&model, 3);
+        let first = model.hidden(&ids.narrow(1, 0, 5), Some(&mut cache));
+        let rest = (5..12).map(|t| model.hidden(&ids.narrow(1, t, 1), Some(&mut cache)));
+        let parts: Vec<Tensor> = std::iter::once(first).chain(rest).collect();
+        assert_eq!(cache.len(), 12);
+        assert_close(&Tensor::cat(&parts, 1), &whole, 1e-5);
+    }
+}
+
+/// Greedy continuation without a cache, with the same window as [`generate`].
+fn uncached(model: &Gpt, prompt: &[u32], tokens: usize) -> Vec<u32> {
+    let block = model.config.block_size as usize;
+    let mut row = prompt[prompt.len().saturating_sub(block)..].to_vec();
+    let (start, mut seen_from) = (row.len(), 0);
+    for length in start..start + tokens {
+        if length - seen_from > block {
+            seen_from = length - block / 2;
+        }
+        let window: Vec<i64> = row[seen_from..length].iter().map(|&id| i64::from(id)).collect();
+        let hidden = model.hidden(&Tensor::from_slice(&window).unsqueeze(0), None);
+        let last = model.logits(&hidden.select(1, hidden.size()[1] - 1));
+        row.push(last.argmax(1, false).int64_value(&[0]) as u32);
+    }
+    row[start..].to_vec()
+}
+
+#[test]
+fn generation_equals_the_uncached_result_over_and_past_the_block() {
+    let _turn = generator();
+    let model = model(SMALL);
+    let greedy = Sampling { temperature: 0.0, top_k: None, top_p: None, seed: 0 };
+    let prompts: Vec<Vec<u32>> = vec![vec![3, 1, 4], vec![9], (0..30).collect(), vec![7; 12]];
+    for prompt in &prompts {
+        let alone = generate(&model, std::slice::from_ref(prompt), 40, &greedy, 0);
+        assert_eq!(alone, [uncached(&model, prompt, 40)], "prompt {prompt:?}");
+    }
+    // A batch continues each prompt as if it were alone, while all fit the block.
+    let short = &prompts[..2];
+    let together = generate(&model, short, 9, &greedy, 0);
+    for (prompt, continuation) in short.iter().zip(together) {
+        assert_eq!(continuation, uncached(&model, prompt, 9));
+    }
+}
+
+#[test]
+fn a_seed_fixes_the_samples_and_rows_differ() {
+    let _turn = generator();
+    let model = model(SMALL);
+    let sampling = |seed| Sampling { temperature: 1.0, top_k: Some(20), top_p: Some(0.95), seed };
+    let prompts = vec![vec![3, 1, 4]; 3];
+    let first = generate(&model, &prompts, 20, &sampling(1), 0);
+    assert_eq!(first, generate(&model, &prompts, 20, &sampling(1), 0));
+    assert_ne!(first, generate(&model, &prompts, 20, &sampling(2), 0));
+    assert_ne!(first[0], first[1]);
+    assert_eq!(generate(&model, &[Vec::new()], 3, &sampling(1), 39)[0].len(), 3);
+}
+
+#[test]
+fn recomputed_blocks_draw_the_same_dropout() {
+    let _turn = generator();
+    let [inputs, targets, weights] = batch([2, 12]);
+    let gradient = |recompute, seed| {
+        let mut model = model(GptConfig { dropout: 0.3, recompute, ..SMALL });
+        let loss = model.forward_backward(&inputs, &targets, &weights, seed);
+        (loss, model.parameters.grad)
+    };
+    let (loss, kept) = gradient(false, 1);
+    let (same_loss, recomputed) = gradient(true, 1);
+    assert_eq!(loss, same_loss);
+    assert!(kept.equal(&recomputed));
+    assert_ne!(loss, gradient(false, 2).0, "dropout must depend on the seed");
+}
+
+#[test]
+fn padding_changes_neither_loss_nor_gradient() {
+    let _turn = generator();
+    let [inputs, targets, weights] = batch([2, 9]);
+    let mut plain = model(SMALL);
+    let expected = plain.forward_backward(&inputs, &targets, &weights, 0);
+    let pad = |tensor: &Tensor, value: f64| tensor.f_pad([0, 3], "constant", value).unwrap();
+    let mut padded = model(SMALL);
+    let found = padded.forward_backward(&pad(&inputs, 39.0), &pad(&targets, 0.0), &pad(&weights, 0.0), 0);
+    assert!((found / expected - 1.0).abs() < 1e-6);
+    assert_close(&padded.parameters.grad, &plain.parameters.grad, 1e-5);
+}
+
+#[test]
+fn initialisation_has_gpt2s_deviations() {
+    let _turn = generator();
+    let mut model = Gpt::new(GptConfig { n_embd: 128, vocab_size: 1000, ..SMALL }, Device::Cpu, Kind::Float);
+    model.initialize(1);
+    for spec in &model.parameters.specs {
+        let view = spec.view(&model.parameters.flat);
+        let expected = match (spec.shape.len(), spec.name.as_str()) {
+            (1, name) => {
+                let value = if name.ends_with("weight") { 1.0 } else { 0.0 };
+                assert!(view.eq(value).all().int64_value(&[]) == 1, "{name}");
+                continue;
+            }
+            (_, name) if name.ends_with("c_proj.weight") => 0.02 / 6f64.sqrt(),
+            _ => 0.02,
+        };
+        let deviation = view.std(true).double_value(&[]);
+        assert!((deviation / expected - 1.0).abs() < 0.06, "{}: {deviation}", spec.name);
+    }
+}
