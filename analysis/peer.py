@@ -319,7 +319,7 @@ class Run:
         self.model.eval()
         with self.torch.inference_mode(), self.autocast:
             for at in range(0, len(split.lengths), size):
-                total += self.model(*self.batch(split, slice(at, at + size))).sum().item()
+                total += self.model(*self.batch(split, slice(at, at + size))).double().sum().item()
         self.model.train()
         figures = {"validation loss": total / count, "validation ppl": math.exp(total / count)}
         if self.config["data.layout"] == "packed":

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -178,7 +179,8 @@ def bare(tmp_path):
 def give(bin_folder, *names):
     for name in names:
         # Not a link: some programs look at the path that they were called by.
-        script(bin_folder, name, f'exec {shutil.which(name)} "$@"')
+        real = sys.executable if name == "python3" else shutil.which(name)
+        script(bin_folder, name, f'exec {real} "$@"')
 
 
 def script(bin_folder, name, body):
@@ -211,6 +213,7 @@ def test_setup_without_a_compiler(bare):
 
 def test_setup_with_a_compiler_that_cannot_compile(bare):
     _, bin_folder = bare
+    give(bin_folder, "cc")
     script(bin_folder, "c++", "exit 1")
     assert "cannot compile C++17" in setup(bare)
 

@@ -116,7 +116,7 @@ fn gpt2_has_its_size_and_its_end_of_text() {
     // Every token that is text stands for itself, so none of the merges is lost or misplaced.
     for id in 0..50_256 {
         if let Ok(text) = String::from_utf8(GPT2.decode(&[id]).unwrap()) {
-            assert_eq!(GPT2.encode_lines(&[&text])[0], TIKTOKEN.encode_ordinary(&text));
+            assert_eq!(GPT2.encode_lines(&[&text])[0], [id], "{text:?}");
         }
     }
 }

@@ -231,3 +231,17 @@ fn merge_pair(tokens: &mut Vec<u32>, pair: Pair, id: u32, mut change: impl FnMut
     }
     tokens.truncate(write);
 }
+
+#[cfg(test)]
+mod tests {
+    use super::merge_pair;
+
+    #[test]
+    fn a_pair_is_merged_from_the_left_and_its_neighbours_change() {
+        let mut tokens = vec![1, 1, 1, 2, 1, 1];
+        let mut changes = Vec::new();
+        merge_pair(&mut tokens, (1, 1), 9, |lost, gained| changes.push((lost, gained)));
+        assert_eq!(tokens, [9, 1, 2, 9]);
+        assert_eq!(changes, [((1, 1), (9, 1)), ((2, 1), (2, 9))]);
+    }
+}

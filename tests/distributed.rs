@@ -1,0 +1,81 @@
+//! Several CPU ranks through `launch/local`: the same run whatever their number, each computing only its share.
+#![cfg(feature = "mpi")]
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+mod runs;
+
+use runs::{rows, Run};
+
+#[test]
+fn one_to_four_ranks_learn_the_same() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = "seed: 1\ndata: {layout: packed, block_size: 32, batch_size: 24}\nmodel: {preset: gpt-nano, tied_head: false}\n\
+                  optim: {lr: 5.0e-4}\ntrain: {steps: 50, eval_every: 25, save_every: 0}\n";
+    let mut curves = Vec::new();
+    for ranks in 1..=4 {
+        let run = Run::new(folder.path(), &format!("ranks-{ranks}"), config, ranks);
+        assert_eq!(run.start(&[]).code(), Some(0), "{ranks} ranks");
+        let numbers = |file: &str, column: &str| -> Vec<f64> {
+            rows(&run.dir.join(file)).iter().map(|row| row[column].parse().unwrap()).collect()
+        };
+        assert!(numbers("train.csv", "world_size").iter().all(|&n| n == ranks as f64));
+        curves.push(
+            [numbers("train.csv", "loss"), numbers("train.csv", "grad_norm"), numbers("eval.csv", "loss")].concat(),
+        );
+        assert_eq!(shares(&run.dir, ranks), ranks);
+    }
+    assert_eq!(curves[0].len(), 102);
+    for (ranks, curve) in curves.iter().enumerate().skip(1) {
+        for (step, (found, alone)) in curve.iter().zip(&curves[0]).enumerate() {
+            let distance = (found / alone - 1.0).abs();
+            assert!(distance < 1e-5, "{} ranks, number {step}: {found}, alone {alone}", ranks + 1);
+        }
+    }
+}
+
+/// Reads each rank's log: the first step's samples must be disjoint, equally many, and together the whole batch.
+fn shares(run_dir: &Path, ranks: usize) -> usize {
+    let mut seen = BTreeSet::new();
+    for rank in 0..ranks {
+        let log = std::fs::read_to_string(run_dir.join(format!("logs/rank-{rank:04}.log"))).unwrap();
+        let share = 24 / ranks;
+        let says = format!("rank {rank} computes {share} of the 24 sequences of each step; of step 1 samples [");
+        let list = log.split_once(&says).unwrap_or_else(|| panic!("no `{says}` in {log}")).1;
+        let list = list.split_once(']').unwrap().0;
+        let samples: Vec<u32> = list.split(", ").map(|sample| sample.parse().unwrap()).collect();
+        assert_eq!(samples.len(), share.min(16));
+        for sample in samples {
+            assert!(seen.insert(sample), "sample {sample} is computed by two ranks");
+        }
+    }
+    ranks
+}
+
+#[test]
+fn an_error_of_the_ranks_ends_them_all_with_its_exit_code() {
+    let folder = tempfile::tempdir().unwrap();
+    let run =
+        Run::new(folder.path(), "indivisible", "data: {block_size: 16, batch_size: 7}\nmodel: {preset: gpt-nano}\n", 2);
+    let done = run.command(&[]).output().unwrap();
+    let said = String::from_utf8_lossy(&done.stderr);
+    assert_eq!(done.status.code(), Some(2), "{said}");
+    assert!(said.contains("7 sequences cannot be shared evenly by 2 ranks"), "{said}");
+    assert!(said.contains("6 or 8"), "{said}");
+}
+
+#[test]
+fn ranks_that_mpi_does_not_join_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = Run::new(folder.path(), "alone", "data: {block_size: 16}\nmodel: {preset: gpt-nano}\n", 1);
+    // As `srun` without PMIx would start it: one of two tasks, and nothing through which MPI could find the other.
+    let mut command = Command::new(env!("CARGO_BIN_EXE_lockstep"));
+    command.args(["train", "--config"]).arg(&run.config).arg("--run-dir").arg(&run.dir);
+    let done = command.env("SLURM_STEP_NUM_TASKS", "2").env("SLURM_PROCID", "0").stdin(Stdio::null()).output().unwrap();
+    let said = String::from_utf8_lossy(&done.stderr);
+    assert_eq!(done.status.code(), Some(2), "{said}");
+    assert!(said.contains("mpirun") && said.contains("--mpi=pmix"), "{said}");
+    assert!(!run.dir.exists(), "nothing may be written by a rank that trains a model of its own");
+}

@@ -1,0 +1,108 @@
+//! Resume is a promise: a run that was killed and resumed ends with the bits of one that was not.
+
+use std::path::Path;
+
+mod runs;
+
+use runs::{rows, Run};
+
+/// Dropout, accumulation, an epoch of 42 steps and a bit, and evaluation, saving and sampling at steps of their own.
+const CONFIG: &str = "seed: 11\ndata: {layout: packed, block_size: 32, batch_size: 32, micro_batch: MICRO}\n\
+    model: {n_layer: 2, n_head: 2, n_embd: 32, dropout: 0.1}\n\
+    optim: {lr: 1.0e-3, schedule: cosine, warmup_steps: 10}\n\
+    train: {steps: 100, eval_every: 14, save_every: 6, sample_every: 9, keep_last: 3, prompts: [' A', ' The']}\n";
+
+fn columns(path: &Path, names: &[&str]) -> Vec<Vec<String>> {
+    rows(path).iter().map(|row| names.iter().map(|&name| row[name].clone()).collect()).collect()
+}
+
+/// What must be alike, whatever happened on the way.
+fn assert_same(found: &Path, expected: &Path) {
+    let curve = ["step", "tokens", "loss", "ppl", "lr", "grad_norm", "world_size"];
+    assert_eq!(columns(&found.join("train.csv"), &curve), columns(&expected.join("train.csv"), &curve));
+    let evaluation = ["step", "split", "loss", "ppl", "word_ppl", "tokens"];
+    assert_eq!(columns(&found.join("eval.csv"), &evaluation), columns(&expected.join("eval.csv"), &evaluation));
+    let listed = |dir: &Path, folder: &str| {
+        let mut names: Vec<_> = std::fs::read_dir(dir.join(folder)).unwrap().map(|e| e.unwrap().file_name()).collect();
+        names.sort();
+        names
+    };
+    for folder in ["checkpoints", "samples"] {
+        assert_eq!(listed(found, folder), listed(expected, folder));
+    }
+    let mut files = vec!["best.json".into()];
+    for name in listed(expected, "checkpoints") {
+        let name = name.into_string().unwrap();
+        files.extend([
+            format!("checkpoints/{name}/model.safetensors"),
+            format!("checkpoints/{name}/optimizer.safetensors"),
+        ]);
+    }
+    files.extend(listed(expected, "samples").into_iter().map(|name| format!("samples/{}", name.to_str().unwrap())));
+    for file in files {
+        let bytes = |dir: &Path| std::fs::read(dir.join(&file)).unwrap();
+        assert!(bytes(found) == bytes(expected), "{file} differs");
+    }
+}
+
+fn killed_and_resumed(ranks: usize) {
+    let folder = tempfile::tempdir().unwrap();
+    let config = CONFIG.replace("MICRO", &(16 / ranks).to_string());
+    let straight = Run::new(folder.path(), "straight", &config, ranks);
+    assert!(straight.start(&[]).success());
+    assert_eq!(rows(&straight.dir.join("train.csv")).len(), 100);
+
+    let broken = Run::new(folder.path(), "broken", &config, ranks);
+    let mut kills = 0;
+    // Inside an epoch, at an evaluation, a sample, a save, past the first epoch's end (27 steps) and the second's.
+    for step in [3, 14, 18, 24, 27, 40, 56, 77, 90] {
+        kills += usize::from(broken.kill_at(step).is_some());
+    }
+    assert!(kills >= 7, "only {kills} kills struck");
+    assert!(broken.start(&[]).success());
+    assert_same(&broken.dir, &straight.dir);
+}
+
+#[test]
+fn one_rank_killed_and_resumed() {
+    killed_and_resumed(1);
+}
+
+#[test]
+#[cfg(feature = "mpi")]
+fn two_ranks_killed_and_resumed() {
+    killed_and_resumed(2);
+}
+
+fn stopped_and_resumed(ranks: usize, signal: &str) {
+    let folder = tempfile::tempdir().unwrap();
+    let config = CONFIG.replace("MICRO", &(16 / ranks).to_string()).replace("save_every: 6", "save_every: 0");
+    let straight = Run::new(folder.path(), "straight", &config, ranks);
+    assert!(straight.start(&[]).success());
+    let broken = Run::new(folder.path(), "broken", &config, ranks);
+    for step in [5, 28, 61] {
+        let stopped = broken.stop_at(step, signal).expect("the signal came too late");
+        assert_eq!(stopped.code(), Some(75));
+        let steps = columns(&broken.dir.join("train.csv"), &["step"]).len();
+        let saved = broken.dir.join(format!("checkpoints/step-{steps:08}/MANIFEST.json"));
+        assert!(saved.is_file(), "stopped after step {steps} without saving it");
+    }
+    assert!(broken.start(&[]).success());
+    let curve = ["step", "tokens", "loss", "lr", "grad_norm"];
+    assert_eq!(columns(&broken.dir.join("train.csv"), &curve), columns(&straight.dir.join("train.csv"), &curve));
+    for file in ["model.safetensors", "optimizer.safetensors"] {
+        let bytes = |run: &Run| std::fs::read(run.dir.join("checkpoints/step-00000100").join(file)).unwrap();
+        assert!(bytes(&broken) == bytes(&straight), "{file} differs");
+    }
+}
+
+#[test]
+fn one_rank_stops_on_request_with_75() {
+    stopped_and_resumed(1, "USR1");
+}
+
+#[test]
+#[cfg(feature = "mpi")]
+fn two_ranks_stop_together_on_request_with_75() {
+    stopped_and_resumed(2, "TERM");
+}

@@ -1,0 +1,92 @@
+//! Runs through the binary, for tests of several ranks and of resuming.
+#![allow(dead_code)] // each test program uses its own part
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+/// A training run in a folder of its own.
+pub struct Run {
+    pub config: PathBuf,
+    pub dir: PathBuf,
+    ranks: usize,
+}
+
+impl Run {
+    /// Writes the configuration; the embedded sample is prepared in `folder` once.
+    pub fn new(folder: &Path, name: &str, config: &str, ranks: usize) -> Self {
+        let data = folder.join("data");
+        if !data.exists() {
+            let mut prepare = Command::new(env!("CARGO_BIN_EXE_lockstep"));
+            prepare.args(["-q", "prepare", "--source", "sample", "--tokenizer", "bpe:512", "--out"]).arg(&data);
+            assert!(prepare.stdout(Stdio::null()).status().unwrap().success());
+        }
+        let path = folder.join(format!("{name}.yaml"));
+        let folder_key = format!("data: {{dir: {}, ", data.display());
+        std::fs::write(&path, config.replace("data: {", &folder_key)).unwrap();
+        Self { config: path, dir: folder.join(name), ranks }
+    }
+
+    /// The command that starts or resumes the run; one rank needs no launcher.
+    pub fn command(&self, more: &[&str]) -> Command {
+        let mut command = if self.ranks == 1 {
+            Command::new(env!("CARGO_BIN_EXE_lockstep"))
+        } else {
+            let mut local = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("launch/local"));
+            local.arg(self.ranks.to_string()).env("LOCKSTEP_BIN", env!("CARGO_BIN_EXE_lockstep"));
+            local
+        };
+        command.args(["train", "--config"]).arg(&self.config).args(more).arg("--run-dir").arg(&self.dir);
+        command.env("OMP_NUM_THREADS", "1").stdin(Stdio::null()).stdout(Stdio::null());
+        command
+    }
+
+    pub fn start(&self, more: &[&str]) -> ExitStatus {
+        self.command(more).stderr(Stdio::null()).status().unwrap()
+    }
+
+    /// Starts the run and, once train.csv holds the row of `step`, kills every process of it.
+    ///
+    /// `None` where the run was done before that.
+    pub fn kill_at(&self, step: usize) -> Option<ExitStatus> {
+        // Every process of the run, mpirun too, has the run directory at the end of its command line.
+        let pattern = format!("{}$", self.dir.display());
+        self.strike_at(step, |_| Command::new("pkill").args(["-KILL", "-f", &pattern]).status().unwrap().success())
+    }
+
+    /// Starts the run and, once train.csv holds the row of `step`, asks it to stop as Slurm or a person would.
+    pub fn stop_at(&self, step: usize, signal: &str) -> Option<ExitStatus> {
+        let signal = format!("-{signal}");
+        self.strike_at(step, |pid| Command::new("kill").args([&signal, &pid.to_string()]).status().unwrap().success())
+    }
+
+    fn strike_at(&self, step: usize, strike: impl Fn(u32) -> bool) -> Option<ExitStatus> {
+        let mut child = self.command(&[]).stderr(Stdio::null()).spawn().unwrap();
+        let deadline = Instant::now() + Duration::from_secs(120);
+        loop {
+            if let Some(status) = child.try_wait().unwrap() {
+                assert!(status.success(), "the run ended by itself with {status}");
+                return None;
+            }
+            if last_step(&self.dir) >= step {
+                assert!(strike(child.id()), "no process was struck");
+                return Some(child.wait().unwrap());
+            }
+            assert!(Instant::now() < deadline, "step {step} was not reached in time");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+fn last_step(dir: &Path) -> usize {
+    let text = std::fs::read_to_string(dir.join("train.csv")).unwrap_or_default();
+    let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+    whole.lines().next_back().and_then(|line| line.split(',').next()?.parse().ok()).unwrap_or(0)
+}
+
+/// A CSV's rows by column.
+pub fn rows(path: &Path) -> Vec<BTreeMap<String, String>> {
+    let mut reader = csv::Reader::from_path(path).unwrap();
+    reader.deserialize().map(|row| row.unwrap()).collect()
+}
