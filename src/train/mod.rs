@@ -246,7 +246,7 @@ impl<'a> Trainer<'a> {
             self.state.tokens += self.loader.targets(&global) as u64;
             self.state.elapsed_s += report.laps.iter().sum::<f64>() / 1000.0;
 
-            let row = (step % plan.log_every == 0).then(|| {
+            let row = step.is_multiple_of(plan.log_every).then(|| {
                 let seconds = since_row.elapsed().as_secs_f64() - pause;
                 let tokens_per_s = (self.state.tokens - tokens_at_row) as f64 / seconds;
                 (since_row, tokens_at_row, pause) = (Instant::now(), self.state.tokens, 0.0);
@@ -258,7 +258,7 @@ impl<'a> Trainer<'a> {
 
             let aside = Instant::now();
             let last = step == plan.steps;
-            let due = |every: usize| every > 0 && (last || step % every == 0);
+            let due = |every: usize| every > 0 && (last || step.is_multiple_of(every));
             let mut save = report.stop || last || due(plan.save_every);
             if due(plan.eval_every) {
                 save |= self.evaluate(step)?;

@@ -29,13 +29,13 @@ pub fn cross_entropy(logits: &mut [f32], target: usize, weight: Option<f32>) -> 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,fma")]
 fn avx512(logits: &mut [f32], target: usize, weight: Option<f32>) -> f32 {
-    row(logits, target, weight, |a, b, c| f32::mul_add(a, b, c))
+    row(logits, target, weight, f32::mul_add)
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
 fn avx2(logits: &mut [f32], target: usize, weight: Option<f32>) -> f32 {
-    row(logits, target, weight, |a, b, c| f32::mul_add(a, b, c))
+    row(logits, target, weight, f32::mul_add)
 }
 
 /// `multiply_add(a, b, c)` is a * b + c, in one instruction where the processor has it.

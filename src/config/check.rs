@@ -1,0 +1,135 @@
+//! From what the user wrote to values that are legal: [`Plan`].
+
+use super::{usage, Auto, Config, Model, Schedule, PRESETS};
+use crate::error::Result;
+
+/// A configuration that has been checked against the number of ranks.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// As resolved: the preset's numbers filled in.
+    pub config: Config,
+    #[allow(missing_docs)]
+    pub world_size: usize,
+    #[allow(missing_docs)]
+    pub n_layer: usize,
+    #[allow(missing_docs)]
+    pub n_head: usize,
+    /// C: the width of the hidden state, a multiple of `n_head`.
+    pub n_embd: usize,
+    /// Sequences that one rank computes at a time.
+    pub micro_batch: usize,
+    /// Micro-batches of one rank in one optimizer step.
+    pub accumulation: usize,
+}
+
+impl Config {
+    /// Checks every value and fixes what `auto` and a preset's name mean for `world_size` ranks.
+    ///
+    /// # Errors
+    /// Usage, with the key, what was expected, what was found, and numbers that would do.
+    pub fn validate(mut self, world_size: usize) -> Result<Plan> {
+        let (n_layer, n_head, n_embd) = self.model.sizes()?;
+        self.check_ranges(n_layer, n_head, n_embd)?;
+        let (batch, tokens) = (self.data.batch_size, self.data.block_size);
+        if !batch.is_multiple_of(world_size) {
+            let near = [batch / world_size * world_size, (batch / world_size + 1) * world_size];
+            let near: Vec<String> = near.iter().filter(|&&n| n > 0).map(ToString::to_string).collect();
+            let fits: Vec<String> = (1..=batch).filter(|&n| batch.is_multiple_of(n)).map(|n| n.to_string()).collect();
+            return usage(format!(
+                "data.batch_size: {batch} sequences cannot be shared evenly by {world_size} ranks; \
+                 use a batch_size of {}, or one of these numbers of ranks: {}",
+                near.join(" or "),
+                fits.join(", ")
+            ));
+        }
+        let share = batch / world_size;
+        let micro_batch = match self.data.micro_batch {
+            Auto::Number(n) if share.is_multiple_of(n) => n,
+            Auto::Number(n) => {
+                let fits: Vec<String> =
+                    (1..=share).filter(|&n| share.is_multiple_of(n)).map(|n| n.to_string()).collect();
+                return usage(format!(
+                    "data.micro_batch: {n} does not divide the {share} sequences that each of {world_size} ranks takes of \
+                     a batch_size of {batch}; these do: {}",
+                    fits.join(", ")
+                ));
+            }
+            Auto::Auto => largest_micro_batch(share, tokens),
+        };
+        self.model.preset = None;
+        (self.model.n_layer, self.model.n_head, self.model.n_embd) = (Some(n_layer), Some(n_head), Some(n_embd));
+        let accumulation = share / micro_batch;
+        Ok(Plan { config: self, world_size, n_layer, n_head, n_embd, micro_batch, accumulation })
+    }
+
+    fn check_ranges(&self, n_layer: usize, n_head: usize, n_embd: usize) -> Result<()> {
+        let (data, optim, model) = (&self.data, &self.optim, &self.model);
+        let rules = [
+            (!self.name.is_empty() && !self.name.contains('/'), "name", "a word without `/`", self.name.clone()),
+            (n_layer > 0, "model.n_layer", "1 or more", n_layer.to_string()),
+            (n_head > 0, "model.n_head", "1 or more", n_head.to_string()),
+            (
+                n_head > 0 && n_embd > 0 && n_embd.is_multiple_of(n_head),
+                "model.n_embd",
+                "a multiple of model.n_head",
+                format!("{n_embd} with {n_head} heads"),
+            ),
+            (data.block_size >= 2, "data.block_size", "2 or more", data.block_size.to_string()),
+            (data.batch_size >= 1, "data.batch_size", "1 or more", data.batch_size.to_string()),
+            ((0.0..1.0).contains(&model.dropout), "model.dropout", "0 to below 1", model.dropout.to_string()),
+            (optim.lr > 0.0 && optim.lr.is_finite(), "optim.lr", "a number above 0", optim.lr.to_string()),
+            (
+                optim.betas.iter().all(|b| (0.0..1.0).contains(b)),
+                "optim.betas",
+                "two numbers from 0 to below 1",
+                format!("{:?}", optim.betas),
+            ),
+            (optim.eps > 0.0, "optim.eps", "a number above 0", optim.eps.to_string()),
+            (optim.weight_decay >= 0.0, "optim.weight_decay", "0 or more", optim.weight_decay.to_string()),
+            (optim.grad_clip >= 0.0, "optim.grad_clip", "0 (no clipping) or more", optim.grad_clip.to_string()),
+            ((0.0..=optim.lr).contains(&optim.min_lr), "optim.min_lr", "0 to optim.lr", optim.min_lr.to_string()),
+            (
+                optim.schedule != Schedule::Wsd || optim.decay_steps > 0,
+                "optim.decay_steps",
+                "1 or more for the schedule wsd",
+                optim.decay_steps.to_string(),
+            ),
+            (self.train.steps > 0, "train.steps", "1 or more", self.train.steps.to_string()),
+            (self.train.log_every > 0, "train.log_every", "1 or more", self.train.log_every.to_string()),
+            (self.train.keep_last > 0, "train.keep_last", "1 or more", self.train.keep_last.to_string()),
+        ];
+        match rules.into_iter().find(|(legal, ..)| !legal) {
+            Some((_, key, expected, found)) => usage(format!("{key}: expected {expected}, found {found}")),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Model {
+    /// (n_layer, n_head, n_embd), from the preset or the explicit numbers.
+    fn sizes(&self) -> Result<(usize, usize, usize)> {
+        let explicit = (self.n_layer, self.n_head, self.n_embd);
+        match (&self.preset, explicit) {
+            (None, (Some(n_layer), Some(n_head), Some(n_embd))) => Ok((n_layer, n_head, n_embd)),
+            (Some(name), (None, None, None)) => {
+                let found = PRESETS.iter().find(|preset| preset.0 == name);
+                found.map(|&(_, layers, heads, width)| (layers, heads, width)).map_or_else(
+                    || {
+                        let names: Vec<&str> = PRESETS.iter().map(|preset| preset.0).collect();
+                        usage(format!("model.preset: there is no `{name}`; there are {}", names.join(", ")))
+                    },
+                    Ok,
+                )
+            }
+            (Some(_), _) => usage("model: give either preset or n_layer, n_head and n_embd, not both".into()),
+            (None, _) => usage("model: give a preset, or all of n_layer, n_head and n_embd".into()),
+        }
+    }
+}
+
+/// The largest divisor of a rank's share whose tokens fit a fixed budget, so that the same configuration means the
+/// same arithmetic on every machine.
+fn largest_micro_batch(share: usize, block_size: usize) -> usize {
+    const TOKENS: usize = 8192;
+    (1..=share).rev().find(|&n| share.is_multiple_of(n) && n * block_size <= TOKENS).unwrap_or(1)
+}

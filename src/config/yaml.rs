@@ -1,0 +1,220 @@
+//! YAML in and out: overrides, unknown keys, and what a resumed run may change.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use serde_yaml::{Mapping, Value};
+
+use super::{usage, Config, Model, Train};
+use crate::error::{Error, Result};
+
+/// Keys that do not change what is learnt, so that a resumed run may change them without asking.
+const FREE_ON_RESUME: [&str; 8] = [
+    "train.steps",
+    "train.log_every",
+    "train.eval_every",
+    "train.save_every",
+    "train.sample_every",
+    "train.keep_last",
+    "train.prompts",
+    "threads",
+];
+
+impl Config {
+    /// Reads a YAML file and applies `key=value` overrides to it.
+    ///
+    /// # Errors
+    /// Usage: a file that cannot be read or is not YAML, a key that does not exist, a value of the wrong type.
+    pub fn load(path: &Path, overrides: &[String]) -> Result<Self> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|e| Error::Usage(format!("cannot read the configuration {}: {e}", path.display())))?;
+        Self::parse(&text, overrides).map_err(|e| e.context(format!("in {}", path.display())))
+    }
+
+    /// Parses YAML text and applies `key=value` overrides to it; errors as [`Config::load`].
+    pub fn parse(text: &str, overrides: &[String]) -> Result<Self> {
+        let mut root: Value =
+            serde_yaml::from_str(text).map_err(|e| Error::Usage(format!("this is not a YAML configuration: {e}")))?;
+        if root.is_null() {
+            root = Value::Mapping(Mapping::new());
+        }
+        let known = serde_yaml::to_value(Self::with_every_key())?;
+        for item in overrides {
+            let (key, value) = item
+                .split_once('=')
+                .ok_or_else(|| Error::Usage(format!("--set {item}: expected key=value, for example optim.lr=3e-4")))?;
+            let value = serde_yaml::from_str(value)
+                .map_err(|e| Error::Usage(format!("--set {item}: the value is not YAML: {e}")))?;
+            set(&mut root, key, value)?;
+        }
+        check_keys(&root, &known, "")?;
+        // A float that YAML writes like a whole number (lr: 1) or without a dot (3e-4, which YAML 1.1 reads as text).
+        coerce_numbers(&mut root, &known);
+        serde_path(&root)
+    }
+
+    fn with_every_key() -> Self {
+        let model = Model {
+            preset: Some("gpt-nano".into()),
+            n_layer: Some(1),
+            n_head: Some(1),
+            n_embd: Some(1),
+            ..Model::default()
+        };
+        let train = Train { init_from: Some("runs".into()), ..Train::default() };
+        Self { model, train, ..Self::default() }
+    }
+
+    /// The keys, with both values, in which `self` differs from `older` and which would change what is learnt.
+    pub fn changes_since(&self, older: &Self) -> Result<Vec<(String, String, String)>> {
+        let (new, old) = (flatten(self)?, flatten(older)?);
+        let keys: BTreeSet<&String> = new.keys().chain(old.keys()).collect();
+        let text = |value: Option<&Value>| {
+            let yaml = value.map(|value| serde_yaml::to_string(value).unwrap_or_default());
+            yaml.map_or_else(|| "absent".into(), |yaml| yaml.trim().replace('\n', " "))
+        };
+        Ok(keys
+            .into_iter()
+            .filter(|key| new.get(*key) != old.get(*key))
+            .filter(|key| *key != "name" && !FREE_ON_RESUME.contains(&key.as_str()))
+            .map(|key| (key.clone(), text(old.get(key)), text(new.get(key))))
+            .collect())
+    }
+
+    /// The resolved configuration as YAML, for `config.yaml`.
+    pub fn to_yaml(&self) -> Result<String> {
+        Ok(serde_yaml::to_string(self)?)
+    }
+}
+
+fn set(root: &mut Value, path: &str, value: Value) -> Result<()> {
+    let mut place = root;
+    for key in path.split('.') {
+        if place.is_null() {
+            *place = Value::Mapping(Mapping::new());
+        }
+        let Value::Mapping(map) = place else {
+            return usage(format!("--set {path}: `{key}` is inside something that has no keys"));
+        };
+        place = map.entry(key.into()).or_insert(Value::Null);
+    }
+    *place = value;
+    Ok(())
+}
+
+/// Refuses keys that `known` does not have, naming the nearest that it has.
+fn check_keys(value: &Value, known: &Value, prefix: &str) -> Result<()> {
+    let Value::Mapping(known) = known else { return Ok(()) };
+    let Value::Mapping(map) = value else {
+        return usage(format!("{}: expected keys and values, found {}", place(prefix), kind_of(value)));
+    };
+    let names: Vec<&str> = known.keys().filter_map(Value::as_str).collect();
+    for (key, inner) in map {
+        let name = key.as_str().unwrap_or_default();
+        let Some(expected) = known.get(name) else {
+            let nearest = names.iter().max_by(|a, b| {
+                let similarity = |word: &str| strsim::jaro_winkler(word, name);
+                similarity(a).total_cmp(&similarity(b))
+            });
+            let hint = nearest.map_or(String::new(), |word| format!("; did you mean `{prefix}{word}`?"));
+            return usage(format!("unknown key `{prefix}{name}`{hint} (keys here: {})", names.join(", ")));
+        };
+        if expected.is_mapping() {
+            check_keys(inner, expected, &format!("{prefix}{name}."))?;
+        }
+    }
+    Ok(())
+}
+
+fn place(prefix: &str) -> &str {
+    if prefix.is_empty() {
+        "the file"
+    } else {
+        prefix.trim_end_matches('.')
+    }
+}
+
+fn kind_of(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "nothing",
+        Value::Bool(_) => "true or false",
+        Value::Number(_) => "a number",
+        Value::String(_) => "text",
+        Value::Sequence(_) => "a list",
+        Value::Mapping(_) => "keys and values",
+        Value::Tagged(_) => "a tagged value",
+    }
+}
+
+/// Turns text such as `3e-4` into the number that the key wants.
+fn coerce_numbers(value: &mut Value, known: &Value) {
+    match (value, known) {
+        (Value::Mapping(map), Value::Mapping(known)) => {
+            for (key, inner) in map.iter_mut() {
+                if let Some(expected) = known.get(key) {
+                    coerce_numbers(inner, expected);
+                }
+            }
+        }
+        (Value::Sequence(items), Value::Sequence(known)) => {
+            for (item, expected) in items.iter_mut().zip(known) {
+                coerce_numbers(item, expected);
+            }
+        }
+        (value @ Value::String(_), Value::Number(_)) => {
+            if let Some(number) = value.as_str().and_then(|text| text.parse::<f64>().ok()) {
+                *value = number.into();
+            }
+        }
+        _ => {}
+    }
+}
+
+/// Deserializes section by section, so that an error can name the key that it is about.
+fn serde_path(root: &Value) -> Result<Config> {
+    let whole: std::result::Result<Config, _> = serde_yaml::from_value(root.clone());
+    let Err(error) = whole else { return Ok(whole?) };
+    // serde_yaml names no key in a value tree: find it by leaving out one leaf at a time.
+    for key in leaves(root, "") {
+        let mut without = root.clone();
+        remove(&mut without, &key);
+        if serde_yaml::from_value::<Config>(without).is_ok() {
+            return usage(format!("{key}: {error}"));
+        }
+    }
+    usage(error.to_string())
+}
+
+fn leaves(value: &Value, prefix: &str) -> Vec<String> {
+    match value {
+        Value::Mapping(map) => map
+            .iter()
+            .flat_map(|(key, inner)| {
+                let name = key.as_str().unwrap_or_default();
+                let path = if prefix.is_empty() { name.into() } else { format!("{prefix}.{name}") };
+                leaves(inner, &path)
+            })
+            .collect(),
+        _ => vec![prefix.to_string()],
+    }
+}
+
+fn remove(root: &mut Value, path: &str) {
+    let mut place = root;
+    let (parents, last) = path.rsplit_once('.').unwrap_or(("", path));
+    for key in parents.split('.').filter(|key| !key.is_empty()) {
+        match place.get_mut(key) {
+            Some(inner) => place = inner,
+            None => return,
+        }
+    }
+    if let Value::Mapping(map) = place {
+        map.remove(last);
+    }
+}
+
+fn flatten(config: &Config) -> Result<BTreeMap<String, Value>> {
+    let value = serde_yaml::to_value(config)?;
+    let get = |path: &String| path.split('.').try_fold(&value, |inner, key| inner.get(key)).cloned();
+    Ok(leaves(&value, "").into_iter().filter_map(|path| get(&path).map(|leaf| (path, leaf))).collect())
+}
