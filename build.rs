@@ -17,10 +17,21 @@ fn main() {
              run launch/setup, then `. .venv/lockstep.env`, and build again"
         ),
     }
+    export_mkl_answer();
     if env::var_os("CARGO_FEATURE_MPI").is_some() {
         for folder in mpi_library_folders() {
             add_runpath(Path::new(&folder));
         }
+    }
+}
+
+/// Lets LibTorch see the function of `src/device.rs` that answers MKL's question for the processor's maker; an
+/// executable keeps its functions to itself otherwise.
+fn export_mkl_answer() {
+    let Some(folder) = env::var_os("OUT_DIR") else { return };
+    let list = Path::new(&folder).join("exported.list");
+    if std::fs::write(&list, "{ mkl_serv_intel_cpu_true; };\n").is_ok() {
+        println!("cargo:rustc-link-arg=-Wl,--dynamic-list={}", list.display());
     }
 }
 

@@ -100,29 +100,11 @@ pub fn save(checkpoints: &Path, state: &State, parameters: &Parameters, optimize
     let target = checkpoints.join(format!("step-{:08}", state.step));
     let temporary = checkpoints.join(format!("step-{:08}{TEMPORARY}", state.step));
     clear_temporaries(checkpoints);
-    fs::create_dir_all(&temporary).map_err(|e| Error::write(&temporary, e))?;
-
-    let write_tensors = |name: &str, tensors: Vec<(String, FlatView)>, range: Option<String>| {
-        let path = temporary.join(name);
-        let metadata = range.map(|range| HashMap::from([("flat_range".to_string(), range)]));
-        safetensors::serialize_to_file(tensors, metadata, &path).map_err(|e| Error::write(&path, e))
-    };
-    let weights = parameters.specs.iter().map(|spec| (spec.name.clone(), FlatView::new(&spec.view(&parameters.flat))));
-    write_tensors(MODEL, weights.collect(), None)?;
-    let moments = [("exp_avg", &optimizer.exp_avg), ("exp_avg_sq", &optimizer.exp_avg_sq)];
-    let moments = moments.into_iter().map(|(name, flat)| (name.to_string(), FlatView::new(flat)));
-    write_tensors(OPTIMIZER, moments.collect(), Some(format!("0..{}", parameters.numel())))?;
-    write_json(&temporary.join(STATE), state)?;
-
-    let mut files = BTreeMap::new();
-    for name in [MODEL, OPTIMIZER, STATE] {
-        let path = temporary.join(name);
-        files.insert(name.to_string(), digest(&path).map_err(|e| Error::write(&path, e))?);
-        sync(&path)?;
+    if let Err(error) = write(&temporary, state, parameters, optimizer) {
+        // Room on a full disk.
+        let _ = fs::remove_dir_all(&temporary);
+        return Err(error);
     }
-    write_json(&temporary.join(MANIFEST), &Manifest { format_version: FORMAT_VERSION, files })?;
-    sync(&temporary.join(MANIFEST))?;
-    sync(&temporary)?;
     if target.exists() {
         // The same step, saved before: an unreadable one that a resumed run passed over.
         fs::remove_dir_all(&target).map_err(|e| Error::write(&target, e))?;
@@ -130,6 +112,35 @@ pub fn save(checkpoints: &Path, state: &State, parameters: &Parameters, optimize
     fs::rename(&temporary, &target).map_err(|e| Error::write(&target, e))?;
     sync(checkpoints)?;
     Ok(target)
+}
+
+/// Writes the files of a checkpoint, the manifest last, and makes them durable.
+fn write(folder: &Path, state: &State, parameters: &Parameters, optimizer: &AdamW) -> Result<()> {
+    fs::create_dir_all(folder).map_err(|e| Error::write(folder, e))?;
+    write_json(&folder.join(STATE), state)?;
+    // safetensors makes files that only their owner may read; a run is as open as its other files are.
+    let permissions = fs::metadata(folder.join(STATE)).map_err(|e| Error::write(folder, e))?.permissions();
+    let write_tensors = |name: &str, tensors: Vec<(String, FlatView)>, range: Option<String>| {
+        let path = folder.join(name);
+        let metadata = range.map(|range| HashMap::from([("flat_range".to_string(), range)]));
+        safetensors::serialize_to_file(tensors, metadata, &path).map_err(|e| Error::write(&path, e))?;
+        fs::set_permissions(&path, permissions.clone()).map_err(|e| Error::write(&path, e))
+    };
+    let weights = parameters.specs.iter().map(|spec| (spec.name.clone(), FlatView::new(&spec.view(&parameters.flat))));
+    write_tensors(MODEL, weights.collect(), None)?;
+    let moments = [("exp_avg", &optimizer.exp_avg), ("exp_avg_sq", &optimizer.exp_avg_sq)];
+    let moments = moments.into_iter().map(|(name, flat)| (name.to_string(), FlatView::new(flat)));
+    write_tensors(OPTIMIZER, moments.collect(), Some(format!("0..{}", parameters.numel())))?;
+
+    let mut files = BTreeMap::new();
+    for name in [MODEL, OPTIMIZER, STATE] {
+        let path = folder.join(name);
+        files.insert(name.to_string(), digest(&path).map_err(|e| Error::write(&path, e))?);
+        sync(&path)?;
+    }
+    write_json(&folder.join(MANIFEST), &Manifest { format_version: FORMAT_VERSION, files })?;
+    sync(&folder.join(MANIFEST))?;
+    sync(folder)
 }
 
 /// Complete checkpoints in a folder, by step; a folder without a manifest is not one.
@@ -336,11 +347,7 @@ fn check_version(path: &Path, found: u32) -> Result<()> {
     }
 }
 
-/// Writes a value as indented JSON.
-///
-/// # Errors
-/// Storage, where the file cannot be written.
-pub fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<()> {
+fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<()> {
     let mut text = serde_json::to_string_pretty(value)?;
     text.push('\n');
     fs::write(path, text).map_err(|e| Error::write(path, e))

@@ -98,8 +98,10 @@ pub fn run(cli: &Cli) -> Result<()> {
             }
         }
         Verb::Completions { shell } => {
-            clap_complete::generate(*shell, &mut Cli::command(), "lockstep", &mut io::stdout());
-            Ok(())
+            // Into memory first: the generator panics where its output cannot be written.
+            let mut script = Vec::new();
+            clap_complete::generate(*shell, &mut Cli::command(), "lockstep", &mut script);
+            io::stdout().write_all(&script).map_err(stdout_failed)
         }
     }
 }
@@ -119,7 +121,7 @@ fn on_every_rank(work: impl FnOnce(&Comm) -> Result<()>) -> Result<()> {
     if comm.world_size == 1 || matches!(error.downcast_ref(), Some(Error::Preempted(_))) {
         return Err(error);
     }
-    eprintln!("lockstep: rank {}: {error:#}", comm.rank);
+    let _ = writeln!(io::stderr(), "lockstep: rank {}: {error:#}", comm.rank);
     comm.abort(crate::error::exit_code(&error));
     Err(error)
 }
@@ -175,7 +177,11 @@ fn stdout_failed(e: io::Error) -> anyhow::Error {
 fn tokenize(tokenizer: &str, decode: bool, file: Option<&Path>) -> Result<()> {
     let tokenizer = match tokenizer {
         "gpt2" => Tokenizer::gpt2()?,
-        path => Tokenizer::from_file(Path::new(path))?,
+        path if Path::new(path).is_file() => Tokenizer::from_file(Path::new(path))?,
+        name => {
+            let message = format!("--tokenizer {name}: expected gpt2 or a tokenizer.json; there is no such file");
+            return Err(Error::Usage(message).into());
+        }
     };
     let (input, name): (Box<dyn BufRead>, String) = match file {
         Some(path) => {
@@ -249,7 +255,19 @@ fn load(run: &Run, world_size: usize, local_rank: usize) -> Result<Loaded> {
             dir.checkpoints().join(format!("step-{step:08}"))
         }
     };
-    let state = checkpoint::load_state(&path)?;
+    let there = checkpoint::list(&dir.checkpoints());
+    if !there.iter().any(|(_, found)| *found == path) {
+        let steps: Vec<String> = there.iter().map(|(step, _)| format!("step-{step}")).collect();
+        return Err(Error::Storage(format!(
+            "--checkpoint {}: there is no {}; there are latest, {}",
+            run.checkpoint,
+            path.display(),
+            steps.join(", ")
+        ))
+        .into());
+    }
+    let state = checkpoint::load_state(&path)
+        .map_err(|e| e.context("the checkpoint cannot be used; --checkpoint latest takes the newest good one"))?;
     let mut config = Config::load(&dir.config(), &[])?;
     // How a finished model is used need not divide as its training did.
     config.data.batch_size = config.data.batch_size.div_ceil(world_size) * world_size;

@@ -58,6 +58,17 @@ fn load_cuda() -> std::result::Result<(), String> {
     Ok(())
 }
 
+/// MKL's question whether this is an Intel processor, answered yes.
+///
+/// LibTorch's MKL multiplies matrices with its AVX2 kernels on other makers' processors, whatever they can do; with this
+/// answer it goes by the instruction sets that the processor reports, as on Intel's. On an AMD EPYC with AVX-512 that
+/// halved the time of a training step. The loader takes this function for MKL's own of the same name because the
+/// executable exports it (build.rs); where LibTorch has no MKL, nobody calls it.
+#[no_mangle]
+pub extern "C" fn mkl_serv_intel_cpu_true() -> std::ffi::c_int {
+    1
+}
+
 /// Sets the threads that this process computes with, in LibTorch and in rayon alike.
 ///
 /// `None` leaves the choice to `OMP_NUM_THREADS` or, where that is unset, to the cores this process may use.

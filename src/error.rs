@@ -70,10 +70,11 @@ pub fn from_panic(panic: &(dyn std::any::Any + Send)) -> anyhow::Error {
     let text = panic.downcast_ref::<String>().cloned();
     let text = text.or_else(|| panic.downcast_ref::<&str>().map(ToString::to_string)).unwrap_or_default();
     if text.contains("can't allocate memory") || text.contains("out of memory") {
-        let first = text.lines().find(|line| line.contains("memory")).unwrap_or_default();
+        // tch escapes the ends of lines; the first line says it all, the others are LibTorch's stack.
+        let first = text.split("\\n").flat_map(str::lines).find(|line| line.contains("memory")).unwrap_or_default();
+        let reason = first.rsplit(['"', ']']).next().unwrap_or_default().trim();
         return Error::Usage(format!(
-            "there is not enough memory ({}); use a smaller data.micro_batch or model, or model.recompute: true",
-            first.trim()
+            "there is not enough memory ({reason}); use a smaller data.micro_batch or model, or model.recompute: true"
         ))
         .into();
     }

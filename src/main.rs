@@ -1,5 +1,6 @@
 //! The one error exit: whatever goes wrong becomes a line on stderr and an exit code here.
 
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -14,7 +15,8 @@ fn main() -> ExitCode {
     match done.unwrap_or_else(|panic| Err(error::from_panic(panic.as_ref()))) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("lockstep: {error:#}");
+            // Not eprintln: it panics where nobody reads stderr any more.
+            let _ = writeln!(io::stderr(), "lockstep: {error:#}");
             ExitCode::from(error::exit_code(&error))
         }
     }

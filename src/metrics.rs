@@ -1,6 +1,7 @@
 //! The CSV files of a run: what a row holds, and how a resumed run takes a file up again.
 
 use std::fs::{self, File, OpenOptions};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
@@ -103,10 +104,10 @@ impl Row for EvalRow {
     }
 }
 
-/// A CSV file that grows by a row at a time, each written whole.
+/// A CSV file that grows by a row at a time, each written whole or not at all.
 pub struct Log {
     path: PathBuf,
-    writer: csv::Writer<File>,
+    file: File,
 }
 
 impl Log {
@@ -121,20 +122,13 @@ impl Log {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Vec::new(),
             Err(e) => return Err(Error::Storage(format!("cannot read {}: {e}", path.display())).into()),
         };
-        // A new file under another name, renamed over the old: an interruption here leaves one of the two whole.
-        let temporary = path.with_extension("csv.tmp");
-        let fail = |e: &dyn std::fmt::Display| Error::write(path, e);
-        let mut fresh = csv::WriterBuilder::new().has_headers(false).from_path(&temporary).map_err(|e| fail(&e))?;
-        fresh.write_record(R::COLUMNS).map_err(|e| fail(&e))?;
+        let mut text = format!("{}\n", R::COLUMNS.join(",")).into_bytes();
         for row in &rows {
-            fresh.serialize(row).map_err(|e| fail(&e))?;
+            text.extend(line(row)?);
         }
-        fresh.flush().map_err(|e| fail(&e))?;
-        fresh.get_ref().sync_all().map_err(|e| fail(&e))?;
-        fs::rename(&temporary, path).map_err(|e| fail(&e))?;
-        let file = OpenOptions::new().append(true).open(path).map_err(|e| fail(&e))?;
-        let writer = csv::WriterBuilder::new().has_headers(false).from_writer(file);
-        Ok((Self { path: path.to_path_buf(), writer }, rows))
+        replace(path, &text)?;
+        let file = OpenOptions::new().append(true).open(path).map_err(|e| Error::write(path, e))?;
+        Ok((Self { path: path.to_path_buf(), file }, rows))
     }
 
     /// Appends a row.
@@ -142,9 +136,43 @@ impl Log {
     /// # Errors
     /// Storage, where the row cannot be written.
     pub fn append<R: Row>(&mut self, row: &R) -> Result<()> {
-        let written = self.writer.serialize(row).map_err(|e| e.to_string());
-        written.and_then(|()| self.writer.flush().map_err(|e| e.to_string())).map_err(|e| Error::write(&self.path, e))
+        let line = line(row)?;
+        let length = self.file.metadata().map_err(|e| Error::write(&self.path, e))?.len();
+        self.file.write_all(&line).map_err(|e| {
+            // A full disk takes a part of a row; the file keeps whole ones.
+            let _ = self.file.set_len(length);
+            Error::write(&self.path, e)
+        })
     }
+}
+
+fn line(row: &impl Serialize) -> Result<Vec<u8>> {
+    let mut writer = csv::WriterBuilder::new().has_headers(false).from_writer(Vec::new());
+    writer.serialize(row)?;
+    Ok(writer.into_inner()?)
+}
+
+/// Gives a file this content: under another name first, made durable, and renamed, so that whatever happens, the old
+/// content or the new is there whole. A file that has it already is left alone.
+///
+/// # Errors
+/// Storage, where the file cannot be written.
+pub fn replace(path: &Path, content: &[u8]) -> Result<()> {
+    if fs::read(path).is_ok_and(|found| found == content) {
+        return Ok(());
+    }
+    let mut temporary = path.as_os_str().to_owned();
+    temporary.push(".tmp");
+    let write = || {
+        let mut file = File::create(&temporary)?;
+        file.write_all(content)?;
+        file.sync_all()?;
+        fs::rename(&temporary, path)
+    };
+    write().map_err(|e| {
+        let _ = fs::remove_file(&temporary);
+        Error::write(path, e)
+    })
 }
 
 /// The rows of a file. A last line without its newline, or one that does not parse, is what a crash left: it is

@@ -169,6 +169,7 @@ def bare(tmp_path):
     (clone / "analysis").mkdir(parents=True)
     shutil.copytree(ROOT / "launch", clone / "launch")
     shutil.copy(ROOT / "analysis/requirements.txt", clone / "analysis")
+    shutil.copy(ROOT / "Cargo.toml", clone)
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
     for name in TOOLS:

@@ -66,16 +66,26 @@ impl Config {
         let (data, optim, model) = (&self.data, &self.optim, &self.model);
         let rules = [
             (!self.name.is_empty() && !self.name.contains('/'), "name", "a word without `/`", self.name.clone()),
-            (n_layer > 0, "model.n_layer", "1 or more", n_layer.to_string()),
-            (n_head > 0, "model.n_head", "1 or more", n_head.to_string()),
             (
-                n_head > 0 && n_embd > 0 && n_embd.is_multiple_of(n_head),
+                !matches!(self.threads, Auto::Number(n) if n > 1024),
+                "threads",
+                "auto or 1 to 1024",
+                match self.threads {
+                    Auto::Auto => "auto".into(),
+                    Auto::Number(n) => n.to_string(),
+                },
+            ),
+            ((1..=1024).contains(&n_layer), "model.n_layer", "1 to 1024", n_layer.to_string()),
+            ((1..=1024).contains(&n_head), "model.n_head", "1 to 1024", n_head.to_string()),
+            ((1..=1 << 16).contains(&n_embd), "model.n_embd", "1 to 65536", n_embd.to_string()),
+            (
+                n_embd.is_multiple_of(n_head),
                 "model.n_embd",
                 "a multiple of model.n_head",
                 format!("{n_embd} with {n_head} heads"),
             ),
-            (data.block_size >= 2, "data.block_size", "2 or more", data.block_size.to_string()),
-            (data.batch_size >= 1, "data.batch_size", "1 or more", data.batch_size.to_string()),
+            ((2..=1 << 20).contains(&data.block_size), "data.block_size", "2 to 1048576", data.block_size.to_string()),
+            ((1..=1 << 20).contains(&data.batch_size), "data.batch_size", "1 to 1048576", data.batch_size.to_string()),
             ((0.0..1.0).contains(&model.dropout), "model.dropout", "0 to below 1", model.dropout.to_string()),
             (optim.lr > 0.0 && optim.lr.is_finite(), "optim.lr", "a number above 0", optim.lr.to_string()),
             (

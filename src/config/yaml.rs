@@ -170,22 +170,31 @@ fn coerce_numbers(value: &mut Value, known: &Value) {
     }
 }
 
-/// Deserializes section by section, so that an error can name the key that it is about.
+/// Deserializes, and names the key that an error is about.
 fn serde_path(root: &Value) -> Result<Config> {
     let whole: std::result::Result<Config, _> = serde_yaml::from_value(root.clone());
     let Err(error) = whole else { return Ok(whole?) };
-    // serde_yaml names no key in a value tree: find it by leaving out one leaf at a time.
-    for key in leaves(root, "") {
-        let mut without = root.clone();
-        remove(&mut without, &key);
-        if serde_yaml::from_value::<Config>(without).is_ok() {
-            return usage(format!("{key}: {error}"));
+    // serde_yaml names no key in a value tree. Every key has a default, so the culprit fails alone too.
+    for (key, value) in leaves(root, "") {
+        let mut alone = Value::Null;
+        set(&mut alone, &key, value)?;
+        if let Err(error) = serde_yaml::from_value::<Config>(alone) {
+            return usage(format!("{key}: {}", in_words(&error.to_string())));
         }
     }
-    usage(error.to_string())
+    usage(in_words(&error.to_string()))
 }
 
-fn leaves(value: &Value, prefix: &str) -> Vec<String> {
+/// Rust's names of types, as words.
+fn in_words(error: &str) -> String {
+    let names = [("usize", "a whole number from 0"), ("u64", "a whole number from 0"), ("f64", "a number")];
+    names.iter().fold(error.to_string(), |text, (name, words)| {
+        text.replace(&format!("expected {name}"), &format!("expected {words}"))
+    })
+}
+
+/// (path, value) of everything that holds no keys itself.
+fn leaves(value: &Value, prefix: &str) -> Vec<(String, Value)> {
     match value {
         Value::Mapping(map) => map
             .iter()
@@ -195,26 +204,10 @@ fn leaves(value: &Value, prefix: &str) -> Vec<String> {
                 leaves(inner, &path)
             })
             .collect(),
-        _ => vec![prefix.to_string()],
-    }
-}
-
-fn remove(root: &mut Value, path: &str) {
-    let mut place = root;
-    let (parents, last) = path.rsplit_once('.').unwrap_or(("", path));
-    for key in parents.split('.').filter(|key| !key.is_empty()) {
-        match place.get_mut(key) {
-            Some(inner) => place = inner,
-            None => return,
-        }
-    }
-    if let Value::Mapping(map) = place {
-        map.remove(last);
+        _ => vec![(prefix.to_string(), value.clone())],
     }
 }
 
 fn flatten(config: &Config) -> Result<BTreeMap<String, Value>> {
-    let value = serde_yaml::to_value(config)?;
-    let get = |path: &String| path.split('.').try_fold(&value, |inner, key| inner.get(key)).cloned();
-    Ok(leaves(&value, "").into_iter().filter_map(|path| get(&path).map(|leaf| (path, leaf))).collect())
+    Ok(leaves(&serde_yaml::to_value(config)?, "").into_iter().collect())
 }

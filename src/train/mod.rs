@@ -187,20 +187,19 @@ impl<'a> Trainer<'a> {
                 .into())
             }
         };
-        self.dir.claim(&self.plan.config, allowed)?;
-        self.dir.create()?;
-        std::fs::copy(&self.tokenizer_file, self.dir.tokenizer())
-            .map_err(|e| Error::write(&self.dir.tokenizer(), e))?;
+        // All checks come before the first change, so that a refused command leaves the run as it was.
+        self.dir.check(&self.plan.config, allowed)?;
         if let Some(path) = &found {
             self.load(path, allowed)?;
-            checkpoint::set_aside_after(&checkpoints, self.state.step)?;
             info!("resuming from {} after {} steps", path.display(), self.state.step);
         } else if let Some(path) = &self.plan.config.train.init_from {
-            let path = find_checkpoint(path)?;
+            let path = find_checkpoint(path).map_err(|e| e.context("train.init_from"))?;
             checkpoint::verify(&path)?;
             checkpoint::load_model(&path, &mut self.model.parameters)?;
             info!("beginning with the weights of {}", path.display());
         }
+        self.dir.claim(&self.plan.config, &self.tokenizer_file)?;
+        checkpoint::set_aside_after(&checkpoints, self.state.step)?;
         self.recorder = Some(Recorder::open(&self.dir, self.state.step, self.plan.config.train.steps)?);
         Ok(())
     }

@@ -9,10 +9,10 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
 use tracing::info;
 
-use crate::checkpoint::{self, write_json};
+use crate::checkpoint;
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::metrics::{EvalRow, Log, TrainRow};
+use crate::metrics::{replace, EvalRow, Log, TrainRow};
 
 /// The places in a run directory.
 #[derive(Debug, Clone)]
@@ -44,23 +44,24 @@ impl RunDir {
         self.0.join("logs").join(format!("rank-{rank:04}.log"))
     }
 
-    /// Makes the folders of a run.
+    /// Makes the folders of a run and writes its configuration and its tokenizer there.
     ///
     /// # Errors
-    /// Storage, where one cannot be made.
-    pub fn create(&self) -> Result<()> {
+    /// Storage, where a folder or a file cannot be made.
+    pub fn claim(&self, config: &Config, tokenizer: &Path) -> Result<()> {
         for folder in ["checkpoints", "logs", "samples"] {
             let folder = self.0.join(folder);
             fs::create_dir_all(&folder).map_err(|e| Error::write(&folder, e))?;
         }
-        Ok(())
+        replace(&self.config(), config.to_yaml()?.as_bytes())?;
+        replace(&self.tokenizer(), &fs::read(tokenizer).map_err(|e| Error::read(tokenizer, e))?)
     }
 
-    /// Refuses a configuration that differs from the directory's own in what is learnt, and then writes it there.
+    /// Refuses a configuration that differs from the directory's own in what is learnt.
     ///
     /// # Errors
-    /// Usage, with each key and both values; storage, where the file cannot be written.
-    pub fn claim(&self, config: &Config, allowed: &[String]) -> Result<()> {
+    /// Usage, with each key and both values.
+    pub fn check(&self, config: &Config, allowed: &[String]) -> Result<()> {
         if self.config().exists() {
             let older = Config::load(&self.config(), &[])?;
             let changes: Vec<String> = config
@@ -79,10 +80,7 @@ impl RunDir {
                 .into());
             }
         }
-        let temporary = self.config().with_extension("yaml.tmp");
-        fs::write(&temporary, config.to_yaml()?)
-            .and_then(|()| fs::rename(&temporary, self.config()))
-            .map_err(|e| Error::write(&self.config(), e))
+        Ok(())
     }
 }
 
@@ -102,6 +100,10 @@ impl Best {
         let valid = rows.iter().filter(|row| row.split == "valid" && row.loss.is_finite());
         let best = valid.min_by(|a, b| a.loss.total_cmp(&b.loss))?;
         Some(Self { step: best.step, loss: best.loss, ppl: best.ppl })
+    }
+
+    fn publish(&self, dir: &RunDir) -> Result<()> {
+        replace(&dir.best(), (serde_json::to_string_pretty(self)? + "\n").as_bytes())
     }
 }
 
@@ -125,7 +127,7 @@ impl Recorder {
         let (eval, rows) = Log::open::<EvalRow>(&dir.0.join("eval.csv"), step)?;
         let best = Best::of(&rows);
         match best {
-            Some(best) => write_json(&dir.best(), &best)?,
+            Some(best) => best.publish(dir)?,
             // What a run left that was killed after its first evaluation and before its first checkpoint.
             None if dir.best().exists() => fs::remove_file(dir.best()).map_err(|e| Error::write(&dir.best(), e))?,
             None => {}
@@ -158,9 +160,7 @@ impl Recorder {
     /// Publishes the best evaluation, once its checkpoint is there, and clears checkpoints no longer kept.
     pub fn saved(&mut self, keep_last: usize) -> Result<()> {
         if let Some(best) = &self.best {
-            let temporary = self.dir.best().with_extension("json.tmp");
-            write_json(&temporary, best)?;
-            fs::rename(&temporary, self.dir.best()).map_err(|e| Error::write(&self.dir.best(), e))?;
+            best.publish(&self.dir)?;
         }
         checkpoint::purge(&self.dir.checkpoints(), keep_last, self.best.map(|best| best.step))
     }
@@ -229,6 +229,10 @@ pub fn find_checkpoint(path: &Path) -> Result<PathBuf> {
         return Ok(path.to_path_buf());
     }
     checkpoint::latest(&path.join("checkpoints"))?.ok_or_else(|| {
-        Error::Storage(format!("{} is neither a checkpoint nor a run directory with one", path.display())).into()
+        Error::Storage(format!(
+            "{} is neither a checkpoint nor a run directory with one; name what `lockstep train` wrote",
+            path.display()
+        ))
+        .into()
     })
 }
