@@ -17,7 +17,7 @@ use tch::{no_grad, Kind, Tensor};
 use tracing::warn;
 
 use crate::error::{Error, Result};
-use crate::model::Parameters;
+use crate::model::parameters::Parameters;
 use crate::train::optimizer::AdamW;
 
 const MODEL: &str = "model.safetensors";
@@ -25,6 +25,7 @@ const OPTIMIZER: &str = "optimizer.safetensors";
 const STATE: &str = "state.json";
 const MANIFEST: &str = "MANIFEST.json";
 const TEMPORARY: &str = ".tmp";
+const ANOTHER_MODEL: &str = "it is of another model or vocabulary; give the configuration and data it was trained with";
 
 /// What a run needs beside the tensors in order to go on, and what must be equal for it to go on bit for bit.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -189,7 +190,6 @@ pub fn latest(checkpoints: &Path) -> Result<Option<PathBuf>> {
 /// Storage: the file, what was expected and what was found.
 pub fn verify(checkpoint: &Path) -> Result<()> {
     let manifest: Manifest = read_json(&checkpoint.join(MANIFEST))?;
-    check_version(&checkpoint.join(MANIFEST), manifest.format_version)?;
     for name in [MODEL, OPTIMIZER, STATE] {
         let path = checkpoint.join(name);
         let Some(expected) = manifest.files.get(name) else {
@@ -209,13 +209,9 @@ pub fn verify(checkpoint: &Path) -> Result<()> {
 /// Reads a verified checkpoint's state.
 ///
 /// # Errors
-/// Storage, where a byte is not what was written or the format is of another version.
+/// Storage, where the file is not what this version writes.
 pub fn load_state(checkpoint: &Path) -> Result<State> {
-    verify(checkpoint)?;
-    let path = checkpoint.join(STATE);
-    let state: State = read_json(&path)?;
-    check_version(&path, state.format_version)?;
-    Ok(state)
+    read_json(&checkpoint.join(STATE))
 }
 
 /// Reads a verified checkpoint's weights into parameters of the same names and shapes.
@@ -228,7 +224,7 @@ pub fn load_model(checkpoint: &Path, parameters: &mut Parameters) -> Result<()> 
     let tensors = parse(&path, &bytes)?;
     for name in tensors.names() {
         if !parameters.specs.iter().any(|spec| spec.name == name) {
-            return damaged(&path, &format!("holds `{name}`, which this model does not have"));
+            return damaged(&path, &format!("holds `{name}`, which this model does not have: {ANOTHER_MODEL}"));
         }
     }
     for spec in &parameters.specs {
@@ -252,13 +248,13 @@ pub fn load_optimizer(checkpoint: &Path, optimizer: &mut AdamW) -> Result<()> {
 
 /// Removes all complete checkpoints but the newest `keep` and those of the steps to `spare`.
 ///
-/// The manifest goes first, so that an interrupted removal leaves nothing that looks complete.
+/// Each is renamed first, so that an interrupted removal leaves nothing that looks complete, and the next save clears it.
 pub fn purge(checkpoints: &Path, keep: usize, spare: Option<usize>) -> Result<()> {
     let found = list(checkpoints);
     for (step, path) in found.iter().rev().skip(keep) {
         if Some(*step) != spare {
-            fs::remove_file(path.join(MANIFEST)).map_err(|e| Error::write(path, e))?;
-            fs::remove_dir_all(path).map_err(|e| Error::write(path, e))?;
+            let going = path.with_extension(&TEMPORARY[1..]);
+            fs::rename(path, &going).and_then(|()| fs::remove_dir_all(&going)).map_err(|e| Error::write(path, e))?;
         }
     }
     Ok(())
@@ -309,14 +305,14 @@ impl View for FlatView {
 
 fn copy(path: &Path, tensors: &SafeTensors, name: &str, into: &mut Tensor) -> Result<()> {
     let Ok(found) = tensors.tensor(name) else {
-        return damaged(path, &format!("lacks `{name}`, which this model has"));
+        return damaged(path, &format!("lacks `{name}`, which this model has: {ANOTHER_MODEL}"));
     };
     let expected: Vec<usize> = into.size().iter().map(|&n| n as usize).collect();
     if found.dtype() != Dtype::F32 || found.shape() != expected {
         return damaged(
             path,
             &format!(
-                "holds `{name}` as {:?} {:?}, this model has it as F32 {expected:?}",
+                "holds `{name}` as {:?} {:?}, this model has it as F32 {expected:?}: {ANOTHER_MODEL}",
                 found.dtype(),
                 found.shape()
             ),
@@ -340,22 +336,22 @@ fn damaged<T>(path: &Path, what: &str) -> Result<T> {
     Err(Error::Storage(format!("{} {what}", path.display())).into())
 }
 
-fn check_version(path: &Path, found: u32) -> Result<()> {
-    match found {
-        FORMAT_VERSION => Ok(()),
-        _ => damaged(path, &format!("is of format version {found}, this binary reads {FORMAT_VERSION}")),
-    }
-}
-
 fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<()> {
     let mut text = serde_json::to_string_pretty(value)?;
     text.push('\n');
     fs::write(path, text).map_err(|e| Error::write(path, e))
 }
 
+/// Reads a JSON file of this format version. The version is looked at first: another's fields may have other names.
 fn read_json<T: for<'a> Deserialize<'a>>(path: &Path) -> Result<T> {
-    let bytes = read(path)?;
-    serde_json::from_slice(&bytes).map_err(|e| Error::Storage(format!("{}: {e}", path.display())).into())
+    let fail = |e: serde_json::Error| Error::Storage(format!("{}: {e}", path.display()));
+    let value: serde_json::Value = serde_json::from_slice(&read(path)?).map_err(fail)?;
+    match value["format_version"].as_u64() {
+        Some(version) if version != u64::from(FORMAT_VERSION) => {
+            damaged(path, &format!("is of format version {version}, this binary reads {FORMAT_VERSION}"))
+        }
+        _ => Ok(serde_json::from_value(value).map_err(fail)?),
+    }
 }
 
 fn digest(path: &Path) -> std::io::Result<Entry> {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-/// Trains GPT language models with one process a GPU, in lockstep.
+/// Trains GPT language models with one process or several that move in lockstep.
 #[derive(Debug, Parser)]
 #[command(name = "lockstep", version, about)]
 pub struct Cli {
@@ -121,8 +121,8 @@ pub enum Verb {
         #[arg(long, default_value_t = 0)]
         seed: u64,
         /// Continuations of each prompt.
-        #[arg(long, default_value_t = 1)]
-        samples: usize,
+        #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
+        samples: u32,
     },
     /// Lists or verifies a run's checkpoints.
     #[command(after_help = "Example:\n  lockstep checkpoint verify --run-dir runs/wikitext2")]

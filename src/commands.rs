@@ -5,8 +5,9 @@ use std::io::{self, BufRead, BufReader, BufWriter, IsTerminal, Write};
 use std::path::Path;
 
 use clap::CommandFactory;
-use tch::Device;
+use tch::{Device, Kind};
 use tracing::level_filters::LevelFilter;
+use tracing_subscriber::filter::{filter_fn, FilterExt};
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::time::FormatTime;
 use tracing_subscriber::prelude::*;
@@ -20,6 +21,7 @@ use crate::data::prepare::{prepare, DataDir};
 use crate::data::wikitext::Source;
 use crate::device;
 use crate::error::{Error, Result};
+use crate::fault::StopRequest;
 use crate::model::generate::{generate, Sampling};
 use crate::model::{Gpt, GptConfig};
 use crate::tokenizer::Tokenizer;
@@ -50,17 +52,19 @@ pub fn run(cli: &Cli) -> Result<()> {
         }
         Verb::Tokenize { tokenizer, decode, file } => tokenize(tokenizer, *decode, file.as_deref()),
         Verb::Train { config, overrides, run_dir, resume, allow_config_change } => {
-            let config = Config::load(config, overrides)?;
-            let run_dir = run_dir.clone().unwrap_or_else(|| Path::new("runs").join(&config.name));
+            // From the start: a launcher may ask for a stop while MPI is still gathering the ranks.
+            let stop = StopRequest::install()?;
             let resume = match resume.as_str() {
                 "auto" => Resume::Auto,
                 "never" => Resume::Never,
                 path => Resume::From(path.into()),
             };
             on_every_rank(|comm| {
-                let plan = config.clone().validate(comm.world_size)?;
+                let plan = Config::load(config, overrides)?.validate(comm.world_size);
+                let plan = plan.map_err(|e| e.context(format!("in {}", config.display())))?;
+                let run_dir = run_dir.clone().unwrap_or_else(|| Path::new("runs").join(&plan.config.name));
                 start_log(cli, Some(&RunDir(run_dir.clone()).log(comm.rank)), comm.is_root());
-                train::train(comm, plan, &run_dir, &resume, allow_config_change)
+                train::train(comm, stop, plan, &run_dir, &resume, allow_config_change)
             })
         }
         Verb::Eval { run, split } => on_every_rank(|comm| eval(comm, run, *split)),
@@ -117,14 +121,22 @@ fn on_every_rank(work: impl FnOnce(&Comm) -> Result<()>) -> Result<()> {
         Ok(Err(error)) => error,
         Err(panic) => crate::error::from_panic(panic.as_ref()),
     };
-    // A preempted run has been stopped by all ranks together.
-    if comm.world_size == 1 || matches!(error.downcast_ref(), Some(Error::Preempted(_))) {
-        return Err(error);
+    tracing::error!(target: LOG_FILE_ONLY, "{error:#}");
+    if matches!(error.downcast_ref(), Some(Error::Preempted(_))) {
+        // All ranks stopped together; one of them says so.
+        if !comm.is_root() {
+            drop(comm);
+            std::process::exit(crate::error::exit_code(&error).into());
+        }
+    } else if comm.world_size > 1 {
+        let _ = writeln!(io::stderr(), "lockstep: rank {}: {error:#}", comm.rank);
+        comm.abort(crate::error::exit_code(&error));
     }
-    let _ = writeln!(io::stderr(), "lockstep: rank {}: {error:#}", comm.rank);
-    comm.abort(crate::error::exit_code(&error));
     Err(error)
 }
+
+/// Marks what `main` says on stderr anyway.
+const LOG_FILE_ONLY: &str = "log-file-only";
 
 /// Log lines on stderr, and in `file` where one is given. Ranks other than 0 put warnings only on stderr.
 fn start_log(cli: &Cli, file: Option<&Path>, root: bool) {
@@ -135,24 +147,38 @@ fn start_log(cli: &Cli, file: Option<&Path>, root: bool) {
         _ => LevelFilter::TRACE,
     };
     let shown = if root { level } else { LevelFilter::WARN };
-    let ansi = io::stderr().is_terminal();
-    let layer = tracing_subscriber::fmt::layer().with_writer(io::stderr).with_ansi(ansi).with_target(false);
-    let (text, json) = match cli.log_format {
-        LogFormat::Text => (Some(layer.with_timer(UtcTime).with_filter(shown)), None),
-        LogFormat::Json => {
-            (None, Some(tracing_subscriber::fmt::layer().json().with_writer(io::stderr).with_filter(shown)))
-        }
-    };
-    // A folder that cannot be written is said by whoever writes the run's files, with the right exit code.
-    let file = file.and_then(|path| {
-        fs::create_dir_all(path.parent()?).ok()?;
-        File::options().create(true).append(true).open(path).ok()
-    });
-    let file = file.map(|file| {
+    let shown = shown.and(filter_fn(|metadata| metadata.target() != LOG_FILE_ONLY));
+    let layer = tracing_subscriber::fmt::layer().with_writer(io::stderr).with_target(false);
+    let mut layers = vec![match cli.log_format {
+        LogFormat::Text => layer.with_ansi(io::stderr().is_terminal()).with_timer(UtcTime).with_filter(shown).boxed(),
+        LogFormat::Json => layer.json().with_filter(shown).boxed(),
+    }];
+    if let Some(path) = file {
         let layer = tracing_subscriber::fmt::layer().with_ansi(false).with_target(false).with_timer(UtcTime);
-        layer.with_writer(std::sync::Mutex::new(file)).with_filter(level)
-    });
-    let _ = tracing_subscriber::registry().with(text).with(json).with(file).try_init();
+        let path = path.to_path_buf();
+        layers.push(layer.with_writer(move || RankLog::open(&path)).with_filter(level).boxed());
+    }
+    let _ = tracing_subscriber::registry().with(layers).try_init();
+}
+
+/// A rank's log file. What is said before the run directory exists, or where it cannot be written, is dropped here: stderr
+/// has it, and whoever writes the run's files next fails with the right exit code.
+struct RankLog(Option<File>);
+
+impl RankLog {
+    fn open(path: &Path) -> Self {
+        Self(File::options().create(true).append(true).open(path).ok())
+    }
+}
+
+impl Write for RankLog {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.as_mut().map_or(Ok(bytes.len()), |file| file.write(bytes))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.as_mut().map_or(Ok(()), File::flush)
+    }
 }
 
 /// Seconds' resolution is enough for people; the CSVs have the exact times.
@@ -200,8 +226,8 @@ fn tokenize(tokenizer: &str, decode: bool, file: Option<&Path>) -> Result<()> {
         })?;
         offset += line.len() + 1;
         let written = if decode {
-            let ids = parse_ids(&line).map_err(|e| e.context(format!("{name}, line {}", number + 1)))?;
-            output.write_all(&tokenizer.decode(&ids)?)
+            let text = parse_ids(&line).and_then(|ids| tokenizer.decode(&ids));
+            output.write_all(&text.map_err(|e| e.context(format!("{name}, line {}", number + 1)))?)
         } else {
             let ids: Vec<String> = tokenizer.encode(&line).iter().map(ToString::to_string).collect();
             output.write_all(ids.join(" ").as_bytes())
@@ -246,7 +272,8 @@ fn load(run: &Run, world_size: usize, local_rank: usize) -> Result<Loaded> {
                 dir.checkpoints().join(format!("step-{:08}", best.step))
             }
             // A run without evaluations has no best.
-            Err(_) => find_checkpoint(&run.run_dir)?,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => find_checkpoint(&run.run_dir)?,
+            Err(e) => return Err(Error::Storage(format!("cannot read {}: {e}", dir.best().display())).into()),
         },
         name => {
             let step = name.strip_prefix("step-").and_then(|step| step.parse::<usize>().ok()).ok_or_else(|| {
@@ -255,18 +282,19 @@ fn load(run: &Run, world_size: usize, local_rank: usize) -> Result<Loaded> {
             dir.checkpoints().join(format!("step-{step:08}"))
         }
     };
-    let there = checkpoint::list(&dir.checkpoints());
+    let there = checkpoints(&run.run_dir)?;
     if !there.iter().any(|(_, found)| *found == path) {
         let steps: Vec<String> = there.iter().map(|(step, _)| format!("step-{step}")).collect();
         return Err(Error::Storage(format!(
-            "--checkpoint {}: there is no {}; there are latest, {}",
+            "--checkpoint {}: there is no {}; there are {}",
             run.checkpoint,
             path.display(),
             steps.join(", ")
         ))
         .into());
     }
-    let state = checkpoint::load_state(&path)
+    let state = checkpoint::verify(&path)
+        .and_then(|()| checkpoint::load_state(&path))
         .map_err(|e| e.context("the checkpoint cannot be used; --checkpoint latest takes the newest good one"))?;
     let mut config = Config::load(&dir.config(), &[])?;
     // How a finished model is used need not divide as its training did.
@@ -281,7 +309,9 @@ fn load(run: &Run, world_size: usize, local_rank: usize) -> Result<Loaded> {
     let device = device::select(wanted, local_rank)?;
     let tokenizer = Tokenizer::from_file(&dir.tokenizer())?;
     let config = GptConfig::new(&plan, tokenizer.vocab_size());
-    let mut model = Gpt::new(config, device, train::kind(plan.config.precision));
+    // The weights are kept in fp32; bf16 pays on a GPU only.
+    let kind = if device.is_cuda() { train::kind(plan.config.precision) } else { Kind::Float };
+    let mut model = Gpt::new(config, device, kind);
     checkpoint::load_model(&path, &mut model.parameters).map_err(|e| {
         e.context(format!("a model of {} with a vocabulary of {}", dir.config().display(), tokenizer.vocab_size()))
     })?;
@@ -337,9 +367,9 @@ fn check_sampling(sampling: &Sampling) -> Result<()> {
     }
 }
 
-fn continue_prompts(run: &Run, prompts: &[String], tokens: usize, samples: usize, sampling: &Sampling) -> Result<()> {
+fn continue_prompts(run: &Run, prompts: &[String], tokens: usize, samples: u32, sampling: &Sampling) -> Result<()> {
     let Loaded { tokenizer, model, .. } = load(run, 1, 0)?;
-    let rows: Vec<&String> = prompts.iter().flat_map(|prompt| std::iter::repeat_n(prompt, samples)).collect();
+    let rows: Vec<&String> = prompts.iter().flat_map(|prompt| std::iter::repeat_n(prompt, samples as usize)).collect();
     let ids: Vec<Vec<u32>> = rows.iter().map(|prompt| tokenizer.encode(prompt)).collect();
     let continuations = generate(&model, &ids, tokens, sampling, tokenizer.end_of_text());
     let many = rows.len() > 1;

@@ -22,7 +22,15 @@ pub fn select(wanted: &str, local_rank: usize) -> Result<Device> {
     let loaded = load_cuda();
     let visible = if loaded.is_ok() { usize::try_from(Cuda::device_count()).unwrap_or(0) } else { 0 };
     match visible {
-        0 if wanted == "auto" => Ok(Device::Cpu),
+        0 if wanted == "auto" => {
+            if Path::new("/dev/nvidiactl").exists() {
+                let reason = loaded.err().unwrap_or_else(|| "LibTorch sees no GPU".into());
+                tracing::warn!(
+                    "computing on the CPU of a machine with an NVIDIA driver: {reason}; see `launch/setup --cuda`"
+                );
+            }
+            Ok(Device::Cpu)
+        }
         0 => {
             let reason = loaded.err().unwrap_or_else(|| "LibTorch sees no GPU".into());
             Err(Error::Usage(format!(
@@ -90,6 +98,13 @@ pub fn set_threads(threads: Option<usize>) -> usize {
     rayon::broadcast(|_| ());
     tch::set_num_threads(i32::try_from(threads).unwrap_or(i32::MAX));
     threads
+}
+
+/// Waits until the device has done what it was given, so that a clock read next tells the truth.
+pub fn synchronize(device: Device) {
+    if let Device::Cuda(index) = device {
+        Cuda::synchronize(index as i64);
+    }
 }
 
 /// Measures the peak of this device in FLOP/s, as a square matrix product reaches it: the denominator of mfu.

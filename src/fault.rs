@@ -18,9 +18,12 @@ impl StopRequest {
     /// Usage, where the system refuses signal handlers.
     pub fn install() -> Result<Self> {
         let raised = Arc::new(AtomicBool::new(false));
+        // Of its own: Slurm may send USR1 first and TERM later, while the save that USR1 asked for still goes on.
+        let insisted = Arc::new(AtomicBool::new(false));
         let register = || -> std::io::Result<()> {
             for signal in [SIGTERM, SIGINT] {
-                flag::register_conditional_shutdown(signal, 128 + signal, raised.clone())?;
+                flag::register_conditional_shutdown(signal, 128 + signal, insisted.clone())?;
+                flag::register(signal, insisted.clone())?;
             }
             for signal in [SIGUSR1, SIGTERM, SIGINT] {
                 flag::register(signal, raised.clone())?;

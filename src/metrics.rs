@@ -117,11 +117,8 @@ impl Log {
     /// # Errors
     /// Storage, where the file cannot be written, or holds something else than this log.
     pub fn open<R: Row>(path: &Path, step: usize) -> Result<(Self, Vec<R>)> {
-        let rows: Vec<R> = match fs::read(path) {
-            Ok(bytes) => read(path, &bytes)?.into_iter().take_while(|row: &R| row.step() <= step).collect(),
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Vec::new(),
-            Err(e) => return Err(Error::Storage(format!("cannot read {}: {e}", path.display())).into()),
-        };
+        let mut rows: Vec<R> = Self::rows(path)?;
+        rows.retain(|row| row.step() <= step);
         let mut text = format!("{}\n", R::COLUMNS.join(",")).into_bytes();
         for row in &rows {
             text.extend(line(row)?);
@@ -129,6 +126,26 @@ impl Log {
         replace(path, &text)?;
         let file = OpenOptions::new().append(true).open(path).map_err(|e| Error::write(path, e))?;
         Ok((Self { path: path.to_path_buf(), file }, rows))
+    }
+
+    /// The rows of a file, without a half-written one at its end; none where there is no file.
+    ///
+    /// # Errors
+    /// Storage, where the file holds something else than this log.
+    pub fn rows<R: Row>(path: &Path) -> Result<Vec<R>> {
+        match fs::read(path) {
+            Ok(bytes) => read(path, &bytes),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+            Err(e) => Err(Error::Storage(format!("cannot read {}: {e}", path.display())).into()),
+        }
+    }
+
+    /// Makes the rows written so far durable.
+    ///
+    /// # Errors
+    /// Storage, where the file cannot be synchronised.
+    pub fn sync(&self) -> Result<()> {
+        self.file.sync_data().map_err(|e| Error::write(&self.path, e))
     }
 
     /// Appends a row.
@@ -175,8 +192,8 @@ pub fn replace(path: &Path, content: &[u8]) -> Result<()> {
     })
 }
 
-/// The rows of a file. A last line without its newline, or one that does not parse, is what a crash left: it is
-/// dropped. A header of other columns means another program's file.
+/// The rows of a file. An end that does not parse, or has no newline, is what a crash left: it is dropped. A header of
+/// other columns, or rows after one that does not parse, are nothing that this program leaves.
 fn read<R: Row>(path: &Path, bytes: &[u8]) -> Result<Vec<R>> {
     let whole = bytes.iter().rposition(|&b| b == b'\n').map_or(0, |end| end + 1);
     if whole == 0 {
@@ -193,7 +210,17 @@ fn read<R: Row>(path: &Path, bytes: &[u8]) -> Result<Vec<R>> {
         ))
         .into());
     }
-    Ok(reader.deserialize().map_while(std::result::Result::ok).collect())
+    let rows: Vec<std::result::Result<R, csv::Error>> = reader.deserialize().collect();
+    let good = rows.iter().take_while(|row| row.is_ok()).count();
+    if rows[good..].iter().any(std::result::Result::is_ok) {
+        return Err(Error::Storage(format!(
+            "{}, line {}: this is no row of the log, and rows follow it; repair the line or move the file away",
+            path.display(),
+            good + 2
+        ))
+        .into());
+    }
+    Ok(rows.into_iter().flatten().collect())
 }
 
 /// A measured number as a CSV shows it: three decimals.
@@ -229,6 +256,22 @@ mod tests {
             assert_eq!(text.lines().count(), kept.len() + 1);
             assert!(text.starts_with("step,split,loss,ppl,word_ppl,tokens,eval_s\n"));
         }
+    }
+
+    #[test]
+    fn a_damaged_row_amid_others_is_named_and_a_damaged_end_dropped() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("eval.csv");
+        let (mut log, _) = Log::open::<EvalRow>(&path, 0).unwrap();
+        for step in 1..=3 {
+            log.append(&row(step)).unwrap();
+        }
+        let whole = fs::read_to_string(&path).unwrap();
+        fs::write(&path, whole.replace("\n2,valid", "\n2,va\0\0,x")).unwrap();
+        let error = Log::open::<EvalRow>(&path, 3).err().unwrap().to_string();
+        assert!(error.contains("line 3"), "{error}");
+        fs::write(&path, whole.replace("\n3,valid", "\nx,valid")).unwrap();
+        assert_eq!(Log::open::<EvalRow>(&path, 3).unwrap().1.len(), 2);
     }
 
     #[test]

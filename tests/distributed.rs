@@ -25,7 +25,7 @@ fn one_to_four_ranks_learn_the_same() {
         curves.push(
             [numbers("train.csv", "loss"), numbers("train.csv", "grad_norm"), numbers("eval.csv", "loss")].concat(),
         );
-        assert_eq!(shares(&run.dir, ranks), ranks);
+        check_shares(&run.dir, ranks);
     }
     assert_eq!(curves[0].len(), 102);
     for (ranks, curve) in curves.iter().enumerate().skip(1) {
@@ -36,8 +36,9 @@ fn one_to_four_ranks_learn_the_same() {
     }
 }
 
-/// Reads each rank's log: the first step's samples must be disjoint, equally many, and together the whole batch.
-fn shares(run_dir: &Path, ranks: usize) -> usize {
+/// Reads each rank's log: what it computed must be its share of the run, and the first step's samples disjoint, equally
+/// many, and together the whole batch.
+fn check_shares(run_dir: &Path, ranks: usize) {
     let mut seen = BTreeSet::new();
     for rank in 0..ranks {
         let log = std::fs::read_to_string(run_dir.join(format!("logs/rank-{rank:04}.log"))).unwrap();
@@ -46,12 +47,14 @@ fn shares(run_dir: &Path, ranks: usize) -> usize {
         let list = log.split_once(&says).unwrap_or_else(|| panic!("no `{says}` in {log}")).1;
         let list = list.split_once(']').unwrap().0;
         let samples: Vec<u32> = list.split(", ").map(|sample| sample.parse().unwrap()).collect();
-        assert_eq!(samples.len(), share.min(16));
+        assert_eq!(samples.len(), share.min(16), "a log shows the first 16 samples");
+        let computed = format!("rank {rank} computed {} of the {} sequences of steps 1 to 50", share * 50, 24 * 50);
+        assert!(log.contains(&computed), "no `{computed}` in {log}");
         for sample in samples {
             assert!(seen.insert(sample), "sample {sample} is computed by two ranks");
         }
     }
-    ranks
+    assert_eq!(seen.len(), if ranks == 1 { 16 } else { 24 });
 }
 
 #[test]

@@ -160,7 +160,11 @@ fn one_and_ten_adamw_steps() {
         for step in 1..=10 {
             model.parameters.zero_grad();
             model.forward_backward(inputs, targets, weights, 0);
-            clip(&mut model.parameters, optim.grad_clip);
+            let norm = clip(&mut model.parameters, optim.grad_clip);
+            if step == 1 {
+                let expected = golden.tensors["grad_norm"].double_value(&[0]);
+                assert!((norm / expected - 1.0).abs() < 1e-5, "{case}: gradient's norm {norm}, expected {expected}");
+            }
             optimizer.step(&mut model.parameters, step, optim.lr);
             if step == 1 || step == 10 {
                 for spec in &model.parameters.specs {

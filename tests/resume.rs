@@ -4,9 +4,10 @@ use std::path::Path;
 
 mod runs;
 
+use lockstep::data::shard::Shard;
 use runs::{rows, Run};
 
-/// Dropout, accumulation, an epoch of 42 steps and a bit, and evaluation, saving and sampling at steps of their own.
+/// Dropout, accumulation, an epoch's end inside the run, and evaluation, saving and sampling at steps of their own.
 const CONFIG: &str = "seed: 11\ndata: {layout: packed, block_size: 32, batch_size: 32, micro_batch: MICRO}\n\
     model: {n_layer: 2, n_head: 2, n_embd: 32, dropout: 0.1}\n\
     optim: {lr: 1.0e-3, schedule: cosine, warmup_steps: 10}\n\
@@ -50,11 +51,14 @@ fn killed_and_resumed(ranks: usize) {
     let config = CONFIG.replace("MICRO", &(16 / ranks).to_string());
     let straight = Run::new(folder.path(), "straight", &config, ranks);
     assert!(straight.start(&[]).success());
-    assert_eq!(rows(&straight.dir.join("train.csv")).len(), 100);
+    let steps = rows(&straight.dir.join("train.csv"));
+    assert_eq!(steps.len(), 100);
+    let epoch = Shard::open(&folder.path().join("data/train.bin")).unwrap().n_tokens() / 32 / 32;
+    assert!((30..70).contains(&epoch), "an epoch of {epoch} steps does not end amid the kills");
 
     let broken = Run::new(folder.path(), "broken", &config, ranks);
     let mut kills = 0;
-    // Inside an epoch, at an evaluation, a sample, a save, past the first epoch's end (27 steps) and the second's.
+    // Inside an epoch, at an evaluation, a sample, a save, and past an epoch's end.
     for step in [3, 14, 18, 24, 27, 40, 56, 77, 90] {
         kills += usize::from(broken.kill_at(step).is_some());
     }
@@ -74,12 +78,12 @@ fn two_ranks_killed_and_resumed() {
     killed_and_resumed(2);
 }
 
-fn stopped_and_resumed(ranks: usize, signal: &str) {
+fn stopped_and_resumed(ranks: usize, threads: usize, signal: &str) {
     let folder = tempfile::tempdir().unwrap();
     let config = CONFIG.replace("MICRO", &(16 / ranks).to_string()).replace("save_every: 6", "save_every: 0");
-    let straight = Run::new(folder.path(), "straight", &config, ranks);
+    let straight = Run { threads, ..Run::new(folder.path(), "straight", &config, ranks) };
     assert!(straight.start(&[]).success());
-    let broken = Run::new(folder.path(), "broken", &config, ranks);
+    let broken = Run { threads, ..Run::new(folder.path(), "broken", &config, ranks) };
     for step in [5, 28, 61] {
         let stopped = broken.stop_at(step, signal).expect("the signal came too late");
         assert_eq!(stopped.code(), Some(75));
@@ -90,19 +94,27 @@ fn stopped_and_resumed(ranks: usize, signal: &str) {
     assert!(broken.start(&[]).success());
     let curve = ["step", "tokens", "loss", "lr", "grad_norm"];
     assert_eq!(columns(&broken.dir.join("train.csv"), &curve), columns(&straight.dir.join("train.csv"), &curve));
-    for file in ["model.safetensors", "optimizer.safetensors"] {
-        let bytes = |run: &Run| std::fs::read(run.dir.join("checkpoints/step-00000100").join(file)).unwrap();
+    // What a stop left out, an evaluation or a sample that was due, the resumed run has made up for.
+    let evaluation = ["step", "loss"];
+    assert_eq!(
+        columns(&broken.dir.join("eval.csv"), &evaluation),
+        columns(&straight.dir.join("eval.csv"), &evaluation)
+    );
+    for file in
+        ["checkpoints/step-00000100/model.safetensors", "checkpoints/step-00000100/optimizer.safetensors", "best.json"]
+    {
+        let bytes = |run: &Run| std::fs::read(run.dir.join(file)).unwrap();
         assert!(bytes(&broken) == bytes(&straight), "{file} differs");
     }
 }
 
 #[test]
-fn one_rank_stops_on_request_with_75() {
-    stopped_and_resumed(1, "USR1");
+fn one_rank_of_two_threads_stops_on_request_with_75() {
+    stopped_and_resumed(1, 2, "USR1");
 }
 
 #[test]
 #[cfg(feature = "mpi")]
 fn two_ranks_stop_together_on_request_with_75() {
-    stopped_and_resumed(2, "TERM");
+    stopped_and_resumed(2, 1, "TERM");
 }

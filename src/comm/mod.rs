@@ -34,15 +34,14 @@ impl Comm {
         let Some(launched) = launched_world_size() else {
             return Ok(Self { rank: 0, local_rank: 0, world_size: 1, world: None });
         };
+        // Without a process manager's variables some MPIs abort inside their initialisation, others see a world of one.
+        if !MANAGERS.iter().any(|name| std::env::var_os(name).is_some()) {
+            return Err(apart(launched.unwrap_or(1)));
+        }
         let world = mpi::World::start()?;
         let (rank, local_rank, world_size) = world.place();
         if launched.is_some_and(|n| n > 1) && world_size == 1 {
-            return Err(Error::Usage(format!(
-                "the launcher started {} processes, but MPI sees a world of one: each would train a model of its own; \
-                 start them with the mpirun of the MPI that `mpicc` belongs to, or with `srun --mpi=pmix`",
-                launched.unwrap_or(1)
-            ))
-            .into());
+            return Err(apart(launched.unwrap_or(1)));
         }
         Ok(Self { rank, local_rank, world_size, world: Some(world) })
     }
@@ -56,7 +55,7 @@ impl Comm {
     /// the same bits in every run.
     ///
     /// # Errors
-    /// Communication, where the transfer fails.
+    /// Communication, where the tensor is not contiguous fp32. A peer that is lost ends this process inside MPI.
     pub fn all_reduce(&self, tensor: &mut Tensor) -> Result<()> {
         match &self.world {
             None => Ok(()),
@@ -73,7 +72,7 @@ impl Comm {
     /// Replaces an fp32 tensor by rank 0's.
     ///
     /// # Errors
-    /// Communication, where the transfer fails.
+    /// As [`Comm::all_reduce`].
     pub fn broadcast(&self, tensor: &mut Tensor) -> Result<()> {
         match &self.world {
             None => Ok(()),
@@ -113,7 +112,7 @@ impl Comm {
         self.sum(&[f64::from(u8::from(mine))])[0] > 0.0
     }
 
-    /// Waits until every rank is here.
+    /// Waits until every rank is here: before one leaves, whose end a launcher may take for the job's.
     pub fn barrier(&self) {
         if let Some(world) = &self.world {
             world.barrier();
@@ -126,6 +125,19 @@ impl Comm {
             world.abort(code);
         }
     }
+}
+
+/// The variables through which MPI finds the other processes: PMIx's, and PMI's as Slurm and Hydra set them.
+const MANAGERS: [&str; 4] = ["PMIX_RANK", "PMI_RANK", "PMI_FD", "PMI_SIZE"];
+
+/// What to say where N processes would be N worlds of one.
+fn apart(processes: usize) -> anyhow::Error {
+    Error::Usage(format!(
+        "a launcher started {processes} processes, but MPI cannot join them: each would train a model of its own; start \
+         them with `srun --mpi=pmix` (`srun --mpi=list` shows whether Slurm has it), or with the mpirun of the MPI that \
+         `mpicc` belongs to"
+    ))
+    .into()
 }
 
 /// `Some` where a launcher started this process, with the number of processes where it says so.

@@ -65,7 +65,12 @@ impl Config {
     fn check_ranges(&self, n_layer: usize, n_head: usize, n_embd: usize) -> Result<()> {
         let (data, optim, model) = (&self.data, &self.optim, &self.model);
         let rules = [
-            (!self.name.is_empty() && !self.name.contains('/'), "name", "a word without `/`", self.name.clone()),
+            (
+                !["", ".", ".."].contains(&self.name.as_str()) && !self.name.contains('/'),
+                "name",
+                "the name of a folder",
+                format!("`{}`", self.name),
+            ),
             (
                 !matches!(self.threads, Auto::Number(n) if n > 1024),
                 "threads",
@@ -94,14 +99,32 @@ impl Config {
                 "two numbers from 0 to below 1",
                 format!("{:?}", optim.betas),
             ),
-            (optim.eps > 0.0, "optim.eps", "a number above 0", optim.eps.to_string()),
-            (optim.weight_decay >= 0.0, "optim.weight_decay", "0 or more", optim.weight_decay.to_string()),
-            (optim.grad_clip >= 0.0, "optim.grad_clip", "0 (no clipping) or more", optim.grad_clip.to_string()),
+            (optim.eps > 0.0 && optim.eps.is_finite(), "optim.eps", "a number above 0", optim.eps.to_string()),
+            (
+                optim.weight_decay >= 0.0 && optim.weight_decay.is_finite(),
+                "optim.weight_decay",
+                "0 or more",
+                optim.weight_decay.to_string(),
+            ),
+            (
+                optim.grad_clip >= 0.0 && optim.grad_clip.is_finite(),
+                "optim.grad_clip",
+                "0 (no clipping) or more",
+                optim.grad_clip.to_string(),
+            ),
             ((0.0..=optim.lr).contains(&optim.min_lr), "optim.min_lr", "0 to optim.lr", optim.min_lr.to_string()),
             (
                 optim.schedule != Schedule::Wsd || optim.decay_steps > 0,
                 "optim.decay_steps",
                 "1 or more for the schedule wsd",
+                optim.decay_steps.to_string(),
+            ),
+            (
+                !matches!(optim.schedule, Schedule::Cosine | Schedule::Linear)
+                    || optim.decay_steps == 0
+                    || optim.decay_steps > optim.warmup_steps,
+                "optim.decay_steps",
+                "0, or more than optim.warmup_steps",
                 optim.decay_steps.to_string(),
             ),
             (self.train.steps > 0, "train.steps", "1 or more", self.train.steps.to_string()),

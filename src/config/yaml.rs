@@ -47,7 +47,8 @@ impl Config {
                 .map_err(|e| Error::Usage(format!("--set {item}: the value is not YAML: {e}")))?;
             set(&mut root, key, value)?;
         }
-        check_keys(&root, &known, "")?;
+        let paths: Vec<String> = leaves(&known, "").into_iter().map(|(path, _)| path).collect();
+        check_keys(&root, &known, "", &paths)?;
         // A float that YAML writes like a whole number (lr: 1) or without a dot (3e-4, which YAML 1.1 reads as text).
         coerce_numbers(&mut root, &known);
         serde_path(&root)
@@ -102,8 +103,8 @@ fn set(root: &mut Value, path: &str, value: Value) -> Result<()> {
     Ok(())
 }
 
-/// Refuses keys that `known` does not have, naming the nearest that it has.
-fn check_keys(value: &Value, known: &Value, prefix: &str) -> Result<()> {
+/// Refuses keys that `known` does not have, naming the one of `paths` that may be meant.
+fn check_keys(value: &Value, known: &Value, prefix: &str, paths: &[String]) -> Result<()> {
     let Value::Mapping(known) = known else { return Ok(()) };
     let Value::Mapping(map) = value else {
         return usage(format!("{}: expected keys and values, found {}", place(prefix), kind_of(value)));
@@ -112,15 +113,16 @@ fn check_keys(value: &Value, known: &Value, prefix: &str) -> Result<()> {
     for (key, inner) in map {
         let name = key.as_str().unwrap_or_default();
         let Some(expected) = known.get(name) else {
-            let nearest = names.iter().max_by(|a, b| {
-                let similarity = |word: &str| strsim::jaro_winkler(word, name);
-                similarity(a).total_cmp(&similarity(b))
-            });
-            let hint = nearest.map_or(String::new(), |word| format!("; did you mean `{prefix}{word}`?"));
+            // The same word in another section, else the most alike of this one.
+            let elsewhere = paths.iter().find(|path| path.rsplit('.').next() == Some(name)).cloned();
+            let alike = |word: &str| strsim::normalized_damerau_levenshtein(word, name);
+            let here = names.iter().max_by(|a, b| alike(a).total_cmp(&alike(b)));
+            let nearest = elsewhere.or_else(|| here.map(|word| format!("{prefix}{word}")));
+            let hint = nearest.map_or(String::new(), |path| format!("; did you mean `{path}`?"));
             return usage(format!("unknown key `{prefix}{name}`{hint} (keys here: {})", names.join(", ")));
         };
         if expected.is_mapping() {
-            check_keys(inner, expected, &format!("{prefix}{name}."))?;
+            check_keys(inner, expected, &format!("{prefix}{name}."), paths)?;
         }
     }
     Ok(())

@@ -4,29 +4,28 @@ pub mod evaluate;
 pub mod optimizer;
 pub mod record;
 pub mod schedule;
+mod start;
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use tch::{Device, Kind};
-use tracing::{debug, info, warn};
+use tracing::{debug, info};
 
 use self::evaluate::Evaluation;
 use self::optimizer::{clip, AdamW};
-use self::record::{find_checkpoint, Recorder, RunDir};
+use self::record::{Recorder, RunDir};
 use self::schedule::learning_rate;
-use crate::checkpoint::{self, Conditions, State, FORMAT_VERSION};
+use crate::checkpoint::{self, State};
 use crate::comm::Comm;
-use crate::config::{Auto, Plan, Precision};
-use crate::data::loader::{Loader, Samples};
-use crate::data::prepare::DataDir;
-use crate::data::shard::hex;
+use crate::config::{Plan, Precision};
+use crate::data::loader::Loader;
 use crate::device;
 use crate::error::{Error, Result};
 use crate::fault::StopRequest;
 use crate::metrics::{rounded, TrainRow};
 use crate::model::generate::{generate, Sampling};
-use crate::model::{Gpt, GptConfig};
+use crate::model::Gpt;
 use crate::random::mix;
 use crate::tokenizer::Tokenizer;
 
@@ -45,8 +44,15 @@ pub enum Resume {
 ///
 /// # Errors
 /// Every class: [`Error`]. Preempted, where a signal asked for a stop and the state was saved.
-pub fn train(comm: &Comm, plan: Plan, run_dir: &Path, resume: &Resume, allowed: &[String]) -> Result<()> {
-    let mut trainer = Trainer::new(comm, plan, run_dir)?;
+pub fn train(
+    comm: &Comm,
+    stop: StopRequest,
+    plan: Plan,
+    run_dir: &Path,
+    resume: &Resume,
+    allowed: &[String],
+) -> Result<()> {
+    let mut trainer = Trainer::new(comm, stop, plan, run_dir)?;
     trainer.begin(resume, allowed)?;
     trainer.run()
 }
@@ -74,6 +80,8 @@ struct Trainer<'a> {
     stop: StopRequest,
     /// FLOP/s of this rank's device.
     peak: f64,
+    /// Sequences that this process has computed.
+    sequences: usize,
     /// Rank 0's files, once the run has begun.
     recorder: Option<Recorder>,
 }
@@ -89,150 +97,33 @@ struct StepReport {
     laps: [f64; 4],
 }
 
-impl<'a> Trainer<'a> {
-    fn new(comm: &'a Comm, plan: Plan, run_dir: &Path) -> Result<Self> {
-        let stop = StopRequest::install()?;
-        let config = &plan.config;
-        let threads = device::set_threads(match config.threads {
-            Auto::Number(n) => Some(n),
-            Auto::Auto => None,
-        });
-        let device = device::select(config.device.name(), comm.local_rank)?;
-        let data = DataDir::open(&config.data.dir)?;
-        let tokenizer = Tokenizer::from_file(&data.tokenizer)?;
-        let (layout, block_size) = (config.data.layout, config.data.block_size);
-        let padding = i64::from(tokenizer.end_of_text());
-        let in_split = |split: &'static str| move |e: anyhow::Error| e.context(format!("the {split} split"));
-        let data_sha256 = hex(&data.train.digest());
-        let loader = Loader {
-            samples: Samples::for_training(data.train, layout, block_size).map_err(in_split("training"))?,
-            seed: config.seed,
-            batch_size: config.data.batch_size,
-            micro_batch: plan.micro_batch,
-            loss: config.train.loss,
-            padding,
-            rank: comm.rank,
-            world_size: comm.world_size,
-        };
-        let valid = match config.train.eval_every {
-            0 => None,
-            _ => Some(Evaluation {
-                split: "valid",
-                samples: Samples::for_evaluation(data.valid, layout, block_size).map_err(in_split("validation"))?,
-                layout,
-                micro_batch: plan.micro_batch,
-                padding,
-            }),
-        };
-        let kind = kind(config.precision);
-        let mut model = Gpt::new(GptConfig::new(&plan, tokenizer.vocab_size()), device, kind);
-        model.initialize(config.seed);
-        let optimizer = AdamW::new(&model.parameters, &config.optim);
-        let conditions = Conditions {
-            lockstep: env!("CARGO_PKG_VERSION").into(),
-            libtorch: device::libtorch_version(),
-            device: if device.is_cuda() { "cuda" } else { "cpu" }.into(),
-            hardware: device::hardware(device),
-            world_size: comm.world_size,
-            threads,
-            micro_batch: plan.micro_batch,
-        };
-        let state =
-            State { format_version: FORMAT_VERSION, step: 0, tokens: 0, elapsed_s: 0.0, data_sha256, conditions };
-        Ok(Self {
-            comm,
-            dir: RunDir(run_dir.to_path_buf()),
-            device,
-            tokenizer,
-            tokenizer_file: data.tokenizer,
-            loader,
-            valid,
-            model,
-            optimizer,
-            state,
-            stop,
-            peak: device::measure_peak(device, kind),
-            recorder: None,
-            plan,
-        })
-    }
-
-    /// Rank 0 finds and reads what the run begins with; the others receive it.
-    fn begin(&mut self, resume: &Resume, allowed: &[String]) -> Result<()> {
-        if self.comm.is_root() {
-            self.take_up(resume, allowed)?;
-        }
-        let State { step, tokens, elapsed_s, .. } = self.state;
-        let numbers = &self.comm.gather(&[step as f64, tokens as f64, elapsed_s])[0];
-        (self.state.step, self.state.tokens, self.state.elapsed_s) =
-            (numbers[0] as usize, numbers[1] as u64, numbers[2]);
-        self.comm.broadcast(&mut self.model.parameters.flat)?;
-        self.comm.broadcast(&mut self.optimizer.exp_avg)?;
-        self.comm.broadcast(&mut self.optimizer.exp_avg_sq)?;
-        self.model.parameters.publish();
-        Ok(())
-    }
-
-    fn take_up(&mut self, resume: &Resume, allowed: &[String]) -> Result<()> {
-        let checkpoints = self.dir.checkpoints();
-        let found = match resume {
-            Resume::Auto => checkpoint::latest(&checkpoints)?,
-            Resume::From(path) => Some(find_checkpoint(path)?),
-            Resume::Never if checkpoint::list(&checkpoints).is_empty() => None,
-            Resume::Never => {
-                return Err(Error::Usage(format!(
-                    "{} holds checkpoints, and --resume never would begin anew over them; use another --run-dir",
-                    self.dir.0.display()
-                ))
-                .into())
-            }
-        };
-        // All checks come before the first change, so that a refused command leaves the run as it was.
-        self.dir.check(&self.plan.config, allowed)?;
-        if let Some(path) = &found {
-            self.load(path, allowed)?;
-            info!("resuming from {} after {} steps", path.display(), self.state.step);
-        } else if let Some(path) = &self.plan.config.train.init_from {
-            let path = find_checkpoint(path).map_err(|e| e.context("train.init_from"))?;
-            checkpoint::verify(&path)?;
-            checkpoint::load_model(&path, &mut self.model.parameters)?;
-            info!("beginning with the weights of {}", path.display());
-        }
-        self.dir.claim(&self.plan.config, &self.tokenizer_file)?;
-        checkpoint::set_aside_after(&checkpoints, self.state.step)?;
-        self.recorder = Some(Recorder::open(&self.dir, self.state.step, self.plan.config.train.steps)?);
-        Ok(())
-    }
-
-    fn load(&mut self, path: &Path, allowed: &[String]) -> Result<()> {
-        let saved = checkpoint::load_state(path)?;
-        if saved.data_sha256 != self.state.data_sha256 && !allowed.iter().any(|key| key == "data.dir") {
-            return Err(Error::Usage(format!(
-                "{} was trained on other data than {} holds (SHA-256 of the training tokens was {}, is {}); name the \
-                 folder it was trained on, or allow it with --allow-config-change data.dir",
-                path.display(),
-                self.plan.config.data.dir.display(),
-                saved.data_sha256,
-                self.state.data_sha256
-            ))
-            .into());
-        }
-        for (name, then, now) in saved.conditions.differences(&self.state.conditions) {
-            warn!(
-                "resuming with {name} {now}, which was {then}: the run goes on, but not bit for bit as it would have"
+impl Trainer<'_> {
+    fn run(&mut self) -> Result<()> {
+        let from = self.state.step;
+        let done = self.steps();
+        if self.state.step > from {
+            info!(
+                "rank {} computed {} of the {} sequences of steps {} to {}",
+                self.comm.rank,
+                self.sequences,
+                (self.state.step - from) * self.loader.batch_size,
+                from + 1,
+                self.state.step
             );
         }
-        checkpoint::load_model(path, &mut self.model.parameters)?;
-        checkpoint::load_optimizer(path, &mut self.optimizer)?;
-        let State { step, tokens, elapsed_s, .. } = saved;
-        self.state = State { step, tokens, elapsed_s, ..self.state.clone() };
-        Ok(())
+        done
     }
 
     /// The loop.
-    fn run(&mut self) -> Result<()> {
+    fn steps(&mut self) -> Result<()> {
         let plan = self.plan.config.train.clone();
-        self.announce();
+        match &self.recorder {
+            Some(recorder) => recorder.say(|| self.announce()),
+            None => self.announce(),
+        }
+        if (1..=plan.steps).contains(&self.state.step) {
+            self.between_steps()?;
+        }
         let mut since_row = Instant::now();
         let mut tokens_at_row = self.state.tokens;
         let mut pause = 0.0; // seconds since the last row that were no training
@@ -254,29 +145,50 @@ impl<'a> Trainer<'a> {
             if let Some(recorder) = &mut self.recorder {
                 recorder.step(step, report.loss, row.as_ref())?;
             }
-
+            if report.stop && step < plan.steps {
+                return self.stop();
+            }
             let aside = Instant::now();
-            let last = step == plan.steps;
-            let due = |every: usize| every > 0 && (last || step.is_multiple_of(every));
-            let mut save = report.stop || last || due(plan.save_every);
-            if due(plan.eval_every) {
-                save |= self.evaluate(step)?;
-            }
-            if due(plan.sample_every) {
-                self.sample(step)?;
-            }
-            if save {
-                self.save(plan.keep_last)?;
-            }
+            self.between_steps()?;
             pause += aside.elapsed().as_secs_f64();
-            if report.stop && !last {
-                return Err(Error::Preempted(format!(
-                    "stopped on request after step {step} of {}, saved in {}; start the same command again to go on",
-                    plan.steps,
-                    self.dir.checkpoints().display()
-                ))
-                .into());
-            }
+        }
+        Ok(())
+    }
+
+    /// Saves at once, since whoever asked may not wait; what else is due at this step is done by the resumed run.
+    fn stop(&mut self) -> Result<()> {
+        self.save()?;
+        // A launcher may end the job as soon as one rank leaves.
+        self.comm.barrier();
+        Err(Error::Preempted(format!(
+            "stopped on request after step {} of {}, saved in {}; to go on, start the same command again (with --resume \
+             auto, the default)",
+            self.state.step,
+            self.plan.config.train.steps,
+            self.dir.checkpoints().display()
+        ))
+        .into())
+    }
+
+    /// Evaluates, samples and saves, where that is due after the step done and has not been done yet: after a stop, the
+    /// resumed run begins with what the stopped one left out.
+    fn between_steps(&mut self) -> Result<()> {
+        let (step, plan) = (self.state.step, &self.plan.config.train);
+        let last = step == plan.steps;
+        let due = |every: usize| every > 0 && (last || step.is_multiple_of(every));
+        let mut save = last || due(plan.save_every);
+        let sample = due(plan.sample_every);
+        if due(plan.eval_every) {
+            save |= self.evaluate(step)?;
+        }
+        if sample {
+            self.sample(step)?;
+        }
+        if save {
+            self.save()?;
+        }
+        if last {
+            self.comm.barrier();
         }
         Ok(())
     }
@@ -291,6 +203,8 @@ impl<'a> Trainer<'a> {
             laps.end(DATA);
             let seed = [step, micro_step, self.comm.rank].iter().fold(self.loader.seed, |seed, &n| mix(seed, n as u64));
             loss += self.model.forward_backward(&batch.inputs, &batch.targets, &batch.weights, seed);
+            device::synchronize(self.device);
+            self.sequences += batch.inputs.size()[0] as usize;
             laps.end(COMPUTE);
         }
         self.comm.all_reduce(&mut self.model.parameters.grad)?;
@@ -305,6 +219,7 @@ impl<'a> Trainer<'a> {
         }
         let lr = learning_rate(&self.plan.config.optim, step, self.plan.config.train.steps);
         self.optimizer.step(&mut self.model.parameters, step, lr);
+        device::synchronize(self.device);
         laps.end(OPTIMIZER);
         Ok(StepReport {
             loss: total(0),
@@ -333,6 +248,9 @@ impl<'a> Trainer<'a> {
 
     fn evaluate(&mut self, step: usize) -> Result<bool> {
         let Some(valid) = &self.valid else { return Ok(false) };
+        if !self.comm.any(self.recorder.as_ref().is_some_and(|recorder| !recorder.has_evaluation(step))) {
+            return Ok(false);
+        }
         let row = valid.run(self.comm, &self.model, self.device, step);
         let improved = match &mut self.recorder {
             Some(recorder) => recorder.evaluation(&row)?,
@@ -342,8 +260,13 @@ impl<'a> Trainer<'a> {
     }
 
     fn sample(&mut self, step: usize) -> Result<()> {
-        let Some(recorder) = &mut self.recorder else { return Ok(()) };
-        let prompts = &self.plan.config.train.prompts;
+        let Some(recorder) = self.recorder.as_mut().filter(|recorder| !recorder.has_sample(step)) else {
+            return Ok(());
+        };
+        let prompts = match &self.plan.config.train.prompts[..] {
+            [] => &[String::new()],
+            prompts => prompts,
+        };
         let ids: Vec<Vec<u32>> = prompts.iter().map(|prompt| self.tokenizer.encode(prompt)).collect();
         let sampling = Sampling { temperature: 0.8, top_k: Some(40), top_p: None, seed: self.loader.seed };
         let end_of_text = self.tokenizer.end_of_text();
@@ -354,47 +277,16 @@ impl<'a> Trainer<'a> {
         recorder.sample(step, &text)
     }
 
-    fn save(&mut self, keep_last: usize) -> Result<()> {
-        if let Some(recorder) = &mut self.recorder {
-            let path = checkpoint::save(&self.dir.checkpoints(), &self.state, &self.model.parameters, &self.optimizer)?;
-            recorder.saved(keep_last)?;
+    fn save(&mut self) -> Result<()> {
+        let Some(recorder) = &mut self.recorder else { return Ok(()) };
+        let checkpoints = self.dir.checkpoints();
+        // One that is there already has the same bits: the run resumed from it.
+        if !checkpoint::list(&checkpoints).iter().any(|(step, _)| *step == self.state.step) {
+            recorder.sync()?;
+            let path = checkpoint::save(&checkpoints, &self.state, &self.model.parameters, &self.optimizer)?;
             recorder.say(|| debug!("saved {}", path.display()));
         }
-        Ok(())
-    }
-
-    fn announce(&self) {
-        let State { step, conditions, .. } = &self.state;
-        let train = &self.plan.config.train;
-        if *step >= train.steps {
-            info!("the run in {} is complete: {step} steps; --set train.steps=N goes on", self.dir.0.display());
-            return;
-        }
-        info!(
-            "{} parameters, vocabulary {}, on {:?} ({}), {} ranks x {} threads, {} sequences a step as {} x {} x {} (ranks, \
-             micro-steps, sequences)",
-            self.model.parameters.numel(),
-            self.model.config.vocab_size,
-            self.device,
-            conditions.hardware,
-            conditions.world_size,
-            conditions.threads,
-            self.plan.config.data.batch_size,
-            conditions.world_size,
-            self.plan.accumulation,
-            self.plan.micro_batch,
-        );
-        let global = self.loader.global_batch(*step);
-        let mine = self.loader.share(&global);
-        info!(
-            "rank {} computes {} of the {} sequences of each step; of step {} samples {:?}{}",
-            self.comm.rank,
-            mine.len(),
-            global.len(),
-            step + 1,
-            &mine[..mine.len().min(16)],
-            if mine.len() > 16 { " ..." } else { "" }
-        );
+        recorder.saved(self.plan.config.train.keep_last)
     }
 
     fn mfu(&self, tokens_per_s: f64) -> f64 {

@@ -3,10 +3,15 @@
 use tch::{no_grad, Kind, Tensor};
 
 use crate::config::Optim;
-use crate::model::Parameters;
+use crate::model::parameters::Parameters;
 
-/// Elements updated at a time, so that the temporaries of an update stay in the caches.
-const CHUNK: i64 = 1 << 18;
+/// (start, length) of the parts that are worked on one after another: on the CPU so small that an update's temporaries
+/// stay in the caches; on a GPU, which pays for every launch, so large that this does not show.
+fn chunks(parameters: &Parameters) -> impl Iterator<Item = (i64, i64)> {
+    let length: i64 = if parameters.flat.device().is_cuda() { 1 << 24 } else { 1 << 18 };
+    let whole = parameters.numel();
+    (0..whole).step_by(length as usize).map(move |start| (start, length.min(whole - start)))
+}
 
 /// Adam's two moments, P elements each, and its hyperparameters.
 pub struct AdamW {
@@ -34,10 +39,8 @@ impl AdamW {
             for spec in parameters.specs.iter().filter(|spec| spec.decay) {
                 let _ = spec.view(&parameters.flat).g_mul_scalar_(shrink);
             }
-            // A GPU has no caches to stay in, and pays for every launch.
-            let chunk = if parameters.flat.device().is_cuda() { parameters.numel() } else { CHUNK };
-            for start in (0..parameters.numel()).step_by(chunk as usize) {
-                let part = |flat: &Tensor| flat.narrow(0, start, chunk.min(flat.size()[0] - start));
+            for (start, length) in chunks(parameters) {
+                let part = |flat: &Tensor| flat.narrow(0, start, length);
                 let grad = part(&parameters.grad);
                 let (mut mean, mut square) = (part(&self.exp_avg), part(&self.exp_avg_sq));
                 let _ = mean.lerp_(&grad, 1.0 - beta1);
@@ -53,10 +56,16 @@ impl AdamW {
 
 /// Scales the gradient to a global norm of at most `largest` (0: leaves it) and returns its norm before that.
 ///
-/// A norm that is not finite leaves the gradient alone.
+/// A norm that is not finite leaves the gradient alone. Parts are added in double precision, so that neither many small
+/// gradients nor the squares of large ones get lost.
 pub fn clip(parameters: &mut Parameters, largest: f64) -> f64 {
     no_grad(|| {
-        let norm = parameters.grad.norm().to_kind(Kind::Double).double_value(&[]);
+        let mut squares = Tensor::zeros([0i64; 0], (Kind::Double, parameters.grad.device()));
+        for (start, length) in chunks(parameters) {
+            let norm = parameters.grad.narrow(0, start, length).norm().to_kind(Kind::Double);
+            let _ = squares.g_add_(&norm.square());
+        }
+        let norm = squares.sqrt().double_value(&[]);
         if largest > 0.0 && norm.is_finite() {
             let scale = largest / (norm + 1e-6);
             if scale < 1.0 {

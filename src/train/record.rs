@@ -1,6 +1,6 @@
 //! What rank 0 writes: the run directory.
 
-use std::fs;
+use std::fs::{self, File, TryLockError};
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -57,6 +57,54 @@ impl RunDir {
         replace(&self.tokenizer(), &fs::read(tokenizer).map_err(|e| Error::read(tokenizer, e))?)
     }
 
+    /// Makes sure that no other process trains in this directory, for as long as the file is open; `None` where the
+    /// directory does not exist yet.
+    ///
+    /// # Errors
+    /// Usage, where another process holds the lock and keeps it for ten seconds: one that was killed lets go soon.
+    pub fn lock(&self) -> Result<Option<File>> {
+        if !self.0.exists() {
+            return Ok(None);
+        }
+        let path = self.0.join(".lock");
+        let file = File::options().create(true).truncate(false).write(true).open(&path);
+        let file = file.map_err(|e| Error::write(&path, e))?;
+        let until = Instant::now() + Duration::from_secs(10);
+        loop {
+            match file.try_lock() {
+                Err(TryLockError::WouldBlock) if Instant::now() < until => {
+                    std::thread::sleep(Duration::from_millis(50))
+                }
+                Err(TryLockError::WouldBlock) => {
+                    return Err(Error::Usage(format!(
+                        "another process trains in {}; wait for it, stop it, or use another --run-dir",
+                        self.0.display()
+                    ))
+                    .into())
+                }
+                // A file system without locks is no reason not to train.
+                Ok(()) | Err(TryLockError::Error(_)) => return Ok(Some(file)),
+            }
+        }
+    }
+
+    /// Refuses logs that reach further than a run without a checkpoint can have come: its checkpoints are missing.
+    ///
+    /// # Errors
+    /// Storage, with what to do.
+    pub fn check_logs(&self, save_every: usize) -> Result<()> {
+        let rows: Vec<TrainRow> = Log::rows(&self.0.join("train.csv"))?;
+        match rows.last() {
+            Some(row) if save_every > 0 && row.step > save_every => Err(Error::Storage(format!(
+                "{} has the log of {} steps but no checkpoint; bring its checkpoints back, or begin anew in another --run-dir",
+                self.0.display(),
+                row.step
+            ))
+            .into()),
+            _ => Ok(()),
+        }
+    }
+
     /// Refuses a configuration that differs from the directory's own in what is learnt.
     ///
     /// # Errors
@@ -91,15 +139,15 @@ pub struct Best {
     pub step: usize,
     /// Token mean over the validation split.
     pub loss: f64,
-    /// exp(loss).
-    pub ppl: f64,
 }
 
 impl Best {
-    fn of(rows: &[EvalRow]) -> Option<Self> {
-        let valid = rows.iter().filter(|row| row.split == "valid" && row.loss.is_finite());
+    /// The best evaluation whose checkpoint is among those there.
+    fn of(rows: &[EvalRow], checkpoints: &[(usize, PathBuf)]) -> Option<Self> {
+        let there = |step: usize| checkpoints.iter().any(|(saved, _)| *saved == step);
+        let valid = rows.iter().filter(|row| row.split == "valid" && row.loss.is_finite() && there(row.step));
         let best = valid.min_by(|a, b| a.loss.total_cmp(&b.loss))?;
-        Some(Self { step: best.step, loss: best.loss, ppl: best.ppl })
+        Some(Self { step: best.step, loss: best.loss })
     }
 
     fn publish(&self, dir: &RunDir) -> Result<()> {
@@ -114,7 +162,10 @@ pub struct Recorder {
     eval: Log,
     /// The best evaluation so far.
     pub best: Option<Best>,
+    /// The step of the last evaluation.
+    evaluated: Option<usize>,
     progress: Progress,
+    _lock: Option<File>,
 }
 
 impl Recorder {
@@ -122,17 +173,26 @@ impl Recorder {
     ///
     /// # Errors
     /// Storage, where a file cannot be written.
-    pub fn open(dir: &RunDir, step: usize, steps: usize) -> Result<Self> {
+    pub fn open(dir: &RunDir, lock: Option<File>, step: usize, steps: usize) -> Result<Self> {
         let (train, _) = Log::open::<TrainRow>(&dir.0.join("train.csv"), step)?;
         let (eval, rows) = Log::open::<EvalRow>(&dir.0.join("eval.csv"), step)?;
-        let best = Best::of(&rows);
+        let best = Best::of(&rows, &checkpoint::list(&dir.checkpoints()));
         match best {
             Some(best) => best.publish(dir)?,
             // What a run left that was killed after its first evaluation and before its first checkpoint.
             None if dir.best().exists() => fs::remove_file(dir.best()).map_err(|e| Error::write(&dir.best(), e))?,
             None => {}
         }
-        Ok(Self { dir: dir.clone(), train, eval, best, progress: Progress::new(step, steps) })
+        // Later samples belong to steps that will be done again, perhaps otherwise.
+        for later in fs::read_dir(dir.0.join("samples")).into_iter().flatten().flatten() {
+            let name = later.file_name();
+            let number = name.to_str().and_then(|name| name.strip_prefix("step-")?.strip_suffix(".txt")?.parse().ok());
+            if number.is_some_and(|number: usize| number > step) {
+                fs::remove_file(later.path()).map_err(|e| Error::write(&later.path(), e))?;
+            }
+        }
+        let evaluated = rows.last().map(|row| row.step);
+        Ok(Self { dir: dir.clone(), train, eval, best, evaluated, progress: Progress::new(step, steps), _lock: lock })
     }
 
     /// Notes a step; it becomes a row of train.csv where `row` is given.
@@ -144,17 +204,38 @@ impl Recorder {
         Ok(())
     }
 
+    /// Whether the evaluation of a step has been written.
+    pub fn has_evaluation(&self, step: usize) -> bool {
+        self.evaluated.is_some_and(|last| last >= step)
+    }
+
+    /// Whether the text generated at a step has been written.
+    pub fn has_sample(&self, step: usize) -> bool {
+        self.sample_path(step).exists()
+    }
+
+    fn sample_path(&self, step: usize) -> PathBuf {
+        self.dir.0.join("samples").join(format!("step-{step:08}.txt"))
+    }
+
     /// Writes an evaluation; whether it is the best so far.
     pub fn evaluation(&mut self, row: &EvalRow) -> Result<bool> {
         self.eval.append(row)?;
+        self.evaluated = Some(row.step);
         let EvalRow { step, loss, ppl, .. } = *row;
         let improved = loss.is_finite() && self.best.is_none_or(|best| loss < best.loss);
         let mark = if improved { ", the best so far" } else { "" };
         self.progress.say(|| info!("step {step}: {} loss {loss:.4}, perplexity {ppl:.2}{mark}", row.split));
         if improved {
-            self.best = Some(Best { step, loss, ppl });
+            self.best = Some(Best { step, loss });
         }
         Ok(improved)
+    }
+
+    /// Makes the rows so far durable: before a checkpoint is, so that none can outlive the rows of its steps.
+    pub fn sync(&self) -> Result<()> {
+        self.train.sync()?;
+        self.eval.sync()
     }
 
     /// Publishes the best evaluation, once its checkpoint is there, and clears checkpoints no longer kept.
@@ -167,8 +248,7 @@ impl Recorder {
 
     /// Writes the text generated at a step.
     pub fn sample(&mut self, step: usize, text: &str) -> Result<()> {
-        let path = self.dir.0.join("samples").join(format!("step-{step:08}.txt"));
-        fs::write(&path, text).map_err(|e| Error::write(&path, e))
+        replace(&self.sample_path(step), text.as_bytes())
     }
 
     /// Says something without tearing the progress bar.
@@ -220,12 +300,13 @@ impl Progress {
     }
 }
 
-/// Where a checkpoint or a run named by the user lies: the checkpoint's folder itself, or a run's newest good one.
+/// The verified checkpoint that a path names: the checkpoint's folder itself, or a run's newest good one.
 ///
 /// # Errors
-/// Storage, where there is none.
+/// Storage, where there is none, or a byte of it is not what was written.
 pub fn find_checkpoint(path: &Path) -> Result<PathBuf> {
     if path.join("MANIFEST.json").is_file() {
+        checkpoint::verify(path)?;
         return Ok(path.to_path_buf());
     }
     checkpoint::latest(&path.join("checkpoints"))?.ok_or_else(|| {

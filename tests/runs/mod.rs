@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 pub struct Run {
     pub config: PathBuf,
     pub dir: PathBuf,
-    ranks: usize,
+    pub ranks: usize,
+    /// CPU threads of each rank.
+    pub threads: usize,
 }
 
 impl Run {
@@ -25,7 +27,7 @@ impl Run {
         let path = folder.join(format!("{name}.yaml"));
         let folder_key = format!("data: {{dir: {}, ", data.display());
         std::fs::write(&path, config.replace("data: {", &folder_key)).unwrap();
-        Self { config: path, dir: folder.join(name), ranks }
+        Self { config: path, dir: folder.join(name), ranks, threads: 1 }
     }
 
     /// The command that starts or resumes the run; one rank needs no launcher.
@@ -38,7 +40,11 @@ impl Run {
             local
         };
         command.args(["train", "--config"]).arg(&self.config).args(more).arg("--run-dir").arg(&self.dir);
-        command.env("OMP_NUM_THREADS", "1").stdin(Stdio::null()).stdout(Stdio::null());
+        command
+            .env("OMP_NUM_THREADS", self.threads.to_string())
+            .env("OMP_WAIT_POLICY", "passive")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null());
         command
     }
 

@@ -170,6 +170,8 @@ struct Rows {
 }
 
 impl Rows {
+    /// Elements of the head's gradient that all shares may hold together: 1 GiB.
+    const HEAD_GRAD_ELEMENTS: i64 = 1 << 28;
     /// Elements of logits that a chunk of LibTorch's kernels works on.
     const CHUNK_ELEMENTS: i64 = 1 << 26;
 
@@ -199,10 +201,13 @@ impl Rows {
         })
     }
 
-    /// The rows in as many contiguous shares as there are threads.
+    /// The rows in as many contiguous shares as there are threads; fewer where each one's gradient of the head is large.
     fn share(&self, head: &Tensor, wants_grad: bool) -> Vec<Share> {
         let rows = self.hidden.size()[0];
-        let threads = (rayon::current_num_threads() as i64).min(rows);
+        let mut threads = (rayon::current_num_threads() as i64).min(rows);
+        if wants_grad {
+            threads = threads.min(Self::HEAD_GRAD_ELEMENTS / (head.numel() as i64)).max(1);
+        }
         let targets: Vec<i64> = values(&self.targets);
         let weights: Vec<f32> = values(&self.weights);
         (0..threads)

@@ -1,0 +1,246 @@
+//! What comes before the first step: opening, resuming, and agreeing.
+
+use std::path::Path;
+
+use sha2::{Digest, Sha256};
+use tracing::{info, warn};
+
+use super::evaluate::Evaluation;
+use super::optimizer::AdamW;
+use super::record::{find_checkpoint, Recorder, RunDir};
+use super::{kind, Resume, Trainer};
+use crate::checkpoint::{self, Conditions, State, FORMAT_VERSION};
+use crate::comm::Comm;
+use crate::config::{Auto, Plan};
+use crate::data::loader::{Loader, Samples};
+use crate::data::prepare::DataDir;
+use crate::data::shard::hex;
+use crate::device;
+use crate::error::{Error, Result};
+use crate::fault::StopRequest;
+use crate::model::{Gpt, GptConfig};
+use crate::tokenizer::Tokenizer;
+
+impl<'a> Trainer<'a> {
+    pub(super) fn new(comm: &'a Comm, stop: StopRequest, plan: Plan, run_dir: &Path) -> Result<Self> {
+        let config = &plan.config;
+        let threads = device::set_threads(match config.threads {
+            Auto::Number(n) => Some(n),
+            Auto::Auto => None,
+        });
+        let device = device::select(config.device.name(), comm.local_rank)?;
+        let data = DataDir::open(&config.data.dir)?;
+        let tokenizer = Tokenizer::from_file(&data.tokenizer)?;
+        let (layout, block_size) = (config.data.layout, config.data.block_size);
+        let padding = i64::from(tokenizer.end_of_text());
+        let in_split = |split: &'static str| move |e: anyhow::Error| e.context(format!("the {split} split"));
+        let data_sha256 = hex(&data.train.digest());
+        let loader = Loader {
+            samples: Samples::for_training(data.train, layout, block_size).map_err(in_split("training"))?,
+            seed: config.seed,
+            batch_size: config.data.batch_size,
+            micro_batch: plan.micro_batch,
+            loss: config.train.loss,
+            padding,
+            rank: comm.rank,
+            world_size: comm.world_size,
+        };
+        let valid = match config.train.eval_every {
+            0 => None,
+            _ => Some(Evaluation {
+                split: "valid",
+                samples: Samples::for_evaluation(data.valid, layout, block_size).map_err(in_split("validation"))?,
+                layout,
+                micro_batch: plan.micro_batch,
+                padding,
+            }),
+        };
+        let kind = kind(config.precision);
+        let mut model = Gpt::new(GptConfig::new(&plan, tokenizer.vocab_size()), device, kind);
+        model.initialize(config.seed);
+        let optimizer = AdamW::new(&model.parameters, &config.optim);
+        let conditions = Conditions {
+            lockstep: env!("CARGO_PKG_VERSION").into(),
+            libtorch: device::libtorch_version(),
+            device: if device.is_cuda() { "cuda" } else { "cpu" }.into(),
+            hardware: device::hardware(device),
+            world_size: comm.world_size,
+            threads,
+            micro_batch: plan.micro_batch,
+        };
+        let state =
+            State { format_version: FORMAT_VERSION, step: 0, tokens: 0, elapsed_s: 0.0, data_sha256, conditions };
+        Ok(Self {
+            comm,
+            dir: RunDir(run_dir.to_path_buf()),
+            device,
+            tokenizer,
+            tokenizer_file: data.tokenizer,
+            loader,
+            valid,
+            model,
+            optimizer,
+            state,
+            stop,
+            peak: device::measure_peak(device, kind),
+            sequences: 0,
+            recorder: None,
+            plan,
+        })
+    }
+
+    /// Rank 0 finds and reads what the run begins with; the others receive it.
+    pub(super) fn begin(&mut self, resume: &Resume, allowed: &[String]) -> Result<()> {
+        if self.comm.is_root() {
+            self.take_up(resume, allowed)?;
+        }
+        self.agree()?;
+        let State { step, tokens, elapsed_s, .. } = self.state;
+        let numbers = &self.comm.gather(&[step as f64, tokens as f64, elapsed_s])[0];
+        (self.state.step, self.state.tokens, self.state.elapsed_s) =
+            (numbers[0] as usize, numbers[1] as u64, numbers[2]);
+        self.comm.broadcast(&mut self.model.parameters.flat)?;
+        self.comm.broadcast(&mut self.optimizer.exp_avg)?;
+        self.comm.broadcast(&mut self.optimizer.exp_avg_sq)?;
+        self.model.parameters.publish();
+        Ok(())
+    }
+
+    /// Compares what every rank brings along: replicas that differ from the start would train on without a word.
+    fn agree(&self) -> Result<()> {
+        let Conditions { lockstep, libtorch, hardware, .. } = &self.state.conditions;
+        let brought = [
+            ("configuration", self.plan.config.to_yaml()?),
+            ("training data", self.state.data_sha256.clone()),
+            ("versions of Lockstep and LibTorch", format!("{lockstep}, {libtorch}")),
+            ("kind of hardware", hardware.clone()),
+        ];
+        // 48 bits of each digest, exact in a float.
+        let bits = |text: &String| Sha256::digest(text)[..6].iter().fold(0.0, |bits, &b| bits * 256.0 + f64::from(b));
+        let ranks = self.comm.gather(&brought.iter().map(|(_, text)| bits(text)).collect::<Vec<_>>());
+        for (place, (name, _)) in brought.iter().enumerate() {
+            let others: Vec<usize> = (1..ranks.len()).filter(|&rank| ranks[rank][place] != ranks[0][place]).collect();
+            match (others.is_empty(), *name) {
+                (true, _) => {}
+                (false, "kind of hardware") => warn!("ranks {others:?} compute on other hardware than rank 0"),
+                (false, name) => {
+                    return Err(Error::Communication(format!(
+                        "ranks {others:?} have another {name} than rank 0; start every rank with the same files, on a file \
+                         system that all nodes share"
+                    ))
+                    .into())
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn take_up(&mut self, resume: &Resume, allowed: &[String]) -> Result<()> {
+        let checkpoints = self.dir.checkpoints();
+        // Taken before anything is read: the run that holds it may be about to save.
+        let lock = self.dir.lock()?;
+        let has_history = !checkpoint::list(&checkpoints).is_empty();
+        let found = match resume {
+            Resume::Auto => checkpoint::latest(&checkpoints)?,
+            // Another run's checkpoint is only where this run begins.
+            Resume::From(path) if has_history && !is_within(path, &self.dir.0) => {
+                info!("{} holds checkpoints: going on with its own newest", self.dir.0.display());
+                checkpoint::latest(&checkpoints)?
+            }
+            Resume::From(path) => Some(find_checkpoint(path)?),
+            Resume::Never if !has_history => None,
+            Resume::Never => {
+                return Err(Error::Usage(format!(
+                    "{} holds checkpoints, and --resume never would begin anew over them; use another --run-dir",
+                    self.dir.0.display()
+                ))
+                .into())
+            }
+        };
+        // All checks come before the first change, so that a refused command leaves the run as it was.
+        self.dir.check(&self.plan.config, allowed)?;
+        if !has_history {
+            self.dir.check_logs(self.plan.config.train.save_every)?;
+        }
+        if let Some(path) = &found {
+            self.load(path, allowed)?;
+            info!("resuming from {} after {} steps", path.display(), self.state.step);
+        } else if let Some(path) = &self.plan.config.train.init_from {
+            let path = find_checkpoint(path).map_err(|e| e.context("train.init_from"))?;
+            checkpoint::load_model(&path, &mut self.model.parameters)?;
+            info!("beginning with the weights of {}", path.display());
+        }
+        self.dir.claim(&self.plan.config, &self.tokenizer_file)?;
+        let lock = match lock {
+            None => self.dir.lock()?,
+            taken => taken,
+        };
+        checkpoint::set_aside_after(&checkpoints, self.state.step)?;
+        let kept = if has_history { self.state.step } else { 0 };
+        self.recorder = Some(Recorder::open(&self.dir, lock, kept, self.plan.config.train.steps)?);
+        Ok(())
+    }
+
+    fn load(&mut self, path: &Path, allowed: &[String]) -> Result<()> {
+        let saved = checkpoint::load_state(path)?;
+        if saved.data_sha256 != self.state.data_sha256 && !allowed.iter().any(|key| key == "data.dir") {
+            return Err(Error::Usage(format!(
+                "{} was trained on other data than {} holds (SHA-256 of the training tokens was {}, is {}); name the \
+                 folder it was trained on, or allow it with --allow-config-change data.dir",
+                path.display(),
+                self.plan.config.data.dir.display(),
+                saved.data_sha256,
+                self.state.data_sha256
+            ))
+            .into());
+        }
+        for (name, then, now) in saved.conditions.differences(&self.state.conditions) {
+            warn!(
+                "resuming with {name} {now}, which was {then}: the run goes on, but not bit for bit as it would have"
+            );
+        }
+        checkpoint::load_model(path, &mut self.model.parameters)?;
+        checkpoint::load_optimizer(path, &mut self.optimizer)?;
+        let State { step, tokens, elapsed_s, .. } = saved;
+        self.state = State { step, tokens, elapsed_s, ..self.state.clone() };
+        Ok(())
+    }
+
+    pub(super) fn announce(&self) {
+        let State { step, conditions, .. } = &self.state;
+        let train = &self.plan.config.train;
+        if *step >= train.steps {
+            info!("the run in {} is complete: {step} steps; --set train.steps=N goes on", self.dir.0.display());
+            return;
+        }
+        info!(
+            "{} parameters, vocabulary {}, on {:?} ({}), {} ranks x {} threads, {} sequences a step as {} x {} x {} (ranks, \
+             micro-steps, sequences)",
+            self.model.parameters.numel(),
+            self.model.config.vocab_size,
+            self.device,
+            conditions.hardware,
+            conditions.world_size,
+            conditions.threads,
+            self.plan.config.data.batch_size,
+            conditions.world_size,
+            self.plan.accumulation,
+            self.plan.micro_batch,
+        );
+        let global = self.loader.global_batch(*step);
+        let mine = self.loader.share(&global);
+        info!(
+            "rank {} computes {} of the {} sequences of each step; of step {} samples {:?}{}",
+            self.comm.rank,
+            mine.len(),
+            global.len(),
+            step + 1,
+            &mine[..mine.len().min(16)],
+            if mine.len() > 16 { " ..." } else { "" }
+        );
+    }
+}
+
+fn is_within(path: &Path, folder: &Path) -> bool {
+    matches!((path.canonicalize(), folder.canonicalize()), (Ok(path), Ok(folder)) if path.starts_with(&folder))
+}

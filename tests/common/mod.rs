@@ -1,0 +1,220 @@
+//! A folder of its own for a test, with a small data folder and a fast configuration in it, and the binary run there.
+#![allow(dead_code)] // each test program uses its own part
+
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::fs;
+use std::io::Write;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use tempfile::TempDir;
+
+/// `tiny.yaml`: 256 targets a step, milliseconds each.
+pub const TINY: &str = "name: tiny\ndevice: cpu\ndata: {dir: data, block_size: 32, batch_size: 8}\n\
+    model: {n_layer: 2, n_head: 2, n_embd: 32}\n\
+    train: {steps: 12, eval_every: 4, save_every: 4, sample_every: 6, prompts: [' The river', '']}\n";
+
+/// A folder with `tiny.yaml` and `data/`, the sample under `bpe:512`.
+pub struct Workspace {
+    folder: TempDir,
+    _data: Arc<TempDir>,
+}
+
+/// What a command said and how it ended.
+pub struct Output {
+    pub code: i32,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+impl Workspace {
+    pub fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let data = sample();
+        symlink(data.path().join("data"), folder.path().join("data")).unwrap();
+        fs::write(folder.path().join("tiny.yaml"), TINY).unwrap();
+        Self { folder, _data: data }
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// A copy of `data/` that may be damaged.
+    pub fn own_data(&self, name: &str) -> PathBuf {
+        copy_folder(&self.path("data"), &self.path(name));
+        self.path(name)
+    }
+
+    /// Runs `lockstep` with these arguments, spaces between them, in the folder.
+    #[track_caller]
+    pub fn lockstep(&self, arguments: &str) -> Output {
+        self.run(&arguments.split_whitespace().collect::<Vec<_>>())
+    }
+
+    /// As [`Self::lockstep`], for arguments with spaces.
+    #[track_caller]
+    pub fn run(&self, arguments: &[impl AsRef<OsStr>]) -> Output {
+        finish(self.command(arguments))
+    }
+
+    /// Trains `tiny.yaml` into `run`.
+    #[track_caller]
+    pub fn train(&self, run: &str, more: &str) -> Output {
+        self.lockstep(&format!("train --config tiny.yaml --run-dir {run} {more}"))
+    }
+
+    /// The command that runs `lockstep` in the folder; one that hangs is stopped and fails.
+    pub fn command(&self, arguments: &[impl AsRef<OsStr>]) -> Command {
+        let mut command = Command::new("timeout");
+        command.arg("100").arg(binary()).args(arguments);
+        command.current_dir(self.folder.path()).env("OMP_NUM_THREADS", "1").stdin(Stdio::null());
+        command
+    }
+
+    /// Runs a shell script in the folder, with a mount namespace of its own: mounts end with it.
+    /// `$lockstep` is the binary. `None` where this machine does not permit it, which is said.
+    pub fn with_mounts(&self, script: &str) -> Option<Output> {
+        let unshare = |script: &str| {
+            let mut command = Command::new("timeout");
+            command.args(["100", "unshare", "--mount"]);
+            // SAFETY is not at stake: root needs no user namespace, and others become root in one.
+            if !is_root() {
+                command.args(["--user", "--map-root-user"]);
+            }
+            command.args(["sh", "-c", script]).current_dir(self.folder.path());
+            command.env("OMP_NUM_THREADS", "1").env("lockstep", binary()).stdin(Stdio::null());
+            command
+        };
+        fs::create_dir_all(self.path("mnt")).unwrap();
+        let permitted = unshare("mount -t tmpfs none mnt").output().is_ok_and(|output| output.status.success());
+        if !permitted {
+            not_run("mounting a tmpfs in a namespace of its own is not permitted here");
+            return None;
+        }
+        Some(finish(unshare(&format!("set -u; {script}"))))
+    }
+}
+
+impl Output {
+    /// Asserts success.
+    #[track_caller]
+    pub fn ok(self) -> Self {
+        assert_eq!(self.code, 0, "{}", self.stderr);
+        self
+    }
+
+    /// Asserts an exit code and what the message must name.
+    #[track_caller]
+    pub fn fails(self, code: i32, parts: &[&str]) -> Self {
+        assert_eq!(self.code, code, "{}", self.stderr);
+        self.says(parts)
+    }
+
+    /// Asserts that stderr has all of these.
+    #[track_caller]
+    pub fn says(self, parts: &[&str]) -> Self {
+        for part in parts {
+            assert!(self.stderr.contains(part), "no {part:?} in {:?}", self.stderr);
+        }
+        self
+    }
+}
+
+pub fn binary() -> &'static str {
+    env!("CARGO_BIN_EXE_lockstep")
+}
+
+/// Runs a command to its end. Nothing may ever end in a panic, or with a stack printed.
+#[track_caller]
+pub fn finish(mut command: Command) -> Output {
+    let output = command.output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    for defect in ["panicked", "internal error", "frame #", "RUST_BACKTRACE"] {
+        assert!(!stderr.contains(defect), "{defect:?} in {stderr:?}");
+    }
+    let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
+    Output { code: output.status.code().unwrap_or(-1), stdout, stderr }
+}
+
+/// Says that a test did not run, past the test program's capture.
+pub fn not_run(reason: &str) {
+    let name = std::thread::current().name().unwrap_or("a test").to_owned();
+    let _ = writeln!(std::io::stderr(), "NOT RUN: {name}: {reason}");
+}
+
+/// The sample's data folder, made once for the tests that run at a time, and removed after them.
+fn sample() -> Arc<TempDir> {
+    static SHARED: Mutex<Weak<TempDir>> = Mutex::new(Weak::new());
+    let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(there) = shared.upgrade() {
+        return there;
+    }
+    let folder = Arc::new(tempfile::tempdir().unwrap());
+    let mut prepare = Command::new(binary());
+    prepare.args(["-q", "prepare", "--source", "sample", "--tokenizer", "bpe:512", "--out", "data"]);
+    prepare.current_dir(folder.path());
+    finish(prepare).ok();
+    *shared = Arc::downgrade(&folder);
+    folder
+}
+
+fn is_root() -> bool {
+    use std::os::unix::fs::MetadataExt;
+    fs::metadata("/proc/self").is_ok_and(|process| process.uid() == 0)
+}
+
+pub fn copy_folder(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let target = to.join(entry.file_name());
+        match entry.path().is_dir() {
+            true => copy_folder(&entry.path(), &target),
+            false => drop(fs::copy(entry.path(), target).unwrap()),
+        }
+    }
+}
+
+/// Every file below a folder with its content, by its path from there; logs left out, to which every start adds.
+pub fn snapshot(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut files = BTreeMap::new();
+    let mut folders = vec![folder.to_owned()];
+    while let Some(next) = folders.pop() {
+        for entry in fs::read_dir(next).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else {
+                let name = path.strip_prefix(folder).unwrap().to_str().unwrap().to_owned();
+                files.insert(name, fs::read(path).unwrap());
+            }
+        }
+    }
+    files.retain(|name, _| !name.starts_with("logs/"));
+    files
+}
+
+/// A CSV's columns and its rows.
+pub fn table(text: &str) -> (Vec<String>, Vec<BTreeMap<String, String>>) {
+    assert!(text.ends_with('\n'), "the last row is cut: {text:?}");
+    let mut reader = csv::Reader::from_reader(text.as_bytes());
+    let columns = reader.headers().unwrap().iter().map(String::from).collect();
+    (columns, reader.deserialize().map(|row| row.unwrap()).collect())
+}
+
+/// A column of a CSV file as numbers.
+pub fn numbers(path: &Path, column: &str) -> Vec<f64> {
+    let (_, rows) = table(&fs::read_to_string(path).unwrap());
+    rows.iter().map(|row| row[column].parse().unwrap()).collect()
+}
+
+/// Changes one bit of one byte of a file.
+pub fn flip(path: &Path, at: usize) {
+    let mut bytes = fs::read(path).unwrap();
+    bytes[at] ^= 1;
+    fs::write(path, bytes).unwrap();
+}
