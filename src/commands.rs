@@ -54,6 +54,7 @@ pub fn run(cli: &Cli) -> Result<()> {
         Verb::Train { config, overrides, run_dir, resume, allow_config_change } => {
             // From the start: a launcher may ask for a stop while MPI is still gathering the ranks.
             let stop = StopRequest::install()?;
+            Config::check_names(allow_config_change)?;
             let resume = match resume.as_str() {
                 "auto" => Resume::Auto,
                 "never" => Resume::Never,
@@ -197,6 +198,10 @@ fn print(line: &str) -> Result<()> {
 }
 
 fn stdout_failed(e: io::Error) -> anyhow::Error {
+    if e.kind() == io::ErrorKind::BrokenPipe {
+        // The reader has seen enough, as `head` does: no fault of anybody.
+        std::process::exit(0);
+    }
     Error::Storage(format!("cannot write to standard output: {e}")).into()
 }
 

@@ -70,6 +70,25 @@ fn an_error_of_the_ranks_ends_them_all_with_its_exit_code() {
 }
 
 #[test]
+fn ranks_that_disagree_are_refused_before_they_train() {
+    let folder = tempfile::tempdir().unwrap();
+    let run =
+        Run::new(folder.path(), "disagree", "data: {block_size: 16, batch_size: 8}\nmodel: {preset: gpt-nano}\n", 2);
+    // Rank 1 is given another seed, as a node with an older copy of the configuration would.
+    let script = folder.path().join("lockstep");
+    let binary = env!("CARGO_BIN_EXE_lockstep");
+    let text = format!(
+        "#!/bin/sh\n[ \"$OMPI_COMM_WORLD_RANK$PMI_RANK\" = 1 ] && set -- \"$@\" --set seed=99\nexec {binary} \"$@\"\n"
+    );
+    std::fs::write(&script, text).unwrap();
+    std::fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let done = run.command(&[]).env("LOCKSTEP_BIN", &script).output().unwrap();
+    let said = String::from_utf8_lossy(&done.stderr);
+    assert_eq!(done.status.code(), Some(6), "{said}");
+    assert!(said.contains("ranks [1] have another configuration than rank 0"), "{said}");
+}
+
+#[test]
 fn ranks_that_mpi_does_not_join_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let run = Run::new(folder.path(), "alone", "data: {block_size: 16}\nmodel: {preset: gpt-nano}\n", 1);

@@ -185,11 +185,19 @@ fn a_model_meets_only_the_vocabulary_it_was_trained_with() {
     let parts = ["mine", "vocabulary 300", "run", "vocabulary 512", "--tokenizer run/tokenizer.json"];
     work.lockstep("eval --run-dir run").fails(3, &parts);
     let resume = "--set data.dir=mine --set train.steps=14";
+    let allowed = format!("{resume} --allow-config-change data.dir");
+    let parts = ["mine/tokenizer.json is not the tokenizer", "run/tokenizer.json", "--tokenizer run/tokenizer.json"];
+    for resume in [resume, &allowed] {
+        work.train("run", resume).fails(3, &parts);
+    }
+    work.train("new", "--set data.dir=mine --resume run").fails(2, &["other data than mine"]);
+    let parts = ["step-00000012/model.safetensors", "transformer.wte.weight", "[512, 32]", "[300, 32]", "vocabulary"];
+    work.train("new", "--set data.dir=mine --set train.init_from=run").fails(4, &parts);
+    // The same vocabulary, another text.
+    corpus(&work, [&b" The tide comes and goes . \n".repeat(200), b" A tide . \n", b" A tide . \n"]);
+    work.lockstep("-q prepare --source text --tokenizer run/tokenizer.json --out mine").ok();
     let parts = ["other data than mine", "SHA-256", "--allow-config-change data.dir"];
     work.train("run", resume).fails(2, &parts);
-    let allowed = format!("{resume} --allow-config-change data.dir");
-    let parts = ["step-00000012/model.safetensors", "transformer.wte.weight", "[512, 32]", "[300, 32]", "vocabulary"];
-    work.train("run", &allowed).fails(4, &parts);
     assert!(snapshot(&work.path("run")) == before, "a refused command changed the run");
     // The run speaks without its data, and takes up the right data where the text is tokenized as it says.
     work.lockstep("generate --run-dir run --prompt A --tokens 2").ok();
@@ -264,7 +272,10 @@ fn a_run_directory_of_another_configuration_is_left_alone() {
     let wider = "--set model.n_embd=64 --allow-config-change model.n_embd";
     work.train("run", wider).fails(4, &["model.safetensors", "[32]", "[64]", "another model"]);
     work.train("run", "--resume never").fails(2, &["run holds checkpoints", "--resume never", "--run-dir"]);
+    let misspelt = "--set optim.lr=1e-3 --allow-config-change optim.lrr";
+    work.train("run", misspelt).fails(2, &["unknown key `optim.lrr`", "did you mean `optim.lr`"]);
     work.train("run", "--resume nowhere").fails(4, &["nowhere", "neither a checkpoint nor a run directory"]);
+    work.train("new", "--resume nowhere").fails(4, &["nowhere", "neither a checkpoint nor a run directory"]);
     assert!(snapshot(&work.path("run")) == before, "a refused command changed the run");
 
     work.train("run", &format!("{half} --allow-config-change model.dropout")).ok();
@@ -273,6 +284,19 @@ fn a_run_directory_of_another_configuration_is_left_alone() {
     assert_eq!(rates, [&["0.0005"; 12][..], &["0.001"; 2]].concat());
     let config = fs::read_to_string(work.path("run/config.yaml")).unwrap();
     assert!(config.contains("dropout: 0.5"), "{config}");
+}
+
+#[test]
+fn two_processes_do_not_train_in_one_directory() {
+    let work = Workspace::new();
+    work.train("run", "").ok();
+    let before = snapshot(&work.path("run"));
+    let other = fs::File::options().write(true).open(work.path("run/.lock")).unwrap();
+    other.lock().unwrap();
+    work.train("run", "--set train.steps=14").fails(2, &["another process trains in run", "another --run-dir"]);
+    assert!(snapshot(&work.path("run")) == before);
+    drop(other);
+    work.train("run", "--set train.steps=14").ok();
 }
 
 #[test]

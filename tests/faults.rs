@@ -46,6 +46,16 @@ fn without_a_good_checkpoint_nothing_begins() {
     work.lockstep("eval --run-dir run --checkpoint latest").fails(4, &all);
     work.lockstep("checkpoint verify --run-dir run").fails(4, &["3 of 3", &model(4), &model(8), &model(12)]);
     assert!(snapshot(&work.path("run")) == before);
+    // Nor does another run begin with damaged weights.
+    let from = "run/checkpoints/step-00000008";
+    work.train("new", &format!("--set train.init_from={from}")).fails(4, &[&model(8), "SHA-256"]);
+    work.train("new", &format!("--resume {from}")).fails(4, &[&model(8), "SHA-256"]);
+
+    // Checkpoints that are gone are not mistaken for a run that has not begun.
+    fs::remove_dir_all(work.path("run/checkpoints")).unwrap();
+    let parts = ["run has the log of 12 steps but no checkpoint", "another --run-dir"];
+    work.train("run", "--set train.steps=14").fails(4, &parts);
+    assert_eq!(numbers(&work.path("run/train.csv"), "step").len(), 12);
 }
 
 #[test]
@@ -122,7 +132,7 @@ fn a_read_only_folder_is_a_storage_error() {
         ("train --config tiny.yaml --run-dir mnt/run --set train.steps=14", "mnt/run/"),
     ] {
         let script = format!(
-            "mount -t tmpfs none mnt; cp -r run mnt/run; mount -o remount,ro mnt
+            "mount -t tmpfs none mnt; cp -r run mnt/run; mount -o remount,bind,ro mnt
             $lockstep -q {command}; code=$?; ls mnt; exit $code"
         );
         let Some(said) = work.with_mounts(&script) else { return };
@@ -130,7 +140,7 @@ fn a_read_only_folder_is_a_storage_error() {
         assert_eq!(said.stdout, "run\n");
     }
     // Reading needs no more than reading.
-    let script = "mount -t tmpfs none mnt; cp -r run mnt/run; mount -o remount,ro mnt
+    let script = "mount -t tmpfs none mnt; cp -r run mnt/run; mount -o remount,bind,ro mnt
         $lockstep eval --run-dir mnt/run && $lockstep checkpoint verify --run-dir mnt/run";
     work.with_mounts(script).unwrap().ok();
 }

@@ -1,7 +1,7 @@
 //! What the model promises beyond its golden values.
 
 use lockstep::config::{Activation, Norm};
-use lockstep::model::generate::{generate, Cache, Sampling};
+use lockstep::model::generate::{generate, Sampling};
 use lockstep::model::{Gpt, GptConfig};
 use tch::{Device, Kind, Tensor};
 
@@ -59,7 +59,7 @@ fn the_cache_changes_nothing() {
         let model = model(GptConfig { norm, ..SMALL });
         let ids = ids([3, 12]);
         let whole = model.hidden(&ids, None);
-        let mut cache = Cache::new(&model, 3);
+        let mut cache = model.cache(3);
         let first = model.hidden(&ids.narrow(1, 0, 5), Some(&mut cache));
         let rest = (5..12).map(|t| model.hidden(&ids.narrow(1, t, 1), Some(&mut cache)));
         let parts: Vec<Tensor> = std::iter::once(first).chain(rest).collect();

@@ -118,3 +118,40 @@ fn one_rank_of_two_threads_stops_on_request_with_75() {
 fn two_ranks_stop_together_on_request_with_75() {
     stopped_and_resumed(2, 1, "TERM");
 }
+
+const SHORT: &str =
+    "data: {layout: packed, block_size: 16, batch_size: 4}\nmodel: {n_layer: 1, n_head: 1, n_embd: 16}\n\
+    train: {steps: 12, eval_every: 4, save_every: 4}\n";
+
+#[test]
+fn a_log_without_its_checkpoints_is_not_overwritten() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = Run::new(folder.path(), "run", SHORT, 1);
+    assert!(run.start(&[]).success());
+    let log = std::fs::read(run.dir.join("train.csv")).unwrap();
+    let away = folder.path().join("checkpoints");
+    std::fs::rename(run.dir.join("checkpoints"), &away).unwrap();
+    let done = run.command(&[]).output().unwrap();
+    let said = String::from_utf8_lossy(&done.stderr);
+    assert_eq!(done.status.code(), Some(4), "{said}");
+    assert!(said.contains("the log of 12 steps but no checkpoint"), "{said}");
+    assert_eq!(std::fs::read(run.dir.join("train.csv")).unwrap(), log);
+    std::fs::rename(&away, run.dir.join("checkpoints")).unwrap();
+    assert!(run.start(&[]).success());
+    assert_eq!(std::fs::read(run.dir.join("train.csv")).unwrap(), log);
+}
+
+#[test]
+fn another_runs_checkpoint_begins_a_run_and_a_restart_goes_on_with_its_own() {
+    let folder = tempfile::tempdir().unwrap();
+    let first = Run::new(folder.path(), "first", SHORT, 1);
+    assert!(first.start(&[]).success());
+    let second = Run::new(folder.path(), "second", &SHORT.replace("steps: 12", "steps: 16"), 1);
+    let from = first.dir.to_str().unwrap().to_string();
+    assert!(second.start(&["--resume", &from]).success());
+    assert_eq!(columns(&second.dir.join("train.csv"), &["step"]), [["13"], ["14"], ["15"], ["16"]]);
+    // The same command, as a requeued job would give it, must not begin with the first run's again.
+    assert!(second.start(&["--resume", &from, "--set", "train.steps=18"]).success());
+    assert_eq!(columns(&second.dir.join("train.csv"), &["step"]).len(), 6);
+    assert!(first.dir.join("checkpoints/step-00000012").exists());
+}

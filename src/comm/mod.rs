@@ -57,16 +57,7 @@ impl Comm {
     /// # Errors
     /// Communication, where the tensor is not contiguous fp32. A peer that is lost ends this process inside MPI.
     pub fn all_reduce(&self, tensor: &mut Tensor) -> Result<()> {
-        match &self.world {
-            None => Ok(()),
-            Some(world) if tensor.device() == Device::Cpu => world.all_reduce(tensor),
-            Some(world) => {
-                let mut host = tensor.to_device(Device::Cpu);
-                world.all_reduce(&mut host)?;
-                tensor.copy_(&host);
-                Ok(())
-            }
-        }
+        self.on_host(tensor, mpi::World::all_reduce)
     }
 
     /// Replaces an fp32 tensor by rank 0's.
@@ -74,12 +65,17 @@ impl Comm {
     /// # Errors
     /// As [`Comm::all_reduce`].
     pub fn broadcast(&self, tensor: &mut Tensor) -> Result<()> {
+        self.on_host(tensor, mpi::World::broadcast)
+    }
+
+    /// MPI works on host memory: a tensor elsewhere goes there and back.
+    fn on_host(&self, tensor: &mut Tensor, collective: fn(&mpi::World, &mut Tensor) -> Result<()>) -> Result<()> {
         match &self.world {
             None => Ok(()),
-            Some(world) if tensor.device() == Device::Cpu => world.broadcast(tensor),
+            Some(world) if tensor.device() == Device::Cpu => collective(world, tensor),
             Some(world) => {
                 let mut host = tensor.to_device(Device::Cpu);
-                world.broadcast(&mut host)?;
+                collective(world, &mut host)?;
                 tensor.copy_(&host);
                 Ok(())
             }

@@ -54,6 +54,24 @@ impl Config {
         serde_path(&root)
     }
 
+    /// Refuses names that are no keys of a configuration, written as `optim.lr`.
+    ///
+    /// # Errors
+    /// Usage, with the nearest key.
+    pub fn check_names(names: &[String]) -> Result<()> {
+        let known = serde_yaml::to_value(Self::with_every_key())?;
+        let paths: Vec<String> = leaves(&known, "").into_iter().map(|(path, _)| path).collect();
+        for name in names {
+            let mut wanted = Value::Mapping(Mapping::new());
+            set(&mut wanted, name, Value::Null)?;
+            if !paths.contains(name) {
+                check_keys(&wanted, &known, "", &paths)?;
+                return usage(format!("`{name}` is a section; name one of its keys"));
+            }
+        }
+        Ok(())
+    }
+
     fn with_every_key() -> Self {
         let model = Model {
             preset: Some("gpt-nano".into()),

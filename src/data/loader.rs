@@ -65,7 +65,7 @@ impl Samples {
         let samples = Self { shard, cut };
         if samples.is_empty() {
             let (need, lines) = match layout {
-                Layout::Packed => (block_size + 1, String::new()),
+                Layout::Packed => (if tail { 2 } else { block_size + 1 }, String::new()),
                 Layout::Paragraphs => (2, format!(" on {} lines, none of which has two", samples.shard.n_lines())),
             };
             return Err(Error::Data(format!(

@@ -1,40 +1,9 @@
-//! Text from a trained model: a key-value cache, and sampling by temperature, top-k and top-p.
+//! Text from a trained model: sampling by temperature, top-k and top-p.
 
 use tch::{Device, Kind, Tensor};
 
 use super::gpt::Gpt;
 use crate::random::mix;
-
-/// Keys and values of the tokens seen so far, per layer (B, H, past, D) each.
-pub struct Cache {
-    layers: Vec<(Tensor, Tensor)>,
-}
-
-impl Cache {
-    /// An empty cache for `batch` sequences.
-    pub fn new(model: &Gpt, batch: i64) -> Self {
-        let config = &model.config;
-        let weights = &model.parameters.flat;
-        let kind = model.kind();
-        let empty =
-            || Tensor::empty([batch, config.n_head, 0, config.n_embd / config.n_head], (kind, weights.device()));
-        Self { layers: (0..config.n_layer).map(|_| (empty(), empty())).collect() }
-    }
-
-    /// Tokens seen so far.
-    pub fn len(&self) -> i64 {
-        self.layers.first().map_or(0, |(keys, _)| keys.size()[2])
-    }
-
-    /// Whether no token was seen yet.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    pub(super) fn layer(&mut self, layer: usize) -> &mut (Tensor, Tensor) {
-        &mut self.layers[layer]
-    }
-}
 
 /// How the next token is drawn.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -72,11 +41,11 @@ pub fn generate(
         .collect();
     let lengths: Vec<usize> = rows.iter().map(Vec::len).collect();
     let (Some(&shortest), Some(&longest)) = (lengths.iter().min(), lengths.iter().max()) else { return Vec::new() };
-    let mut cache = Cache::new(model, rows.len() as i64);
+    let mut cache = model.cache(rows.len() as i64);
     let mut seen = 0; // tokens of each row that have left the view or are in the cache
     for length in shortest..longest + tokens {
         if cache.len() as usize == block {
-            cache = Cache::new(model, rows.len() as i64);
+            cache = model.cache(rows.len() as i64);
             seen = length - block / 2;
         }
         let window: Vec<i64> = rows.iter().flat_map(|row| row[seen..length].iter().map(|&id| i64::from(id))).collect();

@@ -6,7 +6,7 @@
 
 use tch::{no_grad, Device, Kind, Tensor};
 
-use super::generate::Cache;
+use super::cache::Cache;
 use super::head;
 use super::parameters::Parameters;
 use crate::config::{Activation, Norm, Plan};
@@ -209,16 +209,23 @@ impl Gpt {
         self.parameters.publish();
     }
 
+    /// An empty cache for `batch` sequences.
+    pub fn cache(&self, batch: i64) -> Cache {
+        let (heads, width) = (self.config.n_head, self.config.n_embd / self.config.n_head);
+        let empty = || Tensor::empty([batch, heads, 0, width], (self.kind(), self.wte.device()));
+        Cache { layers: (0..self.config.n_layer).map(|_| (empty(), empty())).collect() }
+    }
+
     /// Hidden states after the last block and norm, for evaluation and generation.
     ///
     /// `ids` (B, T) holds the tokens at positions `start` to `start + T`; with a `cache` of the `start` tokens before,
-    /// it is extended by these. Returns (B, T, C).
+    /// it is extended by these: any number of them where it is empty, one where it is not. Returns (B, T, C).
     pub fn hidden(&self, ids: &Tensor, mut cache: Option<&mut Cache>) -> Tensor {
         no_grad(|| {
             let start = cache.as_ref().map_or(0, |cache| cache.len());
             let mut x = self.embed(ids, start);
             for (layer, block) in self.blocks.iter().enumerate() {
-                let layer_cache = cache.as_mut().map(|cache| cache.layer(layer));
+                let layer_cache = cache.as_mut().map(|cache| &mut cache.layers[layer]);
                 x = self.block(block, &x, 0.0, layer_cache);
             }
             match &self.ln_f {

@@ -1,5 +1,6 @@
 //! The model: mathematics on tensors, with no idea of ranks or files.
 
+pub mod cache;
 pub mod generate;
 pub mod gpt;
 pub mod head;

@@ -105,11 +105,22 @@ impl RunDir {
         }
     }
 
-    /// Refuses a configuration that differs from the directory's own in what is learnt.
+    /// Refuses a configuration that differs from the directory's own in what is learnt, and another tokenizer.
     ///
     /// # Errors
-    /// Usage, with each key and both values.
-    pub fn check(&self, config: &Config, allowed: &[String]) -> Result<()> {
+    /// Usage, with each key and both values; data, where the ids of the data folder mean other text than the model's.
+    pub fn check(&self, config: &Config, tokenizer: &Path, allowed: &[String]) -> Result<()> {
+        let read = |path: &Path| fs::read(path).map_err(|e| Error::read(path, e));
+        if self.tokenizer().exists() && read(&self.tokenizer())? != read(tokenizer)? {
+            return Err(Error::Data(format!(
+                "{} is not the tokenizer that {} was trained with ({}); prepare the text with --tokenizer {}",
+                tokenizer.display(),
+                self.0.display(),
+                self.tokenizer().display(),
+                self.tokenizer().display()
+            ))
+            .into());
+        }
         if self.config().exists() {
             let older = Config::load(&self.config(), &[])?;
             let changes: Vec<String> = config

@@ -143,6 +143,7 @@ impl<'a> Trainer<'a> {
         let found = match resume {
             Resume::Auto => checkpoint::latest(&checkpoints)?,
             // Another run's checkpoint is only where this run begins.
+            Resume::From(path) if !path.exists() => Some(find_checkpoint(path)?),
             Resume::From(path) if has_history && !is_within(path, &self.dir.0) => {
                 info!("{} holds checkpoints: going on with its own newest", self.dir.0.display());
                 checkpoint::latest(&checkpoints)?
@@ -158,8 +159,9 @@ impl<'a> Trainer<'a> {
             }
         };
         // All checks come before the first change, so that a refused command leaves the run as it was.
-        self.dir.check(&self.plan.config, allowed)?;
-        if !has_history {
+        if has_history {
+            self.dir.check(&self.plan.config, &self.tokenizer_file, allowed)?;
+        } else {
             self.dir.check_logs(self.plan.config.train.save_every)?;
         }
         if let Some(path) = &found {

@@ -81,7 +81,7 @@ impl Workspace {
         let unshare = |script: &str| {
             let mut command = Command::new("timeout");
             command.args(["100", "unshare", "--mount"]);
-            // SAFETY is not at stake: root needs no user namespace, and others become root in one.
+            // Root needs no user namespace; others become root in one.
             if !is_root() {
                 command.args(["--user", "--map-root-user"]);
             }
@@ -179,7 +179,7 @@ pub fn copy_folder(from: &Path, to: &Path) {
     }
 }
 
-/// Every file below a folder with its content, by its path from there; logs left out, to which every start adds.
+/// Every file below a folder with its content, by its path from there, but for what every start touches: logs, the lock.
 pub fn snapshot(folder: &Path) -> BTreeMap<String, Vec<u8>> {
     let mut files = BTreeMap::new();
     let mut folders = vec![folder.to_owned()];
@@ -194,7 +194,7 @@ pub fn snapshot(folder: &Path) -> BTreeMap<String, Vec<u8>> {
             }
         }
     }
-    files.retain(|name, _| !name.starts_with("logs/"));
+    files.retain(|name, _| !name.starts_with("logs/") && name != ".lock");
     files
 }
 
