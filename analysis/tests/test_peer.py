@@ -98,7 +98,6 @@ def test_schedules_at_their_corners(schedule, decay_steps, points):
 
 
 def test_a_configuration_becomes_flat():
-    pytest.importorskip("yaml")
     text = "name: x\ndata: {layout: paragraphs}\nmodel: {preset: gpt-nano}\noptim: {lr: 3e-4}\n"
     config = peer.load_config(text, ["train.steps=7", "optim.min_lr=1e-5"])
     assert (config["data.layout"], config["train.steps"]) == ("paragraphs", 7)
