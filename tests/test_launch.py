@@ -59,6 +59,8 @@ def start_two_ranks(ranks):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
+        # A shell's background jobs ignore INT; their children inherit that, and bash keeps to it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     ready = [folder / f"ready-{rank}" for rank in range(2)]
     wait_until(lambda: all(path.exists() and path.read_text().strip() for path in ready))
