@@ -107,7 +107,7 @@ pub fn save(checkpoints: &Path, state: &State, parameters: &Parameters, optimize
         return Err(error);
     }
     if target.exists() {
-        // The same step, saved before: an unreadable one that a resumed run passed over.
+        // A folder of that name without a manifest, which is no checkpoint.
         fs::remove_dir_all(&target).map_err(|e| Error::write(&target, e))?;
     }
     fs::rename(&temporary, &target).map_err(|e| Error::write(&target, e))?;

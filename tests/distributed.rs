@@ -86,6 +86,7 @@ fn ranks_that_disagree_are_refused_before_they_train() {
     let said = String::from_utf8_lossy(&done.stderr);
     assert_eq!(done.status.code(), Some(6), "{said}");
     assert!(said.contains("ranks [1] have another configuration than rank 0"), "{said}");
+    assert!(!run.dir.exists(), "a refused job made a run directory");
 }
 
 #[test]

@@ -91,10 +91,11 @@ impl<'a> Trainer<'a> {
 
     /// Rank 0 finds and reads what the run begins with; the others receive it.
     pub(super) fn begin(&mut self, resume: &Resume, allowed: &[String]) -> Result<()> {
+        // First, so that a job that is refused leaves the run directory as it was.
+        self.agree()?;
         if self.comm.is_root() {
             self.take_up(resume, allowed)?;
         }
-        self.agree()?;
         let State { step, tokens, elapsed_s, .. } = self.state;
         let numbers = &self.comm.gather(&[step as f64, tokens as f64, elapsed_s])[0];
         (self.state.step, self.state.tokens, self.state.elapsed_s) =
@@ -109,21 +110,22 @@ impl<'a> Trainer<'a> {
     /// Compares what every rank brings along: replicas that differ from the start would train on without a word.
     fn agree(&self) -> Result<()> {
         let Conditions { lockstep, libtorch, hardware, .. } = &self.state.conditions;
+        // (name, what it is, whether a difference is an error)
         let brought = [
-            ("configuration", self.plan.config.to_yaml()?),
-            ("training data", self.state.data_sha256.clone()),
-            ("versions of Lockstep and LibTorch", format!("{lockstep}, {libtorch}")),
-            ("kind of hardware", hardware.clone()),
+            ("configuration", self.plan.config.to_yaml()?, true),
+            ("training data", self.state.data_sha256.clone(), true),
+            ("versions of Lockstep and LibTorch", format!("{lockstep}, {libtorch}"), true),
+            ("kind of hardware", hardware.clone(), false),
         ];
         // 48 bits of each digest, exact in a float.
         let bits = |text: &String| Sha256::digest(text)[..6].iter().fold(0.0, |bits, &b| bits * 256.0 + f64::from(b));
-        let ranks = self.comm.gather(&brought.iter().map(|(_, text)| bits(text)).collect::<Vec<_>>());
-        for (place, (name, _)) in brought.iter().enumerate() {
+        let ranks = self.comm.gather(&brought.iter().map(|(_, text, _)| bits(text)).collect::<Vec<_>>());
+        for (place, (name, _, fatal)) in brought.iter().enumerate() {
             let others: Vec<usize> = (1..ranks.len()).filter(|&rank| ranks[rank][place] != ranks[0][place]).collect();
-            match (others.is_empty(), *name) {
+            match (others.is_empty(), fatal) {
                 (true, _) => {}
-                (false, "kind of hardware") => warn!("ranks {others:?} compute on other hardware than rank 0"),
-                (false, name) => {
+                (false, false) => warn!("ranks {others:?} have another {name} than rank 0"),
+                (false, true) => {
                     return Err(Error::Communication(format!(
                         "ranks {others:?} have another {name} than rank 0; start every rank with the same files, on a file \
                          system that all nodes share"
@@ -143,8 +145,7 @@ impl<'a> Trainer<'a> {
         let found = match resume {
             Resume::Auto => checkpoint::latest(&checkpoints)?,
             // Another run's checkpoint is only where this run begins.
-            Resume::From(path) if !path.exists() => Some(find_checkpoint(path)?),
-            Resume::From(path) if has_history && !is_within(path, &self.dir.0) => {
+            Resume::From(path) if has_history && path.exists() && !is_within(path, &self.dir.0) => {
                 info!("{} holds checkpoints: going on with its own newest", self.dir.0.display());
                 checkpoint::latest(&checkpoints)?
             }
