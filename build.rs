@@ -11,7 +11,10 @@ fn main() {
     println!("cargo:rerun-if-env-changed=MPICC");
 
     match env::var("LIBTORCH") {
-        Ok(folder) => add_runpath(&Path::new(&folder).join("lib")),
+        Ok(folder) => {
+            add_runpath(&Path::new(&folder).join("lib"));
+            compile_libtorch_calls(&Path::new(&folder).join("include"));
+        }
         Err(_) => println!(
             "cargo:warning=LIBTORCH is not set, so LibTorch may not be found; \
              run launch/setup, then `. .venv/lockstep.env`, and build again"
@@ -23,6 +26,21 @@ fn main() {
             add_runpath(Path::new(&folder));
         }
     }
+}
+
+/// Compiles the calls that the `tch` crate lacks.
+fn compile_libtorch_calls(headers: &Path) {
+    println!("cargo:rerun-if-changed=src/libtorch.cpp");
+    let abi = env::var("LIBTORCH_CXX11_ABI").unwrap_or("1".into());
+    cc::Build::new()
+        .cpp(true)
+        .std("c++17")
+        .warnings(false) // LibTorch's headers have plenty
+        .define("_GLIBCXX_USE_CXX11_ABI", abi.as_str())
+        .include(headers)
+        .file("src/libtorch.cpp")
+        .compile("lockstep_libtorch");
+    println!("cargo:rustc-link-lib=dylib=c10");
 }
 
 /// Lets LibTorch see the function of `src/device.rs` that answers MKL's question for the processor's maker; an

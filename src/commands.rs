@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, BufWriter, IsTerminal, Write};
 use std::path::Path;
+use std::time::Duration;
 
 use clap::CommandFactory;
 use tch::{Device, Kind};
@@ -14,7 +15,7 @@ use tracing_subscriber::prelude::*;
 
 use crate::checkpoint;
 use crate::cli::{CheckpointAction, Cli, LogFormat, Run, SplitName, Verb};
-use crate::comm::Comm;
+use crate::comm::{Comm, Deadlines};
 use crate::config::{Config, DeviceChoice, Plan};
 use crate::data::loader::Samples;
 use crate::data::prepare::{prepare, DataDir};
@@ -60,15 +61,20 @@ pub fn run(cli: &Cli) -> Result<()> {
                 "never" => Resume::Never,
                 path => Resume::From(path.into()),
             };
-            on_every_rank(|comm| {
-                let plan = Config::load(config, overrides)?.validate(comm.world_size);
+            let parsed = Config::load(config, overrides)?;
+            let deadlines = Deadlines {
+                startup: Duration::from_secs(parsed.fault.startup_deadline_s),
+                step: Duration::from_secs(parsed.fault.step_deadline_s),
+            };
+            on_every_rank(deadlines, |comm| {
+                let plan = parsed.validate(comm.world_size);
                 let plan = plan.map_err(|e| e.context(format!("in {}", config.display())))?;
                 let run_dir = run_dir.clone().unwrap_or_else(|| Path::new("runs").join(&plan.config.name));
                 start_log(cli, Some(&RunDir(run_dir.clone()).log(comm.rank)), comm.is_root());
                 train::train(comm, stop, plan, &run_dir, &resume, allow_config_change)
             })
         }
-        Verb::Eval { run, split } => on_every_rank(|comm| eval(comm, run, *split)),
+        Verb::Eval { run, split } => on_every_rank(Deadlines::default(), |comm| eval(comm, run, *split)),
         Verb::Generate { run, prompt, tokens, temperature, top_k, top_p, seed, samples } => {
             let sampling = Sampling { temperature: *temperature, top_k: *top_k, top_p: *top_p, seed: *seed };
             check_sampling(&sampling)?;
@@ -76,8 +82,8 @@ pub fn run(cli: &Cli) -> Result<()> {
         }
         Verb::Checkpoint { action: CheckpointAction::List { run_dir } } => {
             for (step, path) in checkpoints(run_dir)? {
-                let size = |name: &str| fs::metadata(path.join(name)).map_or(0, |file| file.len());
-                let bytes = size("model.safetensors") + size("optimizer.safetensors");
+                let files = fs::read_dir(&path).into_iter().flatten().flatten();
+                let bytes: u64 = files.filter_map(|file| Some(file.metadata().ok()?.len())).sum();
                 print(&format!("{step}\t{:.1} MiB\t{}", bytes as f64 / 1048576.0, path.display()))?;
             }
             Ok(())
@@ -113,10 +119,10 @@ pub fn run(cli: &Cli) -> Result<()> {
 
 /// Runs the same on every rank of the job. An error of one rank ends them all: the others may be waiting for it in a
 /// collective and would wait for ever.
-fn on_every_rank(work: impl FnOnce(&Comm) -> Result<()>) -> Result<()> {
-    let comm = Comm::start()?;
+fn on_every_rank(deadlines: Deadlines, work: impl FnOnce(&mut Comm) -> Result<()>) -> Result<()> {
+    let mut comm = Comm::start(deadlines)?;
     // A panic is a defect, but it must not leave the other ranks waiting either.
-    let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| work(&comm)));
+    let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| work(&mut comm)));
     let error = match done {
         Ok(Ok(())) => return Ok(()),
         Ok(Err(error)) => error,
@@ -350,7 +356,7 @@ fn eval(comm: &Comm, run: &Run, split: SplitName) -> Result<()> {
         micro_batch: plan.micro_batch,
         padding: i64::from(tokenizer.end_of_text()),
     };
-    let row = evaluation.run(comm, &model, device, step);
+    let row = evaluation.run(comm, &model, device, step)?;
     if comm.is_root() {
         let mut writer = csv::Writer::from_writer(io::stdout());
         writer.serialize(row).and_then(|()| Ok(writer.flush()?)).map_err(|e| stdout_failed(e.into()))?;

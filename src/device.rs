@@ -100,6 +100,36 @@ pub fn set_threads(threads: Option<usize>) -> usize {
     threads
 }
 
+extern "C" {
+    // src/libtorch.cpp
+    fn lockstep_use_deterministic_algorithms();
+    fn lockstep_peak_device_bytes(device: std::ffi::c_int) -> i64;
+}
+
+/// Asks LibTorch for kernels whose sums have an order, on CUDA too; those that have none become an error. To be called
+/// before the first product on a GPU.
+pub fn use_deterministic_kernels() {
+    // cuBLAS reads it when its first handle is made, and LibTorch insists on it.
+    if std::env::var_os("CUBLAS_WORKSPACE_CONFIG").is_none() {
+        std::env::set_var("CUBLAS_WORKSPACE_CONFIG", ":4096:8");
+    }
+    // SAFETY: sets a flag of LibTorch's global context, which exists from its loading on.
+    unsafe { lockstep_use_deterministic_algorithms() };
+}
+
+/// The most memory this process has held on the device, in MiB: resident on the CPU, by LibTorch's allocator on a GPU.
+pub fn peak_memory_mib(device: Device) -> Option<f64> {
+    match device {
+        Device::Cuda(index) => {
+            // SAFETY: asks LibTorch's allocator, which was made when the first tensor went to this GPU, and catches
+            // every C++ exception.
+            let bytes = unsafe { lockstep_peak_device_bytes(index as std::ffi::c_int) };
+            (bytes >= 0).then_some(bytes as f64 / 1048576.0)
+        }
+        _ => peak_resident_mib(),
+    }
+}
+
 /// Waits until the device has done what it was given, so that a clock read next tells the truth.
 pub fn synchronize(device: Device) {
     if let Device::Cuda(index) = device {
@@ -127,8 +157,8 @@ pub fn measure_peak(device: Device, kind: Kind) -> f64 {
     flop / best
 }
 
-/// The most memory this process has had resident, in MiB; `None` where the system does not say.
-pub fn peak_resident_mib() -> Option<f64> {
+/// `None` where the system does not say.
+fn peak_resident_mib() -> Option<f64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
     let kib: f64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;

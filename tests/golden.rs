@@ -3,11 +3,12 @@
 //! Compared per tensor, in norm: single elements move when sums are reordered, norms hardly do.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::Path;
 
 use lockstep::config::{Activation, Norm, Optim};
 use lockstep::model::{Gpt, GptConfig};
-use lockstep::train::optimizer::{clip, AdamW};
+use lockstep::train::optimizer::{clip, squares, AdamW};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use tch::{Device, Kind, Tensor};
@@ -118,13 +119,16 @@ fn logits_loss_and_gradients() {
             let logits = model.logits(&model.hidden(inputs, None));
             assert!(distance(&logits, &golden.tensors["logits"]) < 1e-5, "{case}: logits");
             let expected = golden.tensors["loss"].double_value(&[0]);
-            let losses = [model.loss(inputs, targets, weights), model.forward_backward(inputs, targets, weights, 0)];
+            let losses = [
+                model.loss(inputs, targets, weights),
+                model.forward_backward(inputs, targets, weights, 0, &mut |_, _| ()),
+            ];
             for loss in losses {
                 assert!((loss / expected - 1.0).abs() < 1e-5, "{case}: loss {loss}, expected {expected}");
             }
             check_gradients(case, &golden, &model, 1.0);
             // A second micro-step adds to the first.
-            model.forward_backward(inputs, targets, weights, 0);
+            model.forward_backward(inputs, targets, weights, 0, &mut |_, _| ());
             check_gradients(case, &golden, &model, 2.0);
         }
     }
@@ -149,23 +153,37 @@ fn check_gradients(case: &str, golden: &Golden, model: &Gpt, times: f64) {
     }
 }
 
+/// Clips, updates, and returns the gradient's norm before that.
+fn update(model: &mut Gpt, optimizer: &mut AdamW, optim: &Optim, step: usize) -> f64 {
+    let norm = squares(&model.parameters, &optimizer.ranges).iter().sum::<f64>().sqrt();
+    clip(&mut model.parameters, &optimizer.ranges, norm, optim.grad_clip);
+    optimizer.step(&mut model.parameters, step, optim.lr);
+    model.parameters.publish();
+    norm
+}
+
+/// One range: all parameters.
+fn whole(model: &Gpt) -> Vec<Range<i64>> {
+    let all = 0..model.parameters.numel();
+    vec![all]
+}
+
 #[test]
 fn one_and_ten_adamw_steps() {
     for case in CASES {
         let golden = Golden::read(case);
         let mut model = golden.model(golden.config(), Kind::Float);
         let optim = golden.optim();
-        let mut optimizer = AdamW::new(&model.parameters, &optim);
+        let mut optimizer = AdamW::new(&model.parameters, whole(&model), &optim);
         let [inputs, targets, weights] = golden.batch();
         for step in 1..=10 {
             model.parameters.zero_grad();
-            model.forward_backward(inputs, targets, weights, 0);
-            let norm = clip(&mut model.parameters, optim.grad_clip);
+            model.forward_backward(inputs, targets, weights, 0, &mut |_, _| ());
+            let norm = update(&mut model, &mut optimizer, &optim, step);
             if step == 1 {
                 let expected = golden.tensors["grad_norm"].double_value(&[0]);
                 assert!((norm / expected - 1.0).abs() < 1e-5, "{case}: gradient's norm {norm}, expected {expected}");
             }
-            optimizer.step(&mut model.parameters, step, optim.lr);
             if step == 1 || step == 10 {
                 for spec in &model.parameters.specs {
                     // Adam turns the key bias' rounding noise into steps of full size.
@@ -190,18 +208,17 @@ fn fifty_steps_follow_pytorchs_curve() {
     let golden = Golden::read("curve");
     let mut model = golden.model(golden.config(), Kind::Float);
     let optim = golden.optim();
-    let mut optimizer = AdamW::new(&model.parameters, &optim);
+    let mut optimizer = AdamW::new(&model.parameters, whole(&model), &optim);
     for step in 1..=50 {
         let batch = golden.tensors["curve_inputs"].get(step as i64 - 1); // (B, T + 1)
         let t = batch.size()[1] - 1;
         let (inputs, targets) = (batch.narrow(1, 0, t), batch.narrow(1, 1, t));
         let weights = Tensor::full(inputs.size(), 1.0 / inputs.numel() as f64, (Kind::Float, Device::Cpu));
         model.parameters.zero_grad();
-        let loss = model.forward_backward(&inputs, &targets, &weights, 0);
+        let loss = model.forward_backward(&inputs, &targets, &weights, 0, &mut |_, _| ());
         let expected = golden.tensors["curve"].double_value(&[step as i64 - 1]);
         assert!((loss / expected - 1.0).abs() < 1e-4, "step {step}: {loss}, PyTorch {expected}");
-        clip(&mut model.parameters, optim.grad_clip);
-        optimizer.step(&mut model.parameters, step, optim.lr);
+        update(&mut model, &mut optimizer, &optim, step);
     }
 }
 
@@ -211,7 +228,7 @@ fn bf16_stays_within_two_percent() {
     let mut model = golden.model(golden.config(), Kind::BFloat16);
     let [inputs, targets, weights] = golden.batch();
     let expected = golden.tensors["loss"].double_value(&[0]);
-    let loss = model.forward_backward(inputs, targets, weights, 0);
+    let loss = model.forward_backward(inputs, targets, weights, 0, &mut |_, _| ());
     assert!((loss / expected - 1.0).abs() < 0.02, "{loss}, fp32 {expected}");
     let all = |prefix: &str| {
         let specs = &model.parameters.specs;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 /// Floors and their rooms. A room is a module with all below it, but for those that have a row of their own; it may
 /// import rooms of lower floors, and itself.
-const ROOMS: [(usize, &str); 21] = [
+const ROOMS: [(usize, &str); 22] = [
     (0, "error"),
     (0, "device"),
     (0, "random"),
@@ -23,6 +23,7 @@ const ROOMS: [(usize, &str); 21] = [
     (2, "fault"),
     (3, "checkpoint"),
     (3, "train/evaluate"),
+    (3, "train/gradients"),
     (4, "train"),
     (5, "cli"),
     (5, "commands"),
@@ -37,7 +38,7 @@ const NEIGHBOURS: [(&str, &str); 4] = [("device", "error"), ("commands", "cli"),
 const WITHOUT_RANKS: [&str; 3] = ["model", "model/parameters", "train/optimizer"];
 
 /// The fences of `unsafe`: foreign memory, libraries, memory maps, and SIMD.
-const UNSAFE: [&str; 4] = ["comm/mpi.rs", "device.rs", "data/shard.rs", "model/head/"];
+const UNSAFE: [&str; 5] = ["comm/mpi.rs", "comm/nccl.rs", "device.rs", "data/shard.rs", "model/head/"];
 
 const MAX_LINES: usize = 500;
 

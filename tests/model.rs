@@ -122,7 +122,7 @@ fn recomputed_blocks_draw_the_same_dropout() {
     let [inputs, targets, weights] = batch([2, 12]);
     let gradient = |recompute, seed| {
         let mut model = model(GptConfig { dropout: 0.3, recompute, ..SMALL });
-        let loss = model.forward_backward(&inputs, &targets, &weights, seed);
+        let loss = model.forward_backward(&inputs, &targets, &weights, seed, &mut |_, _| ());
         (loss, model.parameters.grad)
     };
     let (loss, kept) = gradient(false, 1);
@@ -137,10 +137,11 @@ fn padding_changes_neither_loss_nor_gradient() {
     let _turn = generator();
     let [inputs, targets, weights] = batch([2, 9]);
     let mut plain = model(SMALL);
-    let expected = plain.forward_backward(&inputs, &targets, &weights, 0);
+    let expected = plain.forward_backward(&inputs, &targets, &weights, 0, &mut |_, _| ());
     let pad = |tensor: &Tensor, value: f64| tensor.f_pad([0, 3], "constant", value).unwrap();
     let mut padded = model(SMALL);
-    let found = padded.forward_backward(&pad(&inputs, 39.0), &pad(&targets, 0.0), &pad(&weights, 0.0), 0);
+    let found =
+        padded.forward_backward(&pad(&inputs, 39.0), &pad(&targets, 0.0), &pad(&weights, 0.0), 0, &mut |_, _| ());
     assert!((found / expected - 1.0).abs() < 1e-6);
     assert_close(&padded.parameters.grad, &plain.parameters.grad, 1e-5);
 }

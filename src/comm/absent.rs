@@ -1,14 +1,23 @@
 //! Stands in for MPI in a binary built without it: one process works, several are refused.
 
+use std::time::Duration;
+
 use tch::Tensor;
 
 use crate::error::{Error, Result};
 
 /// Never constructed: [`World::start`] is the only way to one, and it fails.
-pub enum World {}
+pub struct World {
+    never: std::convert::Infallible,
+    pub rank: usize,
+    pub local_rank: usize,
+    pub world_size: usize,
+    pub library: String,
+    pub host: String,
+}
 
 impl World {
-    pub fn start() -> Result<Self> {
+    pub fn start(_: Duration) -> Result<Self> {
         Err(Error::Communication(
             "a launcher started this process as one of several, but this binary was built without MPI; build it with \
              the default features, or start one process"
@@ -17,27 +26,35 @@ impl World {
         .into())
     }
 
-    pub fn place(&self) -> (usize, usize, usize) {
-        match *self {}
+    pub fn begin_all_reduce(&self, _: &Tensor) -> Result<()> {
+        match self.never {}
     }
 
-    pub fn all_reduce(&self, _: &mut Tensor) -> Result<()> {
-        match *self {}
+    pub fn begin_reduce_scatter(&self, _: &Tensor, _: &[usize]) -> Result<()> {
+        match self.never {}
     }
 
-    pub fn broadcast(&self, _: &mut Tensor) -> Result<()> {
-        match *self {}
+    pub fn begin_all_gather(&self, _: &Tensor, _: &[usize]) -> Result<()> {
+        match self.never {}
     }
 
-    pub fn gather(&self, _: &[f64]) -> Vec<Vec<f64>> {
-        match *self {}
+    pub fn begin_broadcast(&self, _: &Tensor) -> Result<()> {
+        match self.never {}
     }
 
-    pub fn barrier(&self) {
-        match *self {}
+    pub fn finish(&self, _: Duration) -> Result<()> {
+        match self.never {}
     }
 
-    pub fn abort(&self, _: u8) {
-        match *self {}
+    pub fn gather(&self, _: &[f64], _: Duration) -> Result<Vec<Vec<f64>>> {
+        match self.never {}
+    }
+
+    pub fn broadcast_bytes(&self, _: &[u8], _: Duration) -> Result<Vec<u8>> {
+        match self.never {}
+    }
+
+    pub fn abort(&self, _: u8) -> ! {
+        match self.never {}
     }
 }

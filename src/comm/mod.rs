@@ -1,7 +1,13 @@
 //! The ranks of one job, and what they do together.
 //!
 //! [`Comm`] is the same type for one process and for many: with a world size of 1 nothing is initialised and every
-//! collective is the identity. MPI is started only where a launcher started this process.
+//! collective is the identity. MPI is started only where a launcher started this process. It joins the ranks and carries
+//! what is small, and CPU tensors; GPU tensors are NCCL's once [`Comm::use_device`] has joined the GPUs.
+//!
+//! A collective on a tensor is begun, and all that was begun is finished together, so that sums travel while the backward
+//! pass goes on. No wait is longer than the deadline that [`Comm`] was given.
+
+use std::time::Duration;
 
 use tch::{Device, Tensor};
 
@@ -12,6 +18,7 @@ mod mpi;
 #[cfg(not(feature = "mpi"))]
 #[path = "absent.rs"]
 mod mpi;
+mod nccl;
 
 /// This process's place among the ranks of the job.
 pub struct Comm {
@@ -21,29 +28,84 @@ pub struct Comm {
     pub local_rank: usize,
     /// The number of ranks.
     pub world_size: usize,
+    deadlines: Deadlines,
+    // Declared before MPI's world, so that the GPUs part before it is finalised.
+    gpus: Option<nccl::Group>,
     world: Option<mpi::World>,
+}
+
+/// How long a rank waits for the others.
+#[derive(Debug, Clone, Copy)]
+pub struct Deadlines {
+    /// Until all have started and joined.
+    pub startup: Duration,
+    /// In one step's exchange.
+    pub step: Duration,
+}
+
+impl Default for Deadlines {
+    fn default() -> Self {
+        Self { startup: Duration::from_secs(600), step: Duration::from_secs(300) }
+    }
+}
+
+/// What a launcher's libraries say of themselves, for a report.
+pub struct Libraries {
+    /// MPI's first line; `None` where it was not started.
+    pub mpi: Option<String>,
+    /// The node's name as MPI knows it.
+    pub host: Option<String>,
+    /// NCCL's version; the reason, where it cannot be loaded.
+    pub nccl: std::result::Result<String, String>,
 }
 
 impl Comm {
     /// Joins the other ranks, if a launcher started this process as one of several.
     ///
     /// # Errors
-    /// Communication, where MPI cannot be started or was not built in; usage, where a launcher started several
-    /// processes that MPI takes for worlds of one each.
-    pub fn start() -> Result<Self> {
+    /// Communication, where MPI cannot be started in time or was not built in, or disagrees with Slurm; usage, where a
+    /// launcher started several processes that MPI takes for worlds of one each.
+    pub fn start(deadlines: Deadlines) -> Result<Self> {
         let Some(launched) = launched_world_size() else {
-            return Ok(Self { rank: 0, local_rank: 0, world_size: 1, world: None });
+            return Ok(Self { rank: 0, local_rank: 0, world_size: 1, deadlines, gpus: None, world: None });
         };
         // Without a process manager's variables some MPIs abort inside their initialisation, others see a world of one.
         if !MANAGERS.iter().any(|name| std::env::var_os(name).is_some()) {
             return Err(apart(launched.unwrap_or(1)));
         }
-        let world = mpi::World::start()?;
-        let (rank, local_rank, world_size) = world.place();
+        // Before MPI starts, since it sets variables of its own.
+        let slurm = slurm_place();
+        let world = mpi::World::start(deadlines.startup)?;
+        let (rank, local_rank, world_size) = (world.rank, world.local_rank, world.world_size);
         if launched.is_some_and(|n| n > 1) && world_size == 1 {
             return Err(apart(launched.unwrap_or(1)));
         }
-        Ok(Self { rank, local_rank, world_size, world: Some(world) })
+        if let Some(slurm) = slurm.filter(|&slurm| slurm != [rank, local_rank, world_size]) {
+            return Err(Error::Communication(format!(
+                "MPI says that this is rank {rank} of {world_size}, {local_rank} on its node; Slurm says that it is task {} \
+                 of {}, {} on its node; start the ranks with `srun --mpi=pmix` and nothing in between that changes the \
+                 environment",
+                slurm[0], slurm[2], slurm[1]
+            ))
+            .into());
+        }
+        Ok(Self { rank, local_rank, world_size, deadlines, gpus: None, world: Some(world) })
+    }
+
+    /// Joins the ranks' GPUs, if `device` is one and a launcher started this process. From then on, tensors on it are
+    /// NCCL's.
+    ///
+    /// # Errors
+    /// Usage, where NCCL cannot be loaded; communication, where the GPUs cannot be joined in time.
+    pub fn use_device(&mut self, device: Device) -> Result<()> {
+        let (Some(world), Device::Cuda(index)) = (&self.world, device) else { return Ok(()) };
+        // A rank that cannot load NCCL says so itself; the others, who wait for it, are ended with it.
+        let id = if self.is_root() { nccl::unique_id()? } else { [0; 128] };
+        let id = world.broadcast_bytes(&id, self.deadlines.startup)?;
+        let id = id.try_into().map_err(|_| Error::Communication("NCCL's id was cut on its way".into()))?;
+        let Deadlines { startup, step } = self.deadlines;
+        self.gpus = Some(nccl::Group::start(index, id, self.rank, self.world_size, startup, step)?);
+        Ok(())
     }
 
     /// Whether this rank is the one that writes.
@@ -51,68 +113,168 @@ impl Comm {
         self.rank == 0
     }
 
-    /// Replaces an fp32 tensor by its sum over all ranks, added in the order of the ranks, so that every rank holds
-    /// the same bits in every run.
-    ///
-    /// # Errors
-    /// Communication, where the tensor is not contiguous fp32. A peer that is lost ends this process inside MPI.
-    pub fn all_reduce(&self, tensor: &mut Tensor) -> Result<()> {
-        self.on_host(tensor, mpi::World::all_reduce)
+    /// Whether collectives on tensors do anything.
+    pub fn is_joined(&self) -> bool {
+        self.world_size > 1 || self.gpus.is_some()
     }
 
-    /// Replaces an fp32 tensor by rank 0's.
-    ///
-    /// # Errors
-    /// As [`Comm::all_reduce`].
-    pub fn broadcast(&self, tensor: &mut Tensor) -> Result<()> {
-        self.on_host(tensor, mpi::World::broadcast)
+    /// What the libraries below say of themselves.
+    pub fn libraries(&self) -> Libraries {
+        Libraries {
+            mpi: self.world.as_ref().map(|world| world.library.clone()),
+            host: self.world.as_ref().map(|world| world.host.clone()),
+            nccl: nccl::version().map_err(|e| e.to_string()),
+        }
     }
 
-    /// MPI works on host memory: a tensor elsewhere goes there and back.
-    fn on_host(&self, tensor: &mut Tensor, collective: fn(&mpi::World, &mut Tensor) -> Result<()>) -> Result<()> {
-        match &self.world {
-            None => Ok(()),
-            Some(world) if tensor.device() == Device::Cpu => collective(world, tensor),
-            Some(world) => {
-                let mut host = tensor.to_device(Device::Cpu);
-                collective(world, &mut host)?;
-                tensor.copy_(&host);
+    /// Begins to replace a tensor by its sum over all ranks: it must not be read or written until [`Comm::finish`].
+    ///
+    /// On the CPU the sum is added in the order of the ranks, so that every rank holds the same bits in every run; there
+    /// only fp32 has one.
+    ///
+    /// # Errors
+    /// Communication, where the tensor is not contiguous, has no sum, or a peer does not answer in time.
+    pub fn begin_all_reduce(&self, tensor: &Tensor) -> Result<()> {
+        self.begin(tensor, |gpus| gpus.begin_all_reduce(tensor), |world| world.begin_all_reduce(tensor))
+    }
+
+    /// Begins to replace rank r's part of a (n,) tensor, `bounds[r]..bounds[r + 1]`, by its sum over all ranks; the rest
+    /// of it is left undefined. `bounds` has world_size + 1 entries, from 0 to n. Otherwise as [`Comm::begin_all_reduce`].
+    ///
+    /// # Errors
+    /// As [`Comm::begin_all_reduce`].
+    pub fn begin_reduce_scatter(&self, tensor: &Tensor, bounds: &[usize]) -> Result<()> {
+        self.check(tensor, bounds)?;
+        self.begin(
+            tensor,
+            |gpus| gpus.begin_reduce_scatter(tensor, bounds),
+            |world| world.begin_reduce_scatter(tensor, bounds),
+        )
+    }
+
+    /// Begins to send rank r's part of a (n,) tensor, `bounds[r]..bounds[r + 1]`, to all ranks.
+    ///
+    /// # Errors
+    /// As [`Comm::begin_all_reduce`].
+    pub fn begin_all_gather(&self, tensor: &Tensor, bounds: &[usize]) -> Result<()> {
+        self.check(tensor, bounds)?;
+        self.begin(tensor, |gpus| gpus.begin_all_gather(tensor, bounds), |world| world.begin_all_gather(tensor, bounds))
+    }
+
+    /// Waits until every collective begun is done.
+    ///
+    /// # Errors
+    /// Communication, where a peer does not answer in time.
+    pub fn finish(&self) -> Result<()> {
+        match (&self.gpus, &self.world) {
+            (Some(gpus), _) => gpus.finish(),
+            (None, Some(world)) => world.finish(self.deadlines.step),
+            (None, None) => Ok(()),
+        }
+    }
+
+    /// Waits until this rank's GPU has computed what it was given, but not for collectives; nothing on a CPU, which
+    /// computes at once.
+    ///
+    /// # Errors
+    /// Communication, where the GPU fails.
+    pub fn finish_compute(&self, device: Device) -> Result<()> {
+        match &self.gpus {
+            Some(gpus) => gpus.finish_compute(),
+            None => {
+                crate::device::synchronize(device);
                 Ok(())
             }
         }
     }
 
+    /// Replaces a tensor by its sum over all ranks.
+    ///
+    /// # Errors
+    /// As [`Comm::begin_all_reduce`].
+    pub fn all_reduce(&self, tensor: &mut Tensor) -> Result<()> {
+        self.begin_all_reduce(tensor)?;
+        self.finish()
+    }
+
+    /// Replaces a tensor by rank 0's.
+    ///
+    /// # Errors
+    /// As [`Comm::begin_all_reduce`].
+    pub fn broadcast(&self, tensor: &mut Tensor) -> Result<()> {
+        self.begin(tensor, |gpus| gpus.begin_broadcast(tensor), |world| world.begin_broadcast(tensor))?;
+        self.finish()
+    }
+
+    fn begin(
+        &self,
+        tensor: &Tensor,
+        on_gpu: impl FnOnce(&nccl::Group) -> Result<()>,
+        on_cpu: impl FnOnce(&mpi::World) -> Result<()>,
+    ) -> Result<()> {
+        match (&self.gpus, &self.world) {
+            _ if tensor.numel() == 0 => Ok(()),
+            (Some(gpus), _) if tensor.device().is_cuda() => on_gpu(gpus),
+            (_, Some(world)) => on_cpu(world),
+            (_, None) => Ok(()),
+        }
+    }
+
+    fn check(&self, tensor: &Tensor, bounds: &[usize]) -> Result<()> {
+        let ascending = bounds.windows(2).all(|w| w[0] <= w[1]);
+        if bounds.len() != self.world_size + 1 || bounds[0] != 0 || bounds.last() != Some(&tensor.numel()) || !ascending
+        {
+            return Err(Error::Communication(format!(
+                "the parts {bounds:?} are not those of {} elements for {} ranks",
+                tensor.numel(),
+                self.world_size
+            ))
+            .into());
+        }
+        Ok(())
+    }
+
     /// Every rank's numbers, in the order of the ranks; each rank must give the same count.
     ///
     /// The one small collective: sums, maxima and decisions are taken from its result, alike on every rank.
-    pub fn gather(&self, mine: &[f64]) -> Vec<Vec<f64>> {
+    ///
+    /// # Errors
+    /// Communication, where a peer does not answer in time.
+    pub fn gather(&self, mine: &[f64]) -> Result<Vec<Vec<f64>>> {
         match &self.world {
-            None => vec![mine.to_vec()],
-            Some(world) => world.gather(mine),
+            None => Ok(vec![mine.to_vec()]),
+            Some(world) => world.gather(mine, self.deadlines.step),
         }
     }
 
     /// The sums of the ranks' numbers, added in the order of the ranks.
-    pub fn sum(&self, mine: &[f64]) -> Vec<f64> {
+    ///
+    /// # Errors
+    /// As [`Comm::gather`].
+    pub fn sum(&self, mine: &[f64]) -> Result<Vec<f64>> {
         let mut totals = vec![0.0; mine.len()];
-        for numbers in self.gather(mine) {
+        for numbers in self.gather(mine)? {
             for (total, number) in totals.iter_mut().zip(numbers) {
                 *total += number;
             }
         }
-        totals
+        Ok(totals)
     }
 
     /// Whether any rank says so.
-    pub fn any(&self, mine: bool) -> bool {
-        self.sum(&[f64::from(u8::from(mine))])[0] > 0.0
+    ///
+    /// # Errors
+    /// As [`Comm::gather`].
+    pub fn any(&self, mine: bool) -> Result<bool> {
+        Ok(self.sum(&[f64::from(u8::from(mine))])?[0] > 0.0)
     }
 
     /// Waits until every rank is here: before one leaves, whose end a launcher may take for the job's.
-    pub fn barrier(&self) {
-        if let Some(world) = &self.world {
-            world.barrier();
-        }
+    ///
+    /// # Errors
+    /// As [`Comm::gather`].
+    pub fn barrier(&self) -> Result<()> {
+        self.gather(&[0.0]).map(drop)
     }
 
     /// Ends every rank of the job with this exit code. One process alone just returns its own.
@@ -121,6 +283,11 @@ impl Comm {
             world.abort(code);
         }
     }
+}
+
+/// Where each rank's share of `length` elements begins and ends: world_size + 1 bounds, the parts as even as can be.
+pub fn even_parts(length: usize, world_size: usize) -> Vec<usize> {
+    (0..=world_size).map(|rank| length * rank / world_size).collect()
 }
 
 /// The variables through which MPI finds the other processes: PMIx's, and PMI's as Slurm and Hydra set them.
@@ -134,6 +301,16 @@ fn apart(processes: usize) -> anyhow::Error {
          `mpicc` belongs to"
     ))
     .into()
+}
+
+/// [task, task on its node, tasks] as Slurm says, where `srun` itself started this process: under mpirun or Hydra inside a
+/// Slurm job its variables describe their daemon.
+fn slurm_place() -> Option<[usize; 3]> {
+    if ["OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS"].iter().any(|name| std::env::var_os(name).is_some()) {
+        return None;
+    }
+    let number = |name: &str| std::env::var(name).ok()?.parse().ok();
+    Some([number("SLURM_PROCID")?, number("SLURM_LOCALID")?, number("SLURM_STEP_NUM_TASKS")?])
 }
 
 /// `Some` where a launcher started this process, with the number of processes where it says so.

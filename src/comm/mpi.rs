@@ -1,9 +1,20 @@
 //! MPI: the rendezvous, and the collectives of CPU tensors.
+//!
+//! One thread owns MPI: it initialises it, makes every call, one after another in the order in which they were asked
+//! for, and finalises it. So the thread that trains goes on while gradients travel, can give up waiting for a peer that
+//! is gone, and no more is asked of MPI than `MPI_THREAD_FUNNELED`.
 #![allow(unsafe_code)]
 
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::mpsc::{channel, Receiver, RecvTimeoutError, Sender};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
 use mpi::collective::Root;
-use mpi::datatype::PartitionMut;
+use mpi::datatype::{Partition, PartitionMut};
 use mpi::environment::Universe;
+use mpi::request::{scope, LocalScope, Request};
 use mpi::topology::{Communicator, SimpleCommunicator};
 use mpi::traits::CommunicatorCollectives;
 use mpi::{Count, Threading};
@@ -11,55 +22,214 @@ use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
 
-/// Elements of one exchange: bounds the scratch memory and keeps MPI's counts far from `i32::MAX`.
+/// Elements of one exchange of an all-reduce or a broadcast: bounds the scratch memory and keeps MPI's counts far from
+/// `i32::MAX`.
 const CHUNK: usize = 1 << 22;
 
-/// MPI's world, finalised when dropped.
+/// How long a peer that is asked to end the job may take for it.
+const ABORT_GRACE: Duration = Duration::from_secs(10);
+
+/// MPI's world, seen from the threads that use it. Finalised when dropped.
 pub struct World {
-    // Declared before the universe, so that it is freed before MPI_Finalize.
-    world: SimpleCommunicator,
-    _universe: Universe,
+    jobs: Option<Sender<Job>>,
+    thread: Option<JoinHandle<()>>,
+    shared: Arc<Shared>,
+    pub rank: usize,
+    pub local_rank: usize,
+    pub world_size: usize,
+    /// What the MPI library says it is, in one line.
+    pub library: String,
+    /// The node's name as MPI knows it.
+    pub host: String,
+}
+
+type Job = Box<dyn FnOnce(&mut Mpi) + Send>;
+
+/// What the asking thread tells MPI's thread while that is busy.
+#[derive(Default)]
+struct Shared {
+    /// Somebody waits: look for messages without a pause. Else a computation goes on, whose core is not to be taken.
+    waiting: AtomicBool,
+    /// An exit code above 0: end the job with it.
+    abort: AtomicI32,
 }
 
 impl World {
-    pub fn start() -> Result<Self> {
-        let (universe, _) = mpi::initialize_with_threading(Threading::Serialized)
-            .ok_or_else(|| Error::Communication("MPI was already started in this process".into()))?;
-        Ok(Self { world: universe.world(), _universe: universe })
+    /// Initialises MPI; all ranks must do so within `deadline`.
+    pub fn start(deadline: Duration) -> Result<Self> {
+        let (jobs, queue) = channel::<Job>();
+        let (tell, told) = channel();
+        let shared = Arc::new(Shared::default());
+        let seen = shared.clone();
+        let serve = move || {
+            let Some((universe, _)) = mpi::initialize_with_threading(Threading::Funneled) else { return };
+            let mut mpi = Mpi { world: universe.world(), scratch: Vec::new(), shared: seen, _universe: universe };
+            let local = mpi.world.split_shared(mpi.world.rank());
+            let place = [mpi.world.rank(), local.rank(), mpi.world.size()].map(index);
+            drop(local);
+            let library = mpi::environment::library_version().unwrap_or_default();
+            let host = mpi::environment::processor_name().unwrap_or_default();
+            if tell.send((place, library, host)).is_ok() {
+                queue.into_iter().for_each(|job| job(&mut mpi));
+            }
+        };
+        let thread = thread::Builder::new().name("mpi".into()).spawn(serve);
+        let thread = thread.map_err(|e| Error::Communication(format!("cannot start MPI's thread: {e}")))?;
+        let ([rank, local_rank, world_size], library, host) = match told.recv_timeout(deadline) {
+            Ok(told) => told,
+            Err(RecvTimeoutError::Timeout) => return Err(late("starting MPI", deadline)),
+            Err(RecvTimeoutError::Disconnected) => return Err(ended()),
+        };
+        let library = library.split(['\n', '\0']).next().unwrap_or_default().trim().to_string();
+        Ok(Self { jobs: Some(jobs), thread: Some(thread), shared, rank, local_rank, world_size, library, host })
     }
 
-    /// (rank, rank on this node, number of ranks).
-    pub fn place(&self) -> (usize, usize, usize) {
-        let local = self.world.split_shared(self.world.rank());
-        (index(self.world.rank()), index(local.rank()), index(self.world.size()))
+    /// Begins to replace a tensor by its sum over the ranks; it must not be touched until [`World::finish`].
+    pub fn begin_all_reduce(&self, tensor: &Tensor) -> Result<()> {
+        self.begin(tensor, Mpi::all_reduce)
     }
 
-    /// Sums in the order of the ranks. MPI's own algorithms choose the order by size, topology and version; here
-    /// rank r receives everyone's r-th part, adds it in order, and sends the sum to all: the traffic of a ring
-    /// all-reduce (a reduce-scatter and an all-gather), with an order that never changes.
-    pub fn all_reduce(&self, tensor: &mut Tensor) -> Result<()> {
-        let data = floats(tensor)?;
-        for chunk in data.chunks_mut(CHUNK) {
-            self.all_reduce_chunk(chunk);
+    /// Begins to replace rank r's part of a tensor, `bounds[r]..bounds[r + 1]`, by its sum over the ranks.
+    pub fn begin_reduce_scatter(&self, tensor: &Tensor, bounds: &[usize]) -> Result<()> {
+        let bounds = bounds.to_vec();
+        self.begin(tensor, move |mpi, data| mpi.reduce_scatter(data, &bounds))
+    }
+
+    /// Begins to send each rank's part of a tensor to all the others.
+    pub fn begin_all_gather(&self, tensor: &Tensor, bounds: &[usize]) -> Result<()> {
+        let bounds = bounds.to_vec();
+        self.begin(tensor, move |mpi, data| mpi.all_gather(data, &bounds))
+    }
+
+    /// Begins to replace a tensor by rank 0's.
+    pub fn begin_broadcast(&self, tensor: &Tensor) -> Result<()> {
+        self.begin(tensor, Mpi::broadcast)
+    }
+
+    fn begin(&self, tensor: &Tensor, collective: impl FnOnce(&mut Mpi, &mut [f32]) + Send + 'static) -> Result<()> {
+        let mut floats = Floats::new(tensor)?;
+        self.send(Box::new(move |mpi| collective(mpi, floats.slice())))
+    }
+
+    /// Waits until everything begun is done.
+    pub fn finish(&self, deadline: Duration) -> Result<()> {
+        self.call(deadline, |_| ())
+    }
+
+    pub fn gather(&self, mine: &[f64], deadline: Duration) -> Result<Vec<Vec<f64>>> {
+        let (mine, length) = (mine.to_vec(), mine.len().max(1));
+        let all = self.call(deadline, move |mpi| mpi.gather(&mine))?;
+        Ok(match all.is_empty() {
+            true => vec![Vec::new(); self.world_size],
+            false => all.chunks_exact(length).map(<[f64]>::to_vec).collect(),
+        })
+    }
+
+    /// Rank 0's bytes, on every rank; each must give as many.
+    pub fn broadcast_bytes(&self, bytes: &[u8], deadline: Duration) -> Result<Vec<u8>> {
+        let mut bytes = bytes.to_vec();
+        self.call(deadline, move |mpi| {
+            let root = mpi.world.process_at_rank(0);
+            scope(|scope| mpi.wait(root.immediate_broadcast_into(scope, &mut bytes[..])));
+            bytes
+        })
+    }
+
+    /// Ends every rank of the job with this exit code. Returns only where MPI cannot.
+    pub fn abort(&self, code: u8) -> ! {
+        self.shared.abort.store(i32::from(code), Ordering::Release);
+        // Wakes the thread if it waits for work; if it waits for a peer, it looks at the code by itself.
+        let _ = self.send(Box::new(|mpi| mpi.abort_if_asked()));
+        thread::sleep(ABORT_GRACE);
+        exit_now(code)
+    }
+
+    fn send(&self, job: Job) -> Result<()> {
+        self.jobs.as_ref().and_then(|jobs| jobs.send(job).ok()).ok_or_else(ended)
+    }
+
+    fn call<T: Send + 'static>(
+        &self,
+        deadline: Duration,
+        work: impl FnOnce(&mut Mpi) -> T + Send + 'static,
+    ) -> Result<T> {
+        let (answer, answered): (_, Receiver<T>) = channel();
+        self.shared.waiting.store(true, Ordering::Release);
+        self.send(Box::new(move |mpi| drop(answer.send(work(mpi)))))?;
+        let found = answered.recv_timeout(deadline);
+        self.shared.waiting.store(false, Ordering::Release);
+        found.map_err(|e| match e {
+            RecvTimeoutError::Timeout => late("exchanging with the other ranks", deadline),
+            RecvTimeoutError::Disconnected => ended(),
+        })
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        self.jobs = None;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
         }
-        Ok(())
+    }
+}
+
+/// Ends this process now, without its destructors, which may wait for a peer or a GPU that no longer answers.
+pub fn exit_now(code: u8) -> ! {
+    extern "C" {
+        fn _exit(code: std::ffi::c_int) -> !;
+    }
+    // SAFETY: POSIX's function, which takes any number and touches no memory of this process.
+    unsafe { _exit(i32::from(code)) }
+}
+
+fn late(what: &str, deadline: Duration) -> anyhow::Error {
+    Error::Communication(format!(
+        "{what} took longer than {} s: a rank hangs, is lost, or was never started; the log of the rank that says \
+         nothing, and `lockstep doctor`, may show why",
+        deadline.as_secs()
+    ))
+    .into()
+}
+
+fn ended() -> anyhow::Error {
+    Error::Communication("MPI's thread has ended; what it said on stderr tells why".into()).into()
+}
+
+/// MPI's side: lives in its thread.
+struct Mpi {
+    // Declared before the universe, so that it is freed before MPI_Finalize.
+    world: SimpleCommunicator,
+    scratch: Vec<f32>,
+    shared: Arc<Shared>,
+    _universe: Universe,
+}
+
+impl Mpi {
+    /// Sums in the order of the ranks. MPI's own algorithms choose the order by size, topology and version; a
+    /// reduce-scatter and an all-gather are the traffic of a ring all-reduce, with an order that never changes.
+    fn all_reduce(&mut self, data: &mut [f32]) {
+        for chunk in data.chunks_mut(CHUNK) {
+            let bounds = super::even_parts(chunk.len(), index(self.world.size()));
+            self.reduce_scatter(chunk, &bounds);
+            self.all_gather(chunk, &bounds);
+        }
     }
 
-    fn all_reduce_chunk(&self, data: &mut [f32]) {
+    /// Rank r receives everyone's r-th part and adds them in the order of the ranks.
+    fn reduce_scatter(&mut self, data: &mut [f32], bounds: &[usize]) {
         let ranks = index(self.world.size());
-        let bounds: Vec<usize> = (0..=ranks).map(|r| data.len() * r / ranks).collect();
-        let counts: Vec<Count> = bounds.windows(2).map(|w| count(w[1] - w[0])).collect();
-        let starts: Vec<Count> = bounds[..ranks].iter().map(|&b| count(b)).collect();
+        let (counts, starts) = counts_and_starts(bounds);
         let rank = index(self.world.rank());
         let mine = bounds[rank + 1] - bounds[rank];
-
-        let mut parts = vec![0f32; mine * ranks];
         let part_counts = vec![count(mine); ranks];
         let part_starts: Vec<Count> = (0..ranks).map(|r| count(r * mine)).collect();
+        let mut parts = std::mem::take(&mut self.scratch);
+        parts.resize(mine * ranks, 0.0);
         {
-            let send = mpi::datatype::Partition::new(&*data, &counts[..], &starts[..]);
+            let send = Partition::new(&*data, &counts[..], &starts[..]);
             let mut receive = PartitionMut::new(&mut parts[..], &part_counts[..], &part_starts[..]);
-            self.world.all_to_all_varcount_into(&send, &mut receive);
+            scope(|scope| self.wait(self.world.immediate_all_to_all_varcount_into(scope, &send, &mut receive)));
         }
         let (sum, others) = parts.split_at_mut(mine);
         for part in others.chunks_exact(mine.max(1)) {
@@ -67,50 +237,87 @@ impl World {
                 *total += value;
             }
         }
+        data[bounds[rank]..bounds[rank + 1]].copy_from_slice(sum);
+        self.scratch = parts;
+    }
+
+    fn all_gather(&mut self, data: &mut [f32], bounds: &[usize]) {
+        let (counts, starts) = counts_and_starts(bounds);
+        let rank = index(self.world.rank());
+        let mut mine = std::mem::take(&mut self.scratch);
+        mine.clear();
+        mine.extend_from_slice(&data[bounds[rank]..bounds[rank + 1]]);
         let mut receive = PartitionMut::new(data, &counts[..], &starts[..]);
-        self.world.all_gather_varcount_into(&*sum, &mut receive);
+        scope(|scope| self.wait(self.world.immediate_all_gather_varcount_into(scope, &mine[..], &mut receive)));
+        self.scratch = mine;
     }
 
-    pub fn broadcast(&self, tensor: &mut Tensor) -> Result<()> {
-        for chunk in floats(tensor)?.chunks_mut(CHUNK) {
-            self.world.process_at_rank(0).broadcast_into(chunk);
+    fn broadcast(&mut self, data: &mut [f32]) {
+        for chunk in data.chunks_mut(CHUNK) {
+            let root = self.world.process_at_rank(0);
+            scope(|scope| self.wait(root.immediate_broadcast_into(scope, chunk)));
         }
-        Ok(())
     }
 
-    pub fn gather(&self, mine: &[f64]) -> Vec<Vec<f64>> {
-        let ranks = index(self.world.size());
-        if mine.is_empty() {
-            return vec![Vec::new(); ranks];
+    fn gather(&mut self, mine: &[f64]) -> Vec<f64> {
+        let mut all = vec![0f64; mine.len() * index(self.world.size())];
+        if !mine.is_empty() {
+            scope(|scope| self.wait(self.world.immediate_all_gather_into(scope, mine, &mut all[..])));
         }
-        let mut all = vec![0f64; mine.len() * ranks];
-        self.world.all_gather_into(mine, &mut all[..]);
-        all.chunks_exact(mine.len()).map(<[f64]>::to_vec).collect()
+        all
     }
 
-    pub fn barrier(&self) {
-        self.world.barrier();
+    /// Waits for a collective's end. MPI's own waiting would keep a core busy; while the rank computes, this one sleeps
+    /// between its looks, so that a transfer costs the computation little.
+    fn wait<'a, D: ?Sized>(&self, mut request: Request<'a, D, &LocalScope<'a>>) {
+        const PAUSE: Duration = Duration::from_micros(50);
+        while let Err(pending) = request.test() {
+            request = pending;
+            self.abort_if_asked();
+            match self.shared.waiting.load(Ordering::Acquire) {
+                true => thread::yield_now(),
+                false => thread::sleep(PAUSE),
+            }
+        }
     }
 
-    pub fn abort(&self, code: u8) {
-        self.world.abort(i32::from(code));
+    fn abort_if_asked(&self) {
+        let code = self.shared.abort.load(Ordering::Acquire);
+        if code > 0 {
+            self.world.abort(code);
+        }
     }
 }
 
-/// The memory of a contiguous fp32 CPU tensor.
-fn floats(tensor: &mut Tensor) -> Result<&mut [f32]> {
-    if tensor.kind() != Kind::Float || tensor.device() != Device::Cpu || !tensor.is_contiguous() {
-        return Err(Error::Communication(format!(
-            "MPI sums contiguous fp32 tensors on the CPU, this one is {:?} on {:?}",
-            tensor.kind(),
-            tensor.device()
-        ))
-        .into());
+/// The memory of a contiguous fp32 CPU tensor, lent to MPI's thread.
+struct Floats(Tensor);
+
+impl Floats {
+    fn new(tensor: &Tensor) -> Result<Self> {
+        if tensor.kind() != Kind::Float || tensor.device() != Device::Cpu || !tensor.is_contiguous() {
+            return Err(Error::Communication(format!(
+                "MPI works on contiguous fp32 tensors on the CPU, this one is {:?} on {:?}",
+                tensor.kind(),
+                tensor.device()
+            ))
+            .into());
+        }
+        Ok(Self(tensor.shallow_clone()))
     }
-    // SAFETY: the tensor is contiguous fp32 in host memory (checked above), so `numel` floats lie at its data pointer;
-    // the exclusive borrow of the tensor outlives the slice, and training is single-threaded between backward and
-    // optimizer, so no other view of the storage is written meanwhile.
-    Ok(unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast::<f32>(), tensor.numel()) })
+
+    fn slice(&mut self) -> &mut [f32] {
+        // SAFETY: the tensor is contiguous fp32 in host memory (checked in `new`), so `numel` floats lie at its data
+        // pointer, and the clone keeps the storage alive. Whoever began the collective leaves these elements alone until
+        // `finish` (the contract of the `begin_*` functions), so nobody reads or writes them meanwhile.
+        unsafe { std::slice::from_raw_parts_mut(self.0.data_ptr().cast::<f32>(), self.0.numel()) }
+    }
+}
+
+fn counts_and_starts(bounds: &[usize]) -> (Vec<Count>, Vec<Count>) {
+    (
+        bounds.windows(2).map(|w| count(w[1] - w[0])).collect(),
+        bounds[..bounds.len() - 1].iter().map(|&b| count(b)).collect(),
+    )
 }
 
 /// MPI's non-negative numbers as Rust's.
@@ -118,7 +325,7 @@ fn index(number: Count) -> usize {
     usize::try_from(number).unwrap_or(0)
 }
 
-/// A length of at most [`CHUNK`] x ranks as MPI's count.
+/// A length as MPI's count. Lengths are those of a chunk or of a bucket, far below the largest count.
 fn count(length: usize) -> Count {
     Count::try_from(length).unwrap_or(Count::MAX)
 }

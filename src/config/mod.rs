@@ -27,6 +27,8 @@ pub struct Config {
     pub device: DeviceChoice,
     /// The type of weights and activations in the forward and backward pass.
     pub precision: Precision,
+    /// Whether a GPU, too, computes the same bits in every run; CPUs always do.
+    pub deterministic: bool,
     /// CPU threads of each rank.
     pub threads: Auto,
     /// What is read.
@@ -35,8 +37,12 @@ pub struct Config {
     pub model: Model,
     /// How it is trained.
     pub optim: Optim,
+    /// How the gradients travel.
+    pub comm: CommOptions,
     /// How long, and what is written meanwhile.
     pub train: Train,
+    /// What is borne before the run ends.
+    pub fault: Fault,
 }
 
 /// `device:`.
@@ -201,6 +207,39 @@ pub struct Optim {
     pub decay_steps: usize,
     /// The learning rate after the decay.
     pub min_lr: f64,
+    /// Whether each rank keeps its part of Adam's moments only.
+    pub zero1: bool,
+}
+
+/// `comm:`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CommOptions {
+    /// Whether gradients travel while the backward pass goes on.
+    pub overlap: bool,
+    /// MiB of fp32 gradients that travel at a time.
+    pub bucket_mib: usize,
+    /// The type in which gradients travel between GPUs; between CPUs it is fp32, since MPI has no bf16.
+    pub grad_dtype: GradDtype,
+}
+
+/// `comm.grad_dtype:`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[allow(missing_docs)]
+pub enum GradDtype {
+    Fp32,
+    Bf16,
+}
+
+/// `fault:`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Fault {
+    /// Seconds until all ranks have started and joined.
+    pub startup_deadline_s: u64,
+    /// Seconds that a rank waits for the others within a step.
+    pub step_deadline_s: u64,
 }
 
 /// `optim.schedule:`.
@@ -255,11 +294,14 @@ impl Default for Config {
             seed: 3407,
             device: DeviceChoice::Auto,
             precision: Precision::Fp32,
+            deterministic: false,
             threads: Auto::Auto,
             data: Data::default(),
             model: Model::default(),
             optim: Optim::default(),
+            comm: CommOptions::default(),
             train: Train::default(),
+            fault: Fault::default(),
         }
     }
 }
@@ -305,7 +347,20 @@ impl Default for Optim {
             warmup_steps: 0,
             decay_steps: 0,
             min_lr: 0.0,
+            zero1: false,
         }
+    }
+}
+
+impl Default for CommOptions {
+    fn default() -> Self {
+        Self { overlap: true, bucket_mib: 25, grad_dtype: GradDtype::Fp32 }
+    }
+}
+
+impl Default for Fault {
+    fn default() -> Self {
+        Self { startup_deadline_s: 600, step_deadline_s: 300 }
     }
 }
 

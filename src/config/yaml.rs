@@ -9,7 +9,7 @@ use super::{usage, Config, Model, Train};
 use crate::error::{Error, Result};
 
 /// Keys that do not change what is learnt, so that a resumed run may change them without asking.
-const FREE_ON_RESUME: [&str; 8] = [
+const FREE_ON_RESUME: [&str; 14] = [
     "train.steps",
     "train.log_every",
     "train.eval_every",
@@ -18,6 +18,12 @@ const FREE_ON_RESUME: [&str; 8] = [
     "train.keep_last",
     "train.prompts",
     "threads",
+    "name",
+    "comm.overlap",
+    "comm.bucket_mib",
+    "comm.grad_dtype",
+    "fault.startup_deadline_s",
+    "fault.step_deadline_s",
 ];
 
 impl Config {

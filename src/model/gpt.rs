@@ -138,6 +138,8 @@ pub struct Gpt {
     head_grad: Tensor,
     wte_grad: Tensor,
     wpe_grad: Tensor,
+    /// Where each stage's parameters end in the flat tensors.
+    ends: Vec<i64>,
 }
 
 impl Gpt {
@@ -167,6 +169,9 @@ impl Gpt {
             })
             .collect();
         let head = if config.tied_head { WTE } else { HEAD };
+        let embedded = parameters.end_of("transformer.h.0.");
+        let ends = (0..config.n_layer).map(|layer| parameters.end_of(&format!("transformer.h.{layer}.")));
+        let ends = [embedded].into_iter().chain(ends).chain([parameters.end_of("transformer.ln_f.")]).collect();
         Self {
             wte: leaf(WTE),
             wpe: leaf(WPE),
@@ -176,6 +181,7 @@ impl Gpt {
             head_grad: grad(head),
             wte_grad: grad(WTE),
             wpe_grad: grad(WPE),
+            ends,
             config,
             parameters,
         }
@@ -250,8 +256,16 @@ impl Gpt {
     ///
     /// `inputs` and `targets` are (B, T) int64, `weights` (B, T) fp32; the objective is the sum over tokens of weight
     /// times negative log-likelihood. `seed` fixes dropout's draws. The graph is cut at every block's border, so that a
-    /// block's activations are freed, and its gradients final, as soon as the backward pass has left it.
-    pub fn forward_backward(&mut self, inputs: &Tensor, targets: &Tensor, weights: &Tensor, seed: u64) -> f64 {
+    /// block's activations are freed, and its gradients final, as soon as the backward pass has left it: `finished` is
+    /// then told the flat gradient, and up to which element it will not change any more.
+    pub fn forward_backward(
+        &mut self,
+        inputs: &Tensor,
+        targets: &Tensor,
+        weights: &Tensor,
+        seed: u64,
+        finished: &mut dyn FnMut(&Tensor, i64),
+    ) -> f64 {
         let mut tape: Vec<(Tensor, Option<Tensor>)> = Vec::with_capacity(self.blocks.len() + 2);
         let mut x = no_grad(|| self.embed(inputs, 0));
         for stage in 0..self.stages() {
@@ -269,12 +283,17 @@ impl Gpt {
 
         let (loss, mut grad) = head::loss_and_gradients(&x, &self.head, targets, weights, &mut self.head_grad);
         drop(x);
+        let mut end = if self.config.tied_head { 0 } else { self.parameters.end_of(HEAD) };
+        finished(&self.parameters.grad, end);
 
         while let Some((input, output)) = tape.pop() {
             let output = output.unwrap_or_else(|| self.stage(tape.len(), &input, seed));
             // The derivative of sum(y * dy) with respect to y is dy: a backward pass from a given gradient.
             (output * grad).sum(Kind::Float).backward();
             grad = input.grad();
+            let begin = std::mem::replace(&mut end, self.ends[tape.len()]);
+            self.parameters.collect_gradients(begin, end);
+            finished(&self.parameters.grad, end);
         }
         no_grad(|| {
             let rows = inputs.reshape([-1]);
@@ -282,7 +301,7 @@ impl Gpt {
             let _ = self.wpe_grad.narrow(0, 0, inputs.size()[1]).g_add_(&grad.sum_dim_intlist(0, false, Kind::Float));
             let _ = self.wte_grad.index_add_(0, &rows, &grad.reshape([-1, self.config.n_embd]));
         });
-        self.parameters.collect_gradients();
+        finished(&self.parameters.grad, self.parameters.numel());
         loss
     }
 

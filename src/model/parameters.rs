@@ -90,14 +90,21 @@ impl Parameters {
         });
     }
 
-    /// Adds a micro-step's bf16 gradients into the fp32 sum.
-    pub fn collect_gradients(&mut self) {
+    /// Adds a micro-step's bf16 gradients of the elements `from..to` into the fp32 sum.
+    pub fn collect_gradients(&mut self, from: i64, to: i64) {
         if self.is_mixed() {
             no_grad(|| {
-                let _ = self.grad.g_add_(&self.compute_grad);
-                let _ = self.compute_grad.zero_();
+                let mut micro_step = self.compute_grad.narrow(0, from, to - from);
+                let _ = self.grad.narrow(0, from, to - from).g_add_(&micro_step);
+                let _ = micro_step.zero_();
             });
         }
+    }
+
+    /// Where the parameters whose names begin so end in the flat tensors; 0 where there are none.
+    pub fn end_of(&self, prefix: &str) -> i64 {
+        let named = self.specs.iter().filter(|spec| spec.name.starts_with(prefix));
+        named.map(|spec| spec.offset + spec.numel()).max().unwrap_or(0)
     }
 
     /// Makes changed weights those that the model computes with; call after every change of `flat`.

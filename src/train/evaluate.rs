@@ -7,6 +7,7 @@ use tch::Device;
 use crate::comm::Comm;
 use crate::config::Layout;
 use crate::data::loader::Samples;
+use crate::error::Result;
 use crate::metrics::{rounded, EvalRow};
 use crate::model::Gpt;
 
@@ -27,7 +28,10 @@ pub struct Evaluation {
 impl Evaluation {
     /// Evaluates the model after `step` steps. Batch i is computed by rank i modulo the world size; the sums of negative
     /// log-likelihood and the counts are added, never averages.
-    pub fn run(&self, comm: &Comm, model: &Gpt, device: Device, step: usize) -> EvalRow {
+    ///
+    /// # Errors
+    /// Communication, where a peer does not answer in time.
+    pub fn run(&self, comm: &Comm, model: &Gpt, device: Device, step: usize) -> Result<EvalRow> {
         let start = Instant::now();
         let all: Vec<usize> = (0..self.samples.len()).collect();
         let (mut nll, mut tokens) = (0.0, 0);
@@ -36,12 +40,12 @@ impl Evaluation {
             nll += model.loss(&batch.inputs, &batch.targets, &batch.weights);
             tokens += samples.iter().map(|&sample| self.samples.targets(sample)).sum::<usize>();
         }
-        let totals = comm.sum(&[nll, tokens as f64]);
+        let totals = comm.sum(&[nll, tokens as f64])?;
         let (nll, tokens) = (totals[0], totals[1]);
         let shard = self.samples.shard();
         let words = shard.n_words() as f64 + shard.n_lines() as f64;
         let loss = nll / tokens;
-        EvalRow {
+        Ok(EvalRow {
             step,
             split: self.split.into(),
             loss,
@@ -49,6 +53,6 @@ impl Evaluation {
             word_ppl: (self.layout == Layout::Packed).then(|| (nll / words).exp()),
             tokens: tokens as u64,
             eval_s: rounded(start.elapsed().as_secs_f64()),
-        }
+        })
     }
 }

@@ -1,6 +1,7 @@
 //! Training: the loop, and what stands around it.
 
 pub mod evaluate;
+mod gradients;
 pub mod optimizer;
 pub mod record;
 pub mod schedule;
@@ -9,17 +10,18 @@ mod start;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use tch::{Device, Kind};
+use tch::{Device, Kind, Tensor};
 use tracing::{debug, info};
 
 use self::evaluate::Evaluation;
-use self::optimizer::{clip, AdamW};
+use self::gradients::Gradients;
+use self::optimizer::{clip, squares, AdamW};
 use self::record::{Recorder, RunDir};
 use self::schedule::learning_rate;
 use crate::checkpoint::{self, State};
 use crate::comm::Comm;
 use crate::config::{Plan, Precision};
-use crate::data::loader::Loader;
+use crate::data::loader::{Batch, Loader};
 use crate::device;
 use crate::error::{Error, Result};
 use crate::fault::StopRequest;
@@ -45,14 +47,19 @@ pub enum Resume {
 /// # Errors
 /// Every class: [`Error`]. Preempted, where a signal asked for a stop and the state was saved.
 pub fn train(
-    comm: &Comm,
+    comm: &mut Comm,
     stop: StopRequest,
     plan: Plan,
     run_dir: &Path,
     resume: &Resume,
     allowed: &[String],
 ) -> Result<()> {
-    let mut trainer = Trainer::new(comm, stop, plan, run_dir)?;
+    let device = device::select(plan.config.device.name(), comm.local_rank)?;
+    if plan.config.deterministic {
+        device::use_deterministic_kernels();
+    }
+    comm.use_device(device)?;
+    let mut trainer = Trainer::new(comm, device, stop, plan, run_dir)?;
     trainer.begin(resume, allowed)?;
     trainer.run()
 }
@@ -75,6 +82,7 @@ struct Trainer<'a> {
     loader: Loader,
     valid: Option<Evaluation>,
     model: Gpt,
+    gradients: Gradients,
     optimizer: AdamW,
     state: State,
     stop: StopRequest,
@@ -159,7 +167,7 @@ impl Trainer<'_> {
     fn stop(&mut self) -> Result<()> {
         self.save()?;
         // A launcher may end the job as soon as one rank leaves.
-        self.comm.barrier();
+        self.comm.barrier()?;
         Err(Error::Preempted(format!(
             "stopped on request after step {} of {}, saved in {}; to go on, start the same command again (with --resume \
              auto, the default)",
@@ -188,7 +196,7 @@ impl Trainer<'_> {
             self.save()?;
         }
         if last {
-            self.comm.barrier();
+            self.comm.barrier()?;
         }
         Ok(())
     }
@@ -202,24 +210,47 @@ impl Trainer<'_> {
             let batch = self.loader.micro_batch(global, micro_step, self.device);
             laps.end(DATA);
             let seed = [step, micro_step, self.comm.rank].iter().fold(self.loader.seed, |seed, &n| mix(seed, n as u64));
-            loss += self.model.forward_backward(&batch.inputs, &batch.targets, &batch.weights, seed);
-            device::synchronize(self.device);
+            // Only the last micro-step makes the gradients whole.
+            let last = micro_step + 1 == self.plan.accumulation;
+            let mut finished = |grad: &Tensor, end| {
+                if last {
+                    self.gradients.ready(self.comm, grad, end);
+                }
+            };
+            let Batch { inputs, targets, weights } = &batch;
+            loss += self.model.forward_backward(inputs, targets, weights, seed, &mut finished);
+            self.comm.finish_compute(self.device)?;
             self.sequences += batch.inputs.size()[0] as usize;
             laps.end(COMPUTE);
         }
-        self.comm.all_reduce(&mut self.model.parameters.grad)?;
-        let memory = device::peak_resident_mib().filter(|_| !self.device.is_cuda()).unwrap_or(0.0);
-        let ranks = self.comm.gather(&[loss, f64::from(u8::from(self.stop.raised())), memory]);
+        self.gradients.finish(self.comm, &mut self.model.parameters.grad)?;
+        laps.end(COMM_EXPOSED);
+        let mut squares = squares(&self.model.parameters, &self.optimizer.ranges);
+        laps.end(OPTIMIZER);
+        let memory = device::peak_memory_mib(self.device).unwrap_or(0.0);
+        let mut mine = vec![loss, f64::from(u8::from(self.stop.raised())), memory];
+        if self.gradients.is_sharded() {
+            mine.append(&mut squares);
+        }
+        let ranks = self.comm.gather(&mine)?;
         laps.end(COMM_EXPOSED);
 
         let total = |column: usize| ranks.iter().map(|rank| rank[column]).sum::<f64>();
-        let grad_norm = clip(&mut self.model.parameters, self.plan.config.optim.grad_clip);
+        squares.extend((3..mine.len()).map(total));
+        let grad_norm = squares.iter().sum::<f64>().sqrt();
         if !total(0).is_finite() || !grad_norm.is_finite() {
             return Err(self.not_finite(step, global, total(0), grad_norm));
         }
         let lr = learning_rate(&self.plan.config.optim, step, self.plan.config.train.steps);
-        self.optimizer.step(&mut self.model.parameters, step, lr);
-        device::synchronize(self.device);
+        let parameters = &mut self.model.parameters;
+        clip(parameters, &self.optimizer.ranges, grad_norm, self.plan.config.optim.grad_clip);
+        self.optimizer.step(parameters, step, lr);
+        self.comm.finish_compute(self.device)?;
+        laps.end(OPTIMIZER);
+        self.gradients.gather_weights(self.comm, &parameters.flat)?;
+        laps.end(COMM_EXPOSED);
+        parameters.publish();
+        self.comm.finish_compute(self.device)?;
         laps.end(OPTIMIZER);
         Ok(StepReport {
             loss: total(0),
@@ -233,7 +264,7 @@ impl Trainer<'_> {
 
     fn not_finite(&self, step: usize, global: &[usize], loss: f64, grad_norm: f64) -> anyhow::Error {
         let parameters = &self.model.parameters;
-        let finite = |tensor: &tch::Tensor| tensor.isfinite().all().int64_value(&[]) == 1;
+        let finite = |tensor: &Tensor| tensor.isfinite().all().int64_value(&[]) == 1;
         let names = parameters.specs.iter().filter(|spec| !finite(&spec.view(&parameters.grad)));
         let names: Vec<&str> = names.take(3).map(|spec| spec.name.as_str()).collect();
         let mine = self.loader.share(global);
@@ -248,15 +279,15 @@ impl Trainer<'_> {
 
     fn evaluate(&mut self, step: usize) -> Result<bool> {
         let Some(valid) = &self.valid else { return Ok(false) };
-        if !self.comm.any(self.recorder.as_ref().is_some_and(|recorder| !recorder.has_evaluation(step))) {
+        if !self.comm.any(self.recorder.as_ref().is_some_and(|recorder| !recorder.has_evaluation(step)))? {
             return Ok(false);
         }
-        let row = valid.run(self.comm, &self.model, self.device, step);
+        let row = valid.run(self.comm, &self.model, self.device, step)?;
         let improved = match &mut self.recorder {
             Some(recorder) => recorder.evaluation(&row)?,
             None => false,
         };
-        Ok(self.comm.any(improved))
+        self.comm.any(improved)
     }
 
     fn sample(&mut self, step: usize) -> Result<()> {
@@ -278,15 +309,24 @@ impl Trainer<'_> {
     }
 
     fn save(&mut self) -> Result<()> {
-        let Some(recorder) = &mut self.recorder else { return Ok(()) };
         let checkpoints = self.dir.checkpoints();
         // One that is there already has the same bits: the run resumed from it.
-        if !checkpoint::list(&checkpoints).iter().any(|(step, _)| *step == self.state.step) {
-            recorder.sync()?;
-            let path = checkpoint::save(&checkpoints, &self.state, &self.model.parameters, &self.optimizer)?;
-            recorder.say(|| debug!("saved {}", path.display()));
+        let here = || checkpoint::list(&checkpoints).iter().any(|(step, _)| *step == self.state.step);
+        let mut needed = self.comm.is_root() && !here();
+        // Each rank writes its part of a sharded state.
+        let writers = self.gradients.is_sharded().then_some(self.comm);
+        if let Some(comm) = writers {
+            needed = comm.any(needed)?;
         }
-        recorder.saved(self.plan.config.train.keep_last)
+        if needed {
+            self.recorder.as_ref().map_or(Ok(()), Recorder::sync)?;
+            let path = checkpoint::save(&checkpoints, &self.state, &self.model.parameters, &self.optimizer, writers)?;
+            debug!("saved {}", path.display());
+        }
+        match &mut self.recorder {
+            Some(recorder) => recorder.saved(self.plan.config.train.keep_last),
+            None => Ok(()),
+        }
     }
 
     fn mfu(&self, tokens_per_s: f64) -> f64 {

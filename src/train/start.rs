@@ -1,15 +1,17 @@
 //! What comes before the first step: opening, resuming, and agreeing.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
+use tch::{Device, Kind, Tensor};
 use tracing::{info, warn};
 
 use super::evaluate::Evaluation;
+use super::gradients::Gradients;
 use super::optimizer::AdamW;
 use super::record::{find_checkpoint, Recorder, RunDir};
 use super::{kind, Resume, Trainer};
-use crate::checkpoint::{self, Conditions, State, FORMAT_VERSION};
+use crate::checkpoint::{self, Conditions, OptimizerFiles, State, FORMAT_VERSION, MOMENTS};
 use crate::comm::Comm;
 use crate::config::{Auto, Plan};
 use crate::data::loader::{Loader, Samples};
@@ -22,13 +24,12 @@ use crate::model::{Gpt, GptConfig};
 use crate::tokenizer::Tokenizer;
 
 impl<'a> Trainer<'a> {
-    pub(super) fn new(comm: &'a Comm, stop: StopRequest, plan: Plan, run_dir: &Path) -> Result<Self> {
+    pub(super) fn new(comm: &'a Comm, device: Device, stop: StopRequest, plan: Plan, run_dir: &Path) -> Result<Self> {
         let config = &plan.config;
         let threads = device::set_threads(match config.threads {
             Auto::Number(n) => Some(n),
             Auto::Auto => None,
         });
-        let device = device::select(config.device.name(), comm.local_rank)?;
         let data = DataDir::open(&config.data.dir)?;
         let tokenizer = Tokenizer::from_file(&data.tokenizer)?;
         let (layout, block_size) = (config.data.layout, config.data.block_size);
@@ -58,7 +59,8 @@ impl<'a> Trainer<'a> {
         let kind = kind(config.precision);
         let mut model = Gpt::new(GptConfig::new(&plan, tokenizer.vocab_size()), device, kind);
         model.initialize(config.seed);
-        let optimizer = AdamW::new(&model.parameters, &config.optim);
+        let gradients = Gradients::new(comm, &model.parameters, &config.comm, config.optim.zero1);
+        let optimizer = AdamW::new(&model.parameters, gradients.owned(comm.rank), &config.optim);
         let conditions = Conditions {
             lockstep: env!("CARGO_PKG_VERSION").into(),
             libtorch: device::libtorch_version(),
@@ -79,6 +81,7 @@ impl<'a> Trainer<'a> {
             loader,
             valid,
             model,
+            gradients,
             optimizer,
             state,
             stop,
@@ -93,17 +96,34 @@ impl<'a> Trainer<'a> {
     pub(super) fn begin(&mut self, resume: &Resume, allowed: &[String]) -> Result<()> {
         // First, so that a job that is refused leaves the run directory as it was.
         self.agree()?;
-        if self.comm.is_root() {
-            self.take_up(resume, allowed)?;
-        }
+        let found = if self.comm.is_root() { self.take_up(resume, allowed)? } else { None };
         let State { step, tokens, elapsed_s, .. } = self.state;
-        let numbers = &self.comm.gather(&[step as f64, tokens as f64, elapsed_s])[0];
+        let resumes = f64::from(u8::from(found.is_some()));
+        let numbers = &self.comm.gather(&[step as f64, tokens as f64, elapsed_s, resumes])?[0];
         (self.state.step, self.state.tokens, self.state.elapsed_s) =
             (numbers[0] as usize, numbers[1] as u64, numbers[2]);
         self.comm.broadcast(&mut self.model.parameters.flat)?;
-        self.comm.broadcast(&mut self.optimizer.exp_avg)?;
-        self.comm.broadcast(&mut self.optimizer.exp_avg_sq)?;
         self.model.parameters.publish();
+        if numbers[3] > 0.0 {
+            self.take_up_moments(found.as_deref())?;
+        }
+        Ok(())
+    }
+
+    /// Rank 0 reads the optimizer's state bucket by bucket, whoever wrote it; each rank keeps what it updates.
+    fn take_up_moments(&mut self, checkpoint: Option<&Path>) -> Result<()> {
+        let files = checkpoint.map(|path| OptimizerFiles::open(path, self.model.parameters.numel())).transpose()?;
+        for (start, length) in self.gradients.buckets() {
+            let zeros = || Tensor::zeros([length], (Kind::Float, self.device));
+            let mut moments = [zeros(), zeros()];
+            for (name, moment) in MOMENTS.iter().zip(&mut moments) {
+                if let Some(files) = &files {
+                    files.read(name, start, moment)?;
+                }
+                self.comm.broadcast(moment)?;
+            }
+            self.optimizer.fill(start, &moments[0], &moments[1]);
+        }
         Ok(())
     }
 
@@ -119,7 +139,7 @@ impl<'a> Trainer<'a> {
         ];
         // 48 bits of each digest, exact in a float.
         let bits = |text: &String| Sha256::digest(text)[..6].iter().fold(0.0, |bits, &b| bits * 256.0 + f64::from(b));
-        let ranks = self.comm.gather(&brought.iter().map(|(_, text, _)| bits(text)).collect::<Vec<_>>());
+        let ranks = self.comm.gather(&brought.iter().map(|(_, text, _)| bits(text)).collect::<Vec<_>>())?;
         for (place, (name, _, fatal)) in brought.iter().enumerate() {
             let others: Vec<usize> = (1..ranks.len()).filter(|&rank| ranks[rank][place] != ranks[0][place]).collect();
             match (others.is_empty(), fatal) {
@@ -137,7 +157,8 @@ impl<'a> Trainer<'a> {
         Ok(())
     }
 
-    fn take_up(&mut self, resume: &Resume, allowed: &[String]) -> Result<()> {
+    /// Returns the checkpoint that the run goes on from, its weights and numbers read.
+    fn take_up(&mut self, resume: &Resume, allowed: &[String]) -> Result<Option<PathBuf>> {
         let checkpoints = self.dir.checkpoints();
         // Taken before anything is read: the run that holds it may be about to save.
         let lock = self.dir.lock()?;
@@ -181,7 +202,7 @@ impl<'a> Trainer<'a> {
         checkpoint::set_aside_after(&checkpoints, self.state.step)?;
         let kept = if has_history { self.state.step } else { 0 };
         self.recorder = Some(Recorder::open(&self.dir, lock, kept, self.plan.config.train.steps)?);
-        Ok(())
+        Ok(found)
     }
 
     fn load(&mut self, path: &Path, allowed: &[String]) -> Result<()> {
@@ -203,7 +224,6 @@ impl<'a> Trainer<'a> {
             );
         }
         checkpoint::load_model(path, &mut self.model.parameters)?;
-        checkpoint::load_optimizer(path, &mut self.optimizer)?;
         let State { step, tokens, elapsed_s, .. } = saved;
         self.state = State { step, tokens, elapsed_s, ..self.state.clone() };
         Ok(())

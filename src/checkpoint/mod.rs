@@ -1,31 +1,33 @@
 //! Checkpoints: a folder a step, complete or absent, every byte of it accounted for.
 //!
 //! `step-00001000/` holds `model.safetensors` (GPT-2's names, linear weights (out, in)), `optimizer.safetensors` (Adam's
-//! two moments, flat, with their range of the flat buffer in the metadata), `state.json` and `MANIFEST.json` (size and
-//! SHA-256 of each other file). It is written under another name, made durable file by file, and renamed.
+//! two moments, flat, with their ranges of the flat buffer in the metadata; under ZeRO-1 each rank writes its own,
+//! `optimizer.rank-0000-of-0004.safetensors`), `state.json` and `MANIFEST.json` (size and SHA-256 of each other file).
+//! It is written under another name, made durable file by file, and renamed.
 
-use std::borrow::Cow;
-use std::collections::{BTreeMap, HashMap};
+mod tensors;
+
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use safetensors::{Dtype, SafeTensors, View};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use tch::{no_grad, Kind, Tensor};
 use tracing::warn;
 
+pub use tensors::{load_model, OptimizerFiles, MOMENTS};
+
+use crate::comm::Comm;
 use crate::error::{Error, Result};
 use crate::model::parameters::Parameters;
 use crate::train::optimizer::AdamW;
 
 const MODEL: &str = "model.safetensors";
-const OPTIMIZER: &str = "optimizer.safetensors";
+const OPTIMIZER: &str = "optimizer";
 const STATE: &str = "state.json";
 const MANIFEST: &str = "MANIFEST.json";
 const TEMPORARY: &str = ".tmp";
-const ANOTHER_MODEL: &str = "it is of another model or vocabulary; give the configuration and data it was trained with";
 
 /// What a run needs beside the tensors in order to go on, and what must be equal for it to go on bit for bit.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -93,18 +95,45 @@ struct Entry {
     sha256: String,
 }
 
-/// Writes a checkpoint of `state.step` into the folder `checkpoints`, and returns its path.
+impl Entry {
+    /// As the ranks send it to rank 0: the size, and the digest's letters. Each is exact in a float.
+    fn as_numbers(&self) -> Vec<f64> {
+        [self.size as f64].into_iter().chain(self.sha256.bytes().map(f64::from)).collect()
+    }
+
+    fn from_numbers(numbers: &[f64]) -> Self {
+        Self { size: numbers[0] as u64, sha256: numbers[1..].iter().map(|&letter| char::from(letter as u8)).collect() }
+    }
+}
+
+/// Writes a checkpoint of `state.step` into the folder `checkpoints`, and returns its path. Where the optimizer's state is
+/// spread over ranks, `ranks` are these, and all of them must call this.
 ///
 /// # Errors
 /// Storage, where a file cannot be written; nothing but a temporary folder is then left behind.
-pub fn save(checkpoints: &Path, state: &State, parameters: &Parameters, optimizer: &AdamW) -> Result<PathBuf> {
+pub fn save(
+    checkpoints: &Path,
+    state: &State,
+    parameters: &Parameters,
+    optimizer: &AdamW,
+    ranks: Option<&Comm>,
+) -> Result<PathBuf> {
     let target = checkpoints.join(format!("step-{:08}", state.step));
     let temporary = checkpoints.join(format!("step-{:08}{TEMPORARY}", state.step));
-    clear_temporaries(checkpoints);
-    if let Err(error) = write(&temporary, state, parameters, optimizer) {
+    let root = ranks.is_none_or(Comm::is_root);
+    if root {
+        clear_temporaries(checkpoints);
+    }
+    if let Some(comm) = ranks {
+        comm.barrier()?; // nobody writes before that is done
+    }
+    if let Err(error) = write(&temporary, state, parameters, optimizer, ranks) {
         // Room on a full disk.
         let _ = fs::remove_dir_all(&temporary);
         return Err(error);
+    }
+    if !root {
+        return Ok(target);
     }
     if target.exists() {
         // A folder of that name without a manifest, which is no checkpoint.
@@ -116,29 +145,28 @@ pub fn save(checkpoints: &Path, state: &State, parameters: &Parameters, optimize
 }
 
 /// Writes the files of a checkpoint, the manifest last, and makes them durable.
-fn write(folder: &Path, state: &State, parameters: &Parameters, optimizer: &AdamW) -> Result<()> {
+fn write(folder: &Path, state: &State, parameters: &Parameters, optimizer: &AdamW, ranks: Option<&Comm>) -> Result<()> {
     fs::create_dir_all(folder).map_err(|e| Error::write(folder, e))?;
-    write_json(&folder.join(STATE), state)?;
-    // safetensors makes files that only their owner may read; a run is as open as its other files are.
-    let permissions = fs::metadata(folder.join(STATE)).map_err(|e| Error::write(folder, e))?.permissions();
-    let write_tensors = |name: &str, tensors: Vec<(String, FlatView)>, range: Option<String>| {
-        let path = folder.join(name);
-        let metadata = range.map(|range| HashMap::from([("flat_range".to_string(), range)]));
-        safetensors::serialize_to_file(tensors, metadata, &path).map_err(|e| Error::write(&path, e))?;
-        fs::set_permissions(&path, permissions.clone()).map_err(|e| Error::write(&path, e))
-    };
-    let weights = parameters.specs.iter().map(|spec| (spec.name.clone(), FlatView::new(&spec.view(&parameters.flat))));
-    write_tensors(MODEL, weights.collect(), None)?;
-    let moments = [("exp_avg", &optimizer.exp_avg), ("exp_avg_sq", &optimizer.exp_avg_sq)];
-    let moments = moments.into_iter().map(|(name, flat)| (name.to_string(), FlatView::new(flat)));
-    write_tensors(OPTIMIZER, moments.collect(), Some(format!("0..{}", parameters.numel())))?;
-
+    let name_of = |rank: usize, ranks: usize| format!("{OPTIMIZER}.rank-{rank:04}-of-{ranks:04}.safetensors");
+    let optimizer_file = ranks.map_or(format!("{OPTIMIZER}.safetensors"), |comm| name_of(comm.rank, comm.world_size));
     let mut files = BTreeMap::new();
-    for name in [MODEL, OPTIMIZER, STATE] {
-        let path = folder.join(name);
-        files.insert(name.to_string(), digest(&path).map_err(|e| Error::write(&path, e))?);
-        sync(&path)?;
+    let entry = tensors::write_optimizer(&folder.join(&optimizer_file), optimizer)?;
+    match ranks {
+        None => drop(files.insert(optimizer_file, entry)),
+        Some(comm) => {
+            for (rank, numbers) in comm.gather(&entry.as_numbers())?.into_iter().enumerate() {
+                files.insert(name_of(rank, comm.world_size), Entry::from_numbers(&numbers));
+            }
+            if !comm.is_root() {
+                return Ok(());
+            }
+        }
     }
+    files.insert(MODEL.into(), tensors::write_model(&folder.join(MODEL), parameters)?);
+    let path = folder.join(STATE);
+    write_json(&path, state)?;
+    sync(&path)?;
+    files.insert(STATE.into(), digest(&path).map_err(|e| Error::write(&path, e))?);
     write_json(&folder.join(MANIFEST), &Manifest { format_version: FORMAT_VERSION, files })?;
     sync(&folder.join(MANIFEST))?;
     sync(folder)
@@ -190,11 +218,16 @@ pub fn latest(checkpoints: &Path) -> Result<Option<PathBuf>> {
 /// Storage: the file, what was expected and what was found.
 pub fn verify(checkpoint: &Path) -> Result<()> {
     let manifest: Manifest = read_json(&checkpoint.join(MANIFEST))?;
-    for name in [MODEL, OPTIMIZER, STATE] {
+    let named = |wanted: &dyn Fn(&str) -> bool| manifest.files.keys().any(|name| wanted(name));
+    let manifest_path = checkpoint.join(MANIFEST);
+    if !(named(&|name| name == MODEL) && named(&|name| name == STATE) && named(&is_optimizer)) {
+        return damaged(&manifest_path, &format!("does not name {MODEL}, {STATE} and an optimizer's file"));
+    }
+    if let Some(name) = manifest.files.keys().find(|name| name.contains('/') || name.as_str() == "..") {
+        return damaged(&manifest_path, &format!("names `{name}`, which is no file of this folder"));
+    }
+    for (name, expected) in &manifest.files {
         let path = checkpoint.join(name);
-        let Some(expected) = manifest.files.get(name) else {
-            return damaged(&path, "is not in the manifest");
-        };
         let found = digest(&path).map_err(|e| Error::Storage(format!("cannot read {}: {e}", path.display())))?;
         if found.size != expected.size {
             return damaged(&path, &format!("has {} bytes, {} were written", found.size, expected.size));
@@ -212,38 +245,6 @@ pub fn verify(checkpoint: &Path) -> Result<()> {
 /// Storage, where the file is not what this version writes.
 pub fn load_state(checkpoint: &Path) -> Result<State> {
     read_json(&checkpoint.join(STATE))
-}
-
-/// Reads a verified checkpoint's weights into parameters of the same names and shapes.
-///
-/// # Errors
-/// Storage, naming the tensor that is missing, superfluous or of another shape or type.
-pub fn load_model(checkpoint: &Path, parameters: &mut Parameters) -> Result<()> {
-    let path = checkpoint.join(MODEL);
-    let bytes = read(&path)?;
-    let tensors = parse(&path, &bytes)?;
-    for name in tensors.names() {
-        if !parameters.specs.iter().any(|spec| spec.name == name) {
-            return damaged(&path, &format!("holds `{name}`, which this model does not have: {ANOTHER_MODEL}"));
-        }
-    }
-    for spec in &parameters.specs {
-        copy(&path, &tensors, &spec.name, &mut spec.view(&parameters.flat))?;
-    }
-    parameters.publish();
-    Ok(())
-}
-
-/// Reads a verified checkpoint's optimizer state.
-///
-/// # Errors
-/// As [`load_model`].
-pub fn load_optimizer(checkpoint: &Path, optimizer: &mut AdamW) -> Result<()> {
-    let path = checkpoint.join(OPTIMIZER);
-    let bytes = read(&path)?;
-    let tensors = parse(&path, &bytes)?;
-    copy(&path, &tensors, "exp_avg", &mut optimizer.exp_avg)?;
-    copy(&path, &tensors, "exp_avg_sq", &mut optimizer.exp_avg_sq)
 }
 
 /// Removes all complete checkpoints but the newest `keep` and those of the steps to `spare`.
@@ -273,63 +274,12 @@ pub fn set_aside_after(checkpoints: &Path, step: usize) -> Result<()> {
     Ok(())
 }
 
-/// A contiguous tensor as the bytes of a safetensors file; copied when it is written.
-struct FlatView {
-    tensor: Tensor,
-    shape: Vec<usize>,
-}
-
-impl FlatView {
-    fn new(tensor: &Tensor) -> Self {
-        let shape = tensor.size().iter().map(|&n| n as usize).collect();
-        Self { tensor: tensor.detach(), shape }
-    }
-}
-
-impl View for FlatView {
-    fn dtype(&self) -> Dtype {
-        Dtype::F32
-    }
-    fn shape(&self) -> &[usize] {
-        &self.shape
-    }
-    fn data(&self) -> Cow<'_, [u8]> {
-        let mut bytes = vec![0; self.data_len()];
-        self.tensor.copy_data_u8(&mut bytes, self.tensor.numel());
-        bytes.into()
-    }
-    fn data_len(&self) -> usize {
-        self.tensor.numel() * 4
-    }
-}
-
-fn copy(path: &Path, tensors: &SafeTensors, name: &str, into: &mut Tensor) -> Result<()> {
-    let Ok(found) = tensors.tensor(name) else {
-        return damaged(path, &format!("lacks `{name}`, which this model has: {ANOTHER_MODEL}"));
-    };
-    let expected: Vec<usize> = into.size().iter().map(|&n| n as usize).collect();
-    if found.dtype() != Dtype::F32 || found.shape() != expected {
-        return damaged(
-            path,
-            &format!(
-                "holds `{name}` as {:?} {:?}, this model has it as F32 {expected:?}: {ANOTHER_MODEL}",
-                found.dtype(),
-                found.shape()
-            ),
-        );
-    }
-    let source = Tensor::from_data_size(found.data(), &into.size(), Kind::Float);
-    no_grad(|| into.copy_(&source));
-    Ok(())
-}
-
-fn parse<'a>(path: &Path, bytes: &'a [u8]) -> Result<SafeTensors<'a>> {
-    SafeTensors::deserialize(bytes)
-        .map_err(|e| Error::Storage(format!("{} is not a safetensors file: {e}", path.display())).into())
-}
-
 fn read(path: &Path) -> Result<Vec<u8>> {
     fs::read(path).map_err(|e| Error::Storage(format!("cannot read {}: {e}", path.display())).into())
+}
+
+fn is_optimizer(name: &str) -> bool {
+    name.starts_with(OPTIMIZER) && name.ends_with(".safetensors")
 }
 
 fn damaged<T>(path: &Path, what: &str) -> Result<T> {
