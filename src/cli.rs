@@ -124,6 +124,30 @@ pub enum Verb {
         #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
         samples: u32,
     },
+    /// Trains the same on each device, and prints how long it took as CSV.
+    ///
+    /// Seed and batches are alike. The first five steps (of fewer than ten, the first half) warm up, and count neither for
+    /// the median nor for the tokens a second. A device that is not there is an error, after the rows of those before it.
+    #[command(
+        after_help = "Example:\n  lockstep compare --config configs/homework.yaml --steps 50 --devices cpu,cuda"
+    )]
+    Compare {
+        /// The run's YAML file.
+        #[arg(long)]
+        config: PathBuf,
+        /// Replaces one key of it, for example data.dir=data/wikitext-2.
+        #[arg(long = "set", value_name = "KEY=VALUE")]
+        overrides: Vec<String>,
+        /// Optimizer steps on each device.
+        #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..))]
+        steps: u32,
+        /// The devices, in order; the speed-up is that over the first.
+        #[arg(long, value_enum, value_delimiter = ',', default_value = "cpu,cuda")]
+        devices: Vec<DeviceName>,
+        /// The file that gets the same table; the runs lie beside it while they last.
+        #[arg(long, default_value = "compare.csv")]
+        out: PathBuf,
+    },
     /// Lists or verifies a run's checkpoints.
     #[command(after_help = "Example:\n  lockstep checkpoint verify --run-dir runs/wikitext2")]
     Checkpoint {
@@ -158,6 +182,14 @@ pub struct Run {
 pub enum SplitName {
     Valid,
     Test,
+}
+
+/// A device that training can be timed on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[allow(missing_docs)]
+pub enum DeviceName {
+    Cpu,
+    Cuda,
 }
 
 /// The verbs of `lockstep checkpoint`.

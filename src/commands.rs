@@ -14,8 +14,9 @@ use tracing_subscriber::fmt::time::FormatTime;
 use tracing_subscriber::prelude::*;
 
 use crate::checkpoint;
-use crate::cli::{CheckpointAction, Cli, LogFormat, Run, SplitName, Verb};
+use crate::cli::{CheckpointAction, Cli, DeviceName, LogFormat, Run, SplitName, Verb};
 use crate::comm::{Comm, Deadlines};
+use crate::compare::{compare, Comparison};
 use crate::config::{Config, DeviceChoice, Plan};
 use crate::data::loader::Samples;
 use crate::data::prepare::{prepare, DataDir};
@@ -79,6 +80,15 @@ pub fn run(cli: &Cli) -> Result<()> {
             let sampling = Sampling { temperature: *temperature, top_k: *top_k, top_p: *top_p, seed: *seed };
             check_sampling(&sampling)?;
             continue_prompts(run, prompt, *tokens, *samples, &sampling)
+        }
+        Verb::Compare { config, overrides, steps, devices, out } => {
+            let device = |name: &DeviceName| match name {
+                DeviceName::Cpu => DeviceChoice::Cpu,
+                DeviceName::Cuda => DeviceChoice::Cuda,
+            };
+            let devices: Vec<DeviceChoice> = devices.iter().map(device).collect();
+            let (steps, log_options) = (*steps as usize, log_options(cli));
+            compare(&Comparison { config, overrides, steps, devices: &devices, out, log_options: &log_options }, print)
         }
         Verb::Checkpoint { action: CheckpointAction::List { run_dir } } => {
             for (step, path) in checkpoints(run_dir)? {
@@ -166,6 +176,14 @@ fn start_log(cli: &Cli, file: Option<&Path>, root: bool) {
         layers.push(layer.with_writer(move || RankLog::open(&path)).with_filter(level).boxed());
     }
     let _ = tracing_subscriber::registry().with(layers).try_init();
+}
+
+/// The options that give another `lockstep` the log of this one.
+fn log_options(cli: &Cli) -> Vec<&'static str> {
+    let mut options = vec!["-v"; cli.verbose.into()];
+    options.extend(cli.quiet.then_some("-q"));
+    options.extend((cli.log_format == LogFormat::Json).then_some("--log-format=json"));
+    options
 }
 
 /// A rank's log file. What is said before the run directory exists, or where it cannot be written, is dropped here: stderr

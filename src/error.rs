@@ -48,6 +48,20 @@ impl Error {
         .into()
     }
 
+    /// The error of a process that was ours and ended with this code: the same class, so that this one ends as it did.
+    pub fn with_code(code: i32, message: String) -> anyhow::Error {
+        let class = match code {
+            2 => Self::Usage,
+            3 => Self::Data,
+            4 => Self::Storage,
+            5 => Self::Numbers,
+            6 => Self::Communication,
+            75 => Self::Preempted,
+            _ => return anyhow::anyhow!(message),
+        };
+        class(message).into()
+    }
+
     fn code(&self) -> u8 {
         match self {
             Self::Usage(_) => 2,
@@ -79,4 +93,16 @@ pub fn from_panic(panic: &(dyn std::any::Any + Send)) -> anyhow::Error {
         .into();
     }
     anyhow::anyhow!("internal error, please report it: {text}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_code_and_its_class_belong_together() {
+        for code in [1, 2, 3, 4, 5, 6, 75] {
+            assert_eq!(exit_code(&Error::with_code(i32::from(code), "m".into())), code);
+        }
+    }
 }

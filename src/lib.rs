@@ -29,6 +29,7 @@
 //! - [`fault`]: signals, as requests to stop
 //! - [`checkpoint`]: folders that are complete or absent
 //! - [`train`]: the loop, the optimizer, the schedules, evaluation, and the run directory
+//! - [`compare`]: the same training on each device, timed
 //! - [`cli`]: the command line's types
 //! - [`commands`]: a function for each verb
 
@@ -36,6 +37,7 @@ pub mod checkpoint;
 pub mod cli;
 pub mod comm;
 pub mod commands;
+pub mod compare;
 pub mod config;
 pub mod data;
 pub mod device;

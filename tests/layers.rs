@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 /// Floors and their rooms. A room is a module with all below it, but for those that have a row of their own; it may
 /// import rooms of lower floors, and itself.
-const ROOMS: [(usize, &str); 22] = [
+const ROOMS: [(usize, &str); 23] = [
     (0, "error"),
     (0, "device"),
     (0, "random"),
@@ -25,6 +25,7 @@ const ROOMS: [(usize, &str); 22] = [
     (3, "train/evaluate"),
     (3, "train/gradients"),
     (4, "train"),
+    (4, "compare"),
     (5, "cli"),
     (5, "commands"),
     (5, "lib"),

@@ -9,15 +9,17 @@
 use std::fs;
 use std::path::Path;
 
+use lockstep::compare::CompareRow;
 use lockstep::config::{Config, PRESETS};
 use lockstep::metrics::{EvalRow, Row, TrainRow};
 
 /// Commands that are not run: how they begin, and why.
 #[cfg(feature = "mpi")]
-const NOT_RUN: [(&str, &str); 3] = [
+const NOT_RUN: [(&str, &str); 4] = [
     ("launch/quickstart", "it builds, and trains for minutes"),
     ("launch/test", "it runs this test"),
     ("target/release/lockstep train --config configs/gpt2-124m.yaml", "it wants a GPU"),
+    ("target/release/lockstep compare", "it wants a GPU"),
 ];
 
 /// What the commands must leave behind.
@@ -173,4 +175,5 @@ fn presets_and_columns_are_the_programs() {
     assert_eq!(table("preset"), presets);
     assert_eq!(first_cells("train.csv"), TrainRow::COLUMNS);
     assert_eq!(first_cells("eval.csv"), EvalRow::COLUMNS);
+    assert_eq!(first_cells("compare.csv"), CompareRow::COLUMNS);
 }
