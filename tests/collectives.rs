@@ -82,7 +82,8 @@ fn a_rank_checks_every_collective() {
         let uneven: Vec<usize> = (0..=n).map(|r| if r == n { all } else { all.min(r * r * 3) }).collect();
         let last_has_all: Vec<usize> = (0..=n).map(|r| if r == n { all } else { 0 }).collect();
         for bounds in [even_parts(all, n), uneven, last_has_all] {
-            let part = |tensor: &Tensor| tensor.narrow(0, bounds[rank] as i64, (bounds[rank + 1] - bounds[rank]) as i64);
+            let part =
+                |tensor: &Tensor| tensor.narrow(0, bounds[rank] as i64, (bounds[rank + 1] - bounds[rank]) as i64);
             let found = numbers(rank, size);
             comm.begin_reduce_scatter(&found, &bounds).unwrap();
             comm.finish().unwrap();
