@@ -6,6 +6,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use lockstep::comm::{even_parts, Comm, Deadlines};
+use lockstep::device;
 use tch::{Device, Kind, Tensor};
 
 /// Odd sizes, none, one, fewer elements than ranks, and more than one exchange carries (4 Mi).
@@ -51,6 +52,27 @@ fn a_rank_that_does_not_come_is_given_up_at_the_deadline() {
 #[test]
 fn what_cannot_be_summed_is_refused_before_it_is_sent() {
     passes(2, "a_rank_refuses_other_types");
+}
+
+/// NCCL's part: runs where there is a GPU, up to four ranks on it.
+#[test]
+fn gpus_sum_every_type_for_one_to_four_ranks() {
+    if let Err(reason) = device::select("cuda", 0) {
+        eprintln!("NOT RUN: gpus_sum_every_type_for_one_to_four_ranks: {reason}");
+        return;
+    }
+    for ranks in [1, 2, 4] {
+        passes(ranks, "a_rank_checks_nccl");
+    }
+}
+
+#[test]
+fn a_missing_nccl_is_said_and_no_panic() {
+    let comm = Comm::start(deadlines(60)).unwrap();
+    match comm.libraries().nccl {
+        Ok(version) => assert!(version.split('.').all(|part| part.parse::<u32>().is_ok()), "{version}"),
+        Err(reason) => assert!(reason.contains("libnccl.so") && reason.contains("launch/setup --cuda"), "{reason}"),
+    }
 }
 
 fn deadlines(step: u64) -> Deadlines {
@@ -166,4 +188,48 @@ fn a_rank_refuses_other_types() {
     }
     // Nothing was sent: the next collective finds its peers where they should be.
     assert_eq!(comm.sum(&[1.0]).unwrap(), [2.0]);
+}
+
+#[test]
+#[ignore = "one rank of a test above"]
+fn a_rank_checks_nccl() {
+    // NCCL refuses two ranks on one GPU of one host; each gets a host's name of its own, and they meet over the loopback.
+    std::env::set_var("NCCL_HOSTID", format!("host-{}", std::env::var("OMPI_COMM_WORLD_RANK").unwrap()));
+    std::env::set_var("NCCL_SOCKET_IFNAME", "lo");
+    let mut comm = Comm::start(deadlines(60)).unwrap();
+    let gpu = device::select("cuda", 0).unwrap();
+    comm.use_device(gpu).unwrap();
+    let (n, rank) = (comm.world_size, comm.rank);
+    for kind in [Kind::Float, Kind::BFloat16, Kind::Half, Kind::Double, Kind::Int, Kind::Int64] {
+        for size in SIZES {
+            // Whole numbers up to 8 ranks x 30, exact in bf16.
+            let mine =
+                |rank: usize| (Tensor::arange(size, (Kind::Int64, gpu)).remainder(16) + rank as i64).to_kind(kind);
+            let sum = (0..n).fold(Tensor::zeros([size], (kind, gpu)), |sum, rank| sum + mine(rank));
+            let mut found = mine(rank);
+            comm.all_reduce(&mut found).unwrap();
+            assert_eq!(found, sum, "all-reduce of {size} {kind:?}");
+            let mut found = mine(rank);
+            comm.broadcast(&mut found).unwrap();
+            assert_eq!(found, mine(0), "broadcast of {size} {kind:?}");
+            let all = size as usize;
+            let even = (0..=n).map(|r| all / n * r).collect::<Vec<_>>();
+            for bounds in [even_parts(all, n), even] {
+                let length = bounds[n] as i64;
+                let part =
+                    |tensor: &Tensor| tensor.narrow(0, bounds[rank] as i64, (bounds[rank + 1] - bounds[rank]) as i64);
+                let found = mine(rank).narrow(0, 0, length);
+                comm.begin_reduce_scatter(&found, &bounds).unwrap();
+                comm.finish().unwrap();
+                assert_eq!(part(&found), part(&sum), "reduce-scatter of {length} {kind:?}");
+                let found = Tensor::zeros([length], (kind, gpu));
+                part(&found).copy_(&part(&sum));
+                comm.begin_all_gather(&found, &bounds).unwrap();
+                comm.finish().unwrap();
+                assert_eq!(found, sum.narrow(0, 0, length), "all-gather of {length} {kind:?}");
+            }
+        }
+    }
+    let refused = comm.begin_all_reduce(&Tensor::zeros([4], (Kind::Bool, gpu))).unwrap_err();
+    assert!(refused.to_string().contains("Bool"), "{refused}");
 }
