@@ -22,7 +22,7 @@
 //! - [`device`]: CPU or GPU, threads, memory, and how fast this machine multiplies
 //! - [`config`]: the YAML file, and the checked [`config::Plan`] that it becomes
 //! - [`tokenizer`]: byte-level BPE, trained and applied, and GPT-2's vocabulary
-//! - [`comm`]: the ranks and what they do together, through MPI or alone
+//! - [`comm`]: the ranks and what they do together: through MPI, through NCCL, or alone
 //! - [`metrics`]: the rows of the CSV files
 //! - [`data`]: text, files of token ids, and who reads what at which step
 //! - [`model`]: the GPT, its flat memory, its head, and generation; no ranks, no files
