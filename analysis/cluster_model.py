@@ -1,0 +1,393 @@
+"""GPU clusters on paper: cost_model.py with published figures of GPUs and links, not fitted ones.
+
+Nothing here was measured by Lockstep. Each figure is published, and its source stands beside it, or
+is an assumption, and is listed in ASSUMPTIONS.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from cost_model import (
+    GRADIENT_BYTES,
+    Machine,
+    Model,
+    NcclLink,
+    Setting,
+    daly,
+    largest_micro_batch,
+    step,
+    useful_share,
+)
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from plot import COLORS
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of GPU, in nodes of eight, and its links. Rates are a GPU's, in one direction."""
+
+    name: str
+    # Dense bf16, without sparsity.
+    peak_flop: float
+    memory_bytes: float
+    # NVLink as NCCL counts it: links times what one carries in practice (src/graph/topo.h).
+    nvlink_bytes: float
+    # The network adapters of the node, as published, divided by its GPUs.
+    network_bytes: float
+    source: str
+
+
+# NVLink is published as the sum of both directions: 600, 900, 900 and 1,800 GB/s.
+PUBLISHED = (
+    Kind(
+        "A100, HDR InfiniBand",
+        312e12,
+        2.039e12,
+        12 * 20.0e9,
+        25e9,
+        "datasheets NVIDIA A100 Tensor Core GPU, NVIDIA DGX A100 (ConnectX-6, 200 Gb/s a GPU)",
+    ),
+    Kind(
+        "H100, NDR InfiniBand",
+        989e12,
+        3.35e12,
+        18 * 20.6e9,
+        50e9,
+        "datasheets NVIDIA H100 Tensor Core GPU, NVIDIA DGX H100 (ConnectX-7, 400 Gb/s a GPU)",
+    ),
+    Kind(
+        "H200, NDR InfiniBand",
+        989e12,
+        4.8e12,
+        18 * 20.6e9,
+        50e9,
+        "datasheets NVIDIA H200 Tensor Core GPU, NVIDIA DGX H200 (ConnectX-7, 400 Gb/s a GPU)",
+    ),
+    Kind(
+        "B200, NDR InfiniBand",
+        2250e12,
+        8e12,
+        18 * 40.1e9,
+        50e9,
+        "datasheet and user guide NVIDIA DGX B200 (ConnectX-7, 400 Gb/s a GPU)",
+    ),
+    Kind(
+        "H100, 100 Gbit/s Ethernet a node",
+        989e12,
+        3.35e12,
+        18 * 20.6e9,
+        12.5e9 / 8,
+        "datasheet NVIDIA H100 Tensor Core GPU; one adapter of 100 Gbit/s for all eight",
+    ),
+)
+KINDS = {kind.name: kind for kind in PUBLISHED}
+GPUS_PER_NODE = 8
+
+# How NCCL estimates its own latencies (its source, src/graph/tuning.cc of the 2.2x versions):
+# algorithm, start, hop by NVLink, hop through the network, share of the bandwidth. The rows are its
+# protocols: Simple for rings, and LL128, which carries 120 of 128 bytes, for both; a tree carries
+# 92 % of a ring. What NCCL does in NVSwitches (NVLS) and in InfiniBand's (SHARP) is left out.
+PROTOCOLS = (
+    ("ring", 8.4e-6, 3.4e-6, 14.0e-6, 1.0),
+    ("ring", 14.0e-6, 1.9e-6, 4.0e-6, 0.92),
+    ("tree", 14.0e-6, 1.25e-6, 8.5e-6, 0.92 * 120 / 128),
+)
+# NCCL takes 48 GB/s from an adapter of 400 Gbit/s (src/graph/search.cc).
+NETWORK_SHARE = 0.96
+
+ASSUMPTIONS = {
+    "MFU of large micro-batches": 0.40,
+    "sequences of 1,024 tokens a GPU, where their number is not fixed": 16,
+    "sequences of the global batch, where it is fixed": 512,
+    "kernel launches a block, forward and backward": 45,
+    "seconds a launch": 5e-6,
+    "bytes of GPU memory touched a parameter by clipping and AdamW": 40,
+    "share of the memory's bandwidth in use then": 0.8,
+    "seconds for each doubling of the ranks in the collective that ends a step": 10e-6,
+    "standard deviation of a rank's compute": 0.01,
+    "bytes per second into storage, from one rank": 2e9,
+    "seconds from a failure to the first step after it": 300.0,
+}
+# Meta counted 419 unexpected interruptions in 54 days on 16,384 H100 (The Llama 3 Herd of Models,
+# 2024, section 3.3.4).
+GPU_HOURS_BETWEEN_FAILURES = 54 * 24 * 16384 / 419
+
+PRESETS = {
+    "gpt2": (12, 768),
+    "gpt2-medium": (24, 1024),
+    "gpt2-large": (36, 1280),
+    "gpt2-xl": (48, 1600),
+}
+BLOCK_SIZE, VOCAB_SIZE = 1024, 50257
+SIZES = [2**power for power in range(3, 15)]  # 8 to 16,384
+BUCKET_MIB = 25.0
+
+
+def preset(name: str) -> Model:
+    """A preset of Lockstep's, with GPT-2's vocabulary and tied head."""
+    n_layer, n_embd = PRESETS[name]
+    return Model(n_layer, n_embd, VOCAB_SIZE, BLOCK_SIZE)
+
+
+def machine(kind: Kind, model: Model, algorithm: str = "best") -> Machine:
+    """One GPU of this kind, its links, and the assumptions above."""
+    assumed = ASSUMPTIONS
+    launches = assumed["kernel launches a block, forward and backward"] * model.n_layer
+    touched = assumed["bytes of GPU memory touched a parameter by clipping and AdamW"]
+    in_use = assumed["share of the memory's bandwidth in use then"] * kind.memory_bytes
+    speed = assumed["MFU of large micro-batches"] * kind.peak_flop
+    return Machine(
+        link=NcclLink(
+            gpus_per_node=GPUS_PER_NODE,
+            node_bandwidth=kind.nvlink_bytes,
+            network_bandwidth=NETWORK_SHARE * GPUS_PER_NODE * kind.network_bytes,
+            protocols=PROTOCOLS,
+            algorithm=algorithm,
+        ),
+        compute_fixed=launches * assumed["seconds a launch"],
+        compute_per_sequence=model.block_size * model.flop_per_token / speed,
+        optimizer_per_parameter=touched / in_use,
+        sync=assumed["seconds for each doubling of the ranks in the collective that ends a step"],
+        jitter=assumed["standard deviation of a rank's compute"],
+    )
+
+
+def setting(n: int, batch_size: int, overlap: bool, zero1: bool, gradient_bytes: int) -> Setting:
+    """N ranks with an equal share each, in micro-batches as `auto` chooses them."""
+    share = batch_size // n
+    return Setting(
+        world_size=n,
+        batch_size=batch_size,
+        accumulation=share // largest_micro_batch(share, BLOCK_SIZE),
+        bucket_mib=BUCKET_MIB,
+        overlap=overlap,
+        zero1=zero1,
+        gradient_bytes=gradient_bytes,
+    )
+
+
+def sweep(
+    kind: Kind,
+    model: Model,
+    scaling: str,
+    algorithm: str = "best",
+    overlap: bool = True,
+    zero1: bool = False,
+    gradient_bytes: int = 4,
+) -> pd.DataFrame:
+    """Steps on 8 to 16,384 GPUs: with as many sequences for each (`weak`), or for all (`strong`).
+
+    Efficiency is the throughput of a GPU, as a share of one that works alone on as many sequences
+    (`weak`), or of one of the first eight (`strong`).
+    """
+    costs = machine(kind, model, algorithm)
+    each = ASSUMPTIONS["sequences of 1,024 tokens a GPU, where their number is not fixed"]
+    together = ASSUMPTIONS["sequences of the global batch, where it is fixed"]
+    rows = []
+    for n in SIZES:
+        if scaling == "strong" and n > together:
+            break  # a GPU needs a sequence
+        batch = n * each if scaling == "weak" else together
+        first, first_batch = (1, each) if scaling == "weak" else (SIZES[0], together)
+        base = step(model, setting(first, first_batch, overlap, zero1, gradient_bytes), costs)
+        split = setting(n, batch, overlap, zero1, gradient_bytes)
+        cost = step(model, split, costs)
+        efficiency = (batch / n / cost.total) / (first_batch / first / base.total)
+        rows.append(
+            {
+                "gpu": kind.name,
+                "scaling": scaling,
+                "algorithm": algorithm,
+                "overlap": overlap,
+                "zero1": zero1,
+                "gpus": n,
+                "sequences": batch,
+                "step_ms": 1000 * cost.total,
+                "compute_ms": 1000 * cost.compute,
+                "comm_exposed_ms": 1000 * cost.exposed,
+                "comm_hidden_ms": 1000 * cost.hidden,
+                "optimizer_ms": 1000 * cost.optimizer,
+                "efficiency": efficiency,
+                "loses_most_to": loses_most(costs, model, split, scaling),
+                **failures(model, n),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def loses_most(costs: Machine, model: Model, split: Setting, scaling: str) -> str:
+    """What takes the most from the efficiency: what is gained by doing without each cost in turn.
+
+    A GPU alone launches kernels and updates weights, too: in weak scaling they cost nothing.
+    """
+    link = costs.link
+    at_once = tuple((name, 0.0, 0.0, 0.0, share) for name, *_, share in link.protocols)
+    wide = replace(link, node_bandwidth=math.inf, network_bandwidth=math.inf)
+    without = {
+        "latency": replace(costs, link=replace(link, protocols=at_once), sync=0.0),
+        "bandwidth": replace(costs, link=wide),
+        "slowest rank": replace(costs, jitter=0.0),
+    }
+    if scaling == "strong":
+        without["kernel launches"] = replace(costs, compute_fixed=0.0)
+        without["optimizer"] = replace(costs, optimizer_per_parameter=0.0)
+    return min(without, key=lambda name: step(model, split, without[name]).total)
+
+
+def failures(model: Model, n: int) -> dict[str, float]:
+    """The checkpoint interval that loses least, and the share of time that is then kept."""
+    # Weights and two moments, fp32, written by rank 0.
+    pause = 12 * model.parameters / ASSUMPTIONS["bytes per second into storage, from one rank"]
+    mtbf = 3600 * GPU_HOURS_BETWEEN_FAILURES / n
+    restart = ASSUMPTIONS["seconds from a failure to the first step after it"]
+    interval = daly(pause, mtbf)
+    return {
+        "mtbf_h": mtbf / 3600,
+        "checkpoint_pause_s": pause,
+        "checkpoint_interval_s": interval,
+        "useful_share": useful_share(interval, pause, mtbf, restart),
+    }
+
+
+def predict(path: Path, name: str, grad_dtype: str) -> None:
+    """Draws what the model says, writes its numbers beside the PNG, and prints where it bends."""
+    given = {"gradient_bytes": GRADIENT_BYTES[grad_dtype]}
+    model, h100 = preset(name), KINDS["H100, NDR InfiniBand"]
+    ways = {
+        f"{algorithm}, {'with' if overlap else 'without'} overlap": sweep(
+            h100, model, "weak", algorithm, overlap, **given
+        )
+        for algorithm in ("ring", "tree")
+        for overlap in (True, False)
+    }
+    kinds = {label: sweep(kind, model, "weak", **given) for label, kind in KINDS.items()}
+    presets = {other: sweep(h100, preset(other), "strong", **given) for other in PRESETS}
+    zero1 = sweep(h100, model, "weak", zero1=True, **given)
+
+    figure, axes = plt.subplots(2, 2, figsize=(13, 9.5), layout="constrained")
+    each = ASSUMPTIONS["sequences of 1,024 tokens a GPU, where their number is not fixed"]
+    together = ASSUMPTIONS["sequences of the global batch, where it is fixed"]
+    figure.suptitle(
+        f"Modelled, not measured: data parallel training of {name} from published figures, "
+        f"at an assumed MFU of {ASSUMPTIONS['MFU of large micro-batches']:.0%}",
+        fontweight="bold",
+    )
+    draw_efficiency(
+        axes[0, 0], ways, f"Modelled: algorithm and overlap\n{h100.name}, {each} sequences a GPU"
+    )
+    draw_efficiency(
+        axes[0, 1],
+        kinds,
+        f"Modelled: kinds of GPU\nbetter algorithm, overlap, {each} sequences a GPU",
+    )
+    draw_efficiency(
+        axes[1, 0],
+        presets,
+        f"Modelled: {together} sequences in all\n{h100.name}, better algorithm, overlap",
+    )
+    draw_checkpoints(axes[1, 1], preset("gpt2-xl"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+    parts = [(name, table) for table in (*ways.values(), *kinds.values(), zero1)]
+    parts += presets.items()
+    rows = pd.concat([table.assign(preset=which) for which, table in parts], ignore_index=True)
+    rows = rows.drop_duplicates()
+    first = ["preset", *rows.columns.drop("preset")]
+    numbers = path.with_suffix(".csv")
+    rows[first].to_csv(numbers, index=False, float_format="%.5g")
+    for title, tables in (
+        (f"{name} on {h100.name}, {each} sequences a GPU", ways),
+        (f"{name}, {each} sequences a GPU, better algorithm, overlap", kinds),
+        (f"{h100.name}, {together} sequences in all, better algorithm, overlap", presets),
+    ):
+        print(f"modelled: {title}")
+        for label, table in tables.items():
+            print(f"  {label}: {bends(table)}")
+    print("assumed:")
+    for what, value in ASSUMPTIONS.items():
+        print(f"  {what}: {value:g}")
+    for kind in KINDS.values():
+        print(f"published, {kind.name}: {kind.source}")
+    print(path)
+    print(numbers)
+
+
+def bends(table: pd.DataFrame) -> str:
+    """Where a curve falls below nine tenths and below a half, and why, in words."""
+    found = []
+    for share in (0.9, 0.5):
+        low = table[table["efficiency"] < share]
+        if not low.empty:
+            row = low.iloc[0]
+            found.append(f"below {share:.0%} at {row['gpus']:,} GPUs ({row['loses_most_to']})")
+    last = table.iloc[-1]
+    return ", ".join([*found, f"{last['efficiency']:.0%} at {last['gpus']:,}"])
+
+
+def draw_efficiency(axes: Axes, tables: dict[str, pd.DataFrame], title: str) -> None:
+    """Efficiency by number of GPUs, with a mark where a curve falls below nine tenths."""
+    for index, (label, table) in enumerate(tables.items()):
+        # Thinner and thinner, so that curves that coincide can be told apart.
+        style = {"color": COLORS[index], "linewidth": 3.2 - 0.6 * index}
+        low = table[table["efficiency"] < 0.9]
+        if not low.empty:
+            row = low.iloc[0]
+            label = f"{label}: below 90% at {row['gpus']:,} by {row['loses_most_to']}"
+            axes.plot(row["gpus"], row["efficiency"], "o", color=COLORS[index], markersize=6)
+        dashed = "without" in label
+        axes.plot(
+            table["gpus"], table["efficiency"], ls="--" if dashed else "-", label=label, **style
+        )
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.set_xscale("log", base=2)
+    sizes = next(iter(tables.values()))["gpus"]
+    axes.set_xticks(sizes if len(sizes) < 8 else sizes[1::2])
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.set_ylim(0, 1.03)
+    axes.set_xlabel("GPUs")
+    axes.set_ylabel("efficiency of a GPU")
+    axes.legend(frameon=False, fontsize=8, loc="lower left")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_checkpoints(axes: Axes, model: Model) -> None:
+    """The share of time that failures and checkpoints leave, by interval, and the best one."""
+    restart = ASSUMPTIONS["seconds from a failure to the first step after it"]
+    intervals = np.geomspace(20, 6 * 3600, 200)
+    for n, color in zip((256, 1024, 4096, 16384), COLORS):  # noqa: B905  # Python 3.9
+        found = failures(model, n)
+        pause, mtbf = found["checkpoint_pause_s"], 3600 * found["mtbf_h"]
+        shares = [useful_share(interval, pause, mtbf, restart) for interval in intervals]
+        best = found["checkpoint_interval_s"]
+        axes.plot(
+            intervals / 60,
+            shares,
+            color=color,
+            label=f"{n:,} GPUs: a failure each {found['mtbf_h']:.0f} h, best {best / 60:.0f} min",
+        )
+        axes.plot(best / 60, found["useful_share"], "o", color=color, markersize=5)
+    axes.set_title(
+        f"Modelled: checkpoints of gpt2-xl, a pause of {pause:.0f} s each\n"
+        "failures at the rate that Meta counted on H100",
+        loc="left",
+        fontsize=10,
+    )
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.set_ylim(0, 1.03)
+    axes.set_xlabel("minutes of training between checkpoints")
+    axes.set_ylabel("time that goes into kept training")
+    axes.legend(frameon=False, fontsize=8, loc="lower left")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)

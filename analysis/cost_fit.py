@@ -1,0 +1,144 @@
+"""Fits cost_model.py's parameters to measured runs, and says how far a prediction is off."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from cost_model import Machine, Model, MpiLink, Setting, Step, step
+
+PARTS = ["data_ms", "compute_ms", "comm_exposed_ms", "optimizer_ms"]
+
+# A prediction holds if step_ms and comm_exposed_ms are as near to the measurement as this share of
+# it. Where little is exposed, its error counts as a share of a tenth of the step: a median cannot
+# be told from its noise more closely than that.
+BOUND = 0.10
+LEAST_EXPOSED = 0.10
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run directory: what ran, and the medians of its steps, in milliseconds."""
+
+    name: str
+    digest: str
+    model: Model
+    setting: Setting
+    steps: int
+    measured: dict[str, float]
+    # Distance of the quartiles of step_ms, as a share of its median: how far to trust the medians.
+    spread: float = 0.0
+
+
+# The parameters of a fit, and where the search for each begins, in seconds unless said otherwise.
+PARAMETERS = {
+    "data_fixed": 1e-4,
+    "data_per_sequence": 1e-5,
+    "compute_fixed": 5e-3,
+    "compute_per_sequence": 5e-3,
+    "crowding": 0.1,  # a share
+    "slow_down_per_byte": 1e-10,
+    "optimizer_per_parameter": 2e-9,
+    "latency": 1e-3,
+    "crowd_latency": 1e-3,
+    "byte_s": 1e-8,
+    "work_per_byte": 1e-9,
+    "sync": 1e-3,
+    "jitter": 0.01,  # a share
+}
+
+
+def machine(values: dict[str, float], ranks_at_once: float) -> Machine:
+    """The machine that a fit's parameters describe."""
+    link = {name: values[name] for name in ("byte_s", "work_per_byte", "latency", "crowd_latency")}
+    rest = {name: value for name, value in values.items() if name not in link}
+    return Machine(
+        link=MpiLink(**link, ranks_at_once=ranks_at_once), ranks_at_once=ranks_at_once, **rest
+    )
+
+
+def milliseconds(predicted: Step) -> dict[str, float]:
+    """A prediction under the names of train.csv's columns."""
+    parts = (predicted.data, predicted.compute, predicted.exposed, predicted.optimizer)
+    named = {name: 1000 * part for name, part in zip(PARTS, parts)}  # noqa: B905  # Python 3.9
+    return {"step_ms": 1000 * predicted.total, **named}
+
+
+def errors(predicted: dict[str, float], measured: dict[str, float]) -> dict[str, float]:
+    """The relative errors that a prediction is judged by."""
+    exposed = max(measured["comm_exposed_ms"], LEAST_EXPOSED * measured["step_ms"])
+    return {
+        "step_ms": predicted["step_ms"] / measured["step_ms"] - 1,
+        "comm_exposed_ms": (predicted["comm_exposed_ms"] - measured["comm_exposed_ms"]) / exposed,
+    }
+
+
+def residuals(runs: list[Run], values: dict[str, float], ranks_at_once: float) -> np.ndarray:
+    """What a fit makes small: the judged errors, and those of the other parts, as shares."""
+    found = []
+    for run in runs:
+        predicted = milliseconds(step(run.model, run.setting, machine(values, ranks_at_once)))
+        found += errors(predicted, run.measured).values()
+        for name in ("data_ms", "compute_ms", "optimizer_ms"):
+            found.append((predicted[name] - run.measured[name]) / run.measured["step_ms"])
+    return np.array(found)
+
+
+def fit(runs: list[Run], ranks_at_once: float) -> tuple[dict[str, float], dict[str, float]]:
+    """The parameters that predict `runs` best, and each one's standard error as a share of it.
+
+    Least squares by Levenberg's and Marquardt's method, in the parameters' logarithms, so that none
+    becomes negative. The times of links differ by orders of magnitude, and buckets that overlap
+    hide them in part, so that the search begins at several places.
+    """
+    best = None
+    for latency in (1e-4, 1e-2):
+        for byte_s in (1e-10, 1e-8, 1e-7):
+            start = {**PARAMETERS, "latency": latency, "crowd_latency": latency, "byte_s": byte_s}
+            start["compute_per_sequence"] = np.median(
+                [run.measured["compute_ms"] / 1000 / run.setting.sequences for run in runs]
+            )
+            found = descend(runs, start, ranks_at_once)
+            if best is None or found[0] < best[0]:
+                best = found
+    cost, logarithms, slopes, count = best
+    values = dict(zip(PARAMETERS, map(float, np.exp(logarithms))))  # noqa: B905  # Python 3.9
+    variance = cost / max(1, count - len(values))
+    spread = np.sqrt(
+        variance * np.diag(np.linalg.pinv(slopes.T @ slopes + 1e-9 * np.eye(len(values))))
+    )
+    return values, dict(zip(PARAMETERS, map(float, spread)))  # noqa: B905  # Python 3.9
+
+
+def descend(runs: list[Run], start: dict[str, float], ranks_at_once: float) -> tuple:
+    """(sum of squares, logarithms of the parameters, slopes of the residuals, their number)."""
+    origin = np.log(np.array([start[name] for name in PARAMETERS]))
+
+    def evaluate(at: np.ndarray) -> np.ndarray:
+        values = dict(zip(PARAMETERS, np.exp(np.clip(at, -40, 10))))  # noqa: B905  # Python 3.9
+        # A weak pull to the start settles what these runs say nothing about.
+        return np.append(residuals(runs, values, ranks_at_once), 1e-4 * (at - origin))
+
+    def slopes_at(at: np.ndarray, here: np.ndarray) -> np.ndarray:
+        nudged = [evaluate(at + 1e-5 * unit) for unit in np.eye(len(at))]
+        return (np.array(nudged).T - here[:, None]) / 1e-5
+
+    at, damping = origin, 1e-2
+    here = evaluate(at)
+    slopes = slopes_at(at, here)
+    for _ in range(200):
+        curvature = slopes.T @ slopes
+        damped = curvature + damping * np.diag(np.diag(curvature) + 1e-8)
+        move = np.clip(-np.linalg.solve(damped, slopes.T @ here), -1.5, 1.5)
+        there = evaluate(at + move)
+        if there @ there < here @ here:
+            gained = 1 - (there @ there) / (here @ here)
+            at, here, damping = at + move, there, max(damping / 5, 1e-9)
+            slopes = slopes_at(at, here)
+            if gained < 1e-7:
+                break
+        else:
+            damping *= 4
+            if damping > 1e9:
+                break
+    return float(here @ here), at, slopes, len(here) - len(at)

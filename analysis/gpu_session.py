@@ -1,0 +1,310 @@
+"""Runs a built Lockstep for gpu_check.py: alone or as several ranks, each command with a limit of
+time, and with nothing left running after it.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+CONFIG = """\
+seed: 7
+data: {{dir: {data}, layout: packed, block_size: 64, batch_size: 16}}
+model: {{preset: gpt-micro}}
+train: {{eval_every: 0, save_every: 0}}
+"""
+
+
+class Unusable(Exception):
+    """Nothing can be checked, and what to do about it."""
+
+
+class NotRun(Exception):
+    """A check that this machine cannot make, and why."""
+
+
+class Failed(Exception):
+    """A check that failed for another reason than its number, and the job whose log shows why."""
+
+    def __init__(self, reason, job=None):
+        super().__init__(reason)
+        self.job = job
+
+
+def find_libtorch():
+    """The folder of the LibTorch to use."""
+    folder = os.environ.get("LIBTORCH")
+    if not folder:
+        # Found, not imported: that would take seconds.
+        torch = importlib.util.find_spec("torch")
+        folder = torch.submodule_search_locations[0] if torch else None
+    if not folder or not Path(folder, "lib", "libtorch_cpu.so").exists():
+        found = f"{folder}, where there is no lib/libtorch_cpu.so" if folder else "none"
+        raise Unusable(
+            f"expected a LibTorch, found {found}; name its folder in LIBTORCH, run launch/setup, "
+            f"or use a python3 that has torch (this one is {sys.executable})"
+        )
+    return Path(folder).resolve()
+
+
+def find_mpirun(folder):
+    """mpirun, or None: that of the folder, of the MPI that Lockstep was set up with, or on PATH."""
+    if folder:
+        mpirun = Path(folder, "bin", "mpirun").resolve()
+        if not os.access(mpirun, os.X_OK):
+            raise Unusable(f"--mpi {folder}: expected a program bin/mpirun there, found none")
+        return mpirun
+    wrapper = os.environ.get("MPICC")
+    places = [str(Path(wrapper).parent)] if wrapper and "/" in wrapper else []
+    places += os.environ.get("PATH", "").split(os.pathsep)
+    found = (Path(place, "mpirun") for place in places)
+    return next((path for path in found if os.access(path, os.X_OK)), None)
+
+
+def output(*command, environment=None):
+    """What a command prints; nothing where it cannot be run."""
+    with suppress(OSError, subprocess.SubprocessError):
+        options = {"capture_output": True, "text": True, "timeout": 60, "check": True}
+        return subprocess.run(command, env=environment, **options).stdout.strip()
+    return ""
+
+
+def tail(path, count, pattern=""):
+    """The last lines of a file that match a pattern, whatever its case; cut where they are long."""
+    lines = path.read_text(errors="replace").splitlines()
+    return [line[:300] for line in lines if line and re.search(pattern, line, re.I)][-count:]
+
+
+class Job:
+    """A command that runs; its standard output and its log are files."""
+
+    def __init__(self, process, out, log, session):
+        self.process, self.out, self.log, self.session = process, out, log, session
+
+    def wait(self, seconds):
+        """Its exit code; negative for a signal."""
+        seconds = min(seconds, self.session.seconds_left())
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise Failed(f"it had not ended after {seconds:.0f} s", self) from None
+
+    def wait_for_step(self, train_csv, step, seconds):
+        """The last step in train.csv, once that is at least `step`."""
+        until = time.monotonic() + min(seconds, self.session.seconds_left())
+        while time.monotonic() < until:
+            if self.process.poll() is not None:
+                code = self.process.returncode
+                raise Failed(f"it ended with exit code {code} before it was struck", self)
+            with suppress(OSError, ValueError, IndexError):
+                last = int(train_csv.read_text().rsplit("\n", 2)[-2].split(",")[0])
+                if last >= step:
+                    return last
+            time.sleep(0.002)
+        raise Failed(f"it did not come to step {step} within {seconds} s", self)
+
+    def last_lines(self):
+        """What to show where it failed: its output's end, its complaints, and NCCL's."""
+        lines = tail(self.out, 25)
+        # mpirun's own words can be longer than all that the ranks have to say.
+        lines += tail(self.log, 15, r"lockstep:|error|warn|panic") or tail(self.log, 15)
+        for path in sorted(self.session.nccl_logs(self.log.stem)):
+            lines += tail(path, 5, "NCCL WARN")
+        return lines
+
+
+class Session:
+    """The binary, its surroundings, and the runs that several checks share."""
+
+    def __init__(self, binary, work, device, mpi=None, data=None, budget=480):
+        self.binary, self.work, self.device, self.data = binary, work, device, data
+        self.libtorch, self.mpirun = find_libtorch(), find_mpirun(mpi)
+        self.budget, self.until = budget, time.monotonic() + budget
+        self.done = {}  # what `once` keeps
+        for folder in ("lib", "logs", "nccl", "runs", "tmp"):
+            (work / folder).mkdir()
+        # By this variable the session knows its own processes.
+        self.mark = f"LOCKSTEP_GPU_CHECK={uuid.uuid4().hex}"
+        # A Slurm job around this one would make mpirun spread the ranks over its machines.
+        self.outside = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
+        self.outside |= dict([self.mark.split("=")]) | {"TMPDIR": str(work / "tmp")}
+        self.environment = self.outside | self.surroundings(mpi)
+        self.open_mpi = False
+        if self.mpirun:
+            said = output(self.mpirun, "--version", environment=self.environment)
+            self.open_mpi = "Open MPI" in said
+        # What mpirun starts. NCCL refuses a GPU to two ranks of one host: each becomes its own.
+        self.rank = work / "rank"
+        number = "${OMPI_COMM_WORLD_RANK:-${PMI_RANK:-0}}"
+        command = f'NCCL_HOSTID="gpu-check-{number}" exec {shlex.quote(str(binary))} "$@"'
+        self.rank.write_text(f"#!/bin/sh\n{command}\n")
+        self.rank.chmod(0o755)
+
+    def surroundings(self, mpi):
+        """Variables that let the binary find its libraries, and NCCL the loopback."""
+        libraries = [self.libtorch / "lib", *self.libtorch.parent.glob("nvidia/*/lib")]
+        self.nccl = next((p for folder in libraries for p in folder.glob("libnccl.so.2")), None)
+        if self.nccl:
+            # The name that the program looks for; NVIDIA's wheel has no such file.
+            (self.work / "lib" / "libnccl.so").symlink_to(self.nccl)
+        folders = [self.work / "lib", *libraries]
+        prefix = self.mpirun.parent.parent if self.mpirun else None
+        if prefix and (prefix / "lib" / "libmpi.so.40").exists():
+            folders.append(prefix / "lib")
+        given = os.environ.get("LD_LIBRARY_PATH")
+        variables = {
+            "LD_LIBRARY_PATH": ":".join([*map(str, folders), *([given] if given else [])]),
+            "LIBTORCH": str(self.libtorch),
+            "OMP_WAIT_POLICY": "passive",
+            "OMPI_ALLOW_RUN_AS_ROOT": "1",
+            "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        }
+        if mpi:
+            variables["OPAL_PREFIX"] = str(prefix)
+        if self.device == "cuda":
+            gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
+            variables |= {"CUDA_VISIBLE_DEVICES": gpu, "NCCL_SOCKET_IFNAME": "lo"}
+        return variables
+
+    def seconds_left(self):
+        left = self.until - time.monotonic()
+        if left <= 0:
+            raise Failed(f"the {self.budget} s for all checks were used up; --budget gives more")
+        return left
+
+    def processes(self):
+        """All processes that this session started: (process id, environment)."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit() and int(entry.name) != os.getpid():
+                with suppress(OSError):
+                    variables = (entry / "environ").read_bytes().decode(errors="replace")
+                    if self.mark in variables:
+                        found.append((int(entry.name), variables.split("\0")))
+        return found
+
+    def process_of_rank(self, rank):
+        """The process id of a rank; None where there is no such process."""
+        names = {f"OMPI_COMM_WORLD_RANK={rank}", f"PMI_RANK={rank}"}
+        for pid, variables in self.processes():
+            with suppress(OSError):
+                if names & set(variables) and os.readlink(f"/proc/{pid}/exe") == str(self.binary):
+                    return pid
+        return None
+
+    def end_all(self):
+        """Ends what is left of a command; mpirun's ranks are in process groups of their own."""
+        until = time.monotonic() + 10
+        while (left := self.processes()) and time.monotonic() < until:
+            for pid, _ in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.05)
+
+    @contextmanager
+    def start(self, name, command, environment):
+        """Starts a command as a Job; when the block ends, no process of it is left."""
+        self.seconds_left()
+        out, log = (self.work / "logs" / f"{name}.{ending}" for ending in ("out", "log"))
+        try:
+            with out.open("wb") as standard, log.open("wb") as errors:
+                process = subprocess.Popen(
+                    [str(word) for word in command],
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=standard,
+                    stderr=errors,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            raise Failed(f"cannot run {command[0]}: {error.strerror}") from error
+        try:
+            yield Job(process, out, log, self)
+        finally:
+            self.end_all()
+            process.wait()
+
+    def lockstep(self, name, arguments, ranks=0, recover=False):
+        """Starts the binary, alone (0 ranks) or through mpirun."""
+        cores = len(os.sched_getaffinity(0))
+        threads = 1 if self.device == "cpu" else max(1, cores // max(1, ranks))
+        environment = self.environment | {
+            "OMP_NUM_THREADS": str(threads),
+            "NCCL_DEBUG": "INFO",
+            "NCCL_DEBUG_FILE": str(self.work / "nccl" / f"{name}.%p"),
+        }
+        if not ranks:
+            return self.start(name, [self.binary, *arguments], environment)
+        options = ["-n", ranks]
+        if self.open_mpi:
+            options += ["--bind-to", "none", "--oversubscribe"]
+            # With it, mpirun does not end the others where one is lost.
+            options += ["--enable-recovery"] if recover else []
+        return self.start(name, [self.mpirun, *options, self.rank, *arguments], environment)
+
+    def say(self, name, arguments, seconds=60):
+        """What the binary prints; it must succeed."""
+        with self.lockstep(name, arguments) as job:
+            code = job.wait(seconds)
+        if code:
+            raise Failed(f"`lockstep {name}` ended with exit code {code}", job)
+        return job.out.read_text()
+
+    def once(self, name, measure):
+        """The result of `measure` when this name was first asked for, or how that failed."""
+        if name not in self.done:
+            try:
+                self.done[name] = measure()
+            except (Failed, NotRun) as failure:
+                self.done[name] = failure
+        if isinstance(self.done[name], Exception):
+            raise self.done[name]
+        return self.done[name]
+
+    def sample(self, tokenizer):
+        """A data folder of the corpus that comes with the binary."""
+        out = self.work / f"data-{tokenizer}"
+        source = ["--source", "sample", "--tokenizer", tokenizer, "--out", out]
+        self.once(out.name, lambda: self.say("prepare", ["prepare", *source]))
+        return out
+
+    def arguments(self, name, settings, config=None, run_dir=None):
+        """Those of `lockstep train`; and the run directory."""
+        if config is None:
+            config, data = self.work / "config.yaml", self.data or self.sample("bpe:1024")
+            config.write_text(CONFIG.format(data=json.dumps(str(data))))
+        folder = run_dir or self.work / "runs" / name
+        words = ["train", "--config", config, "--run-dir", folder]
+        for key, value in ({"device": self.device} | settings).items():
+            words += ["--set", f"{key}={value}"]
+        return words, folder
+
+    def train(self, name, settings, ranks=0, config=None, run_dir=None):
+        """Trains, or goes on; the run directory."""
+        arguments, folder = self.arguments(name, settings, config, run_dir)
+        with self.lockstep(name, arguments, ranks) as job:
+            code = job.wait(120)
+        if code:
+            raise Failed(f"the run {name} ended with exit code {code}", job)
+        if ranks and self.device == "cuda" and (joined := self.joined(name, ranks)) != ranks:
+            raise Failed(f"by NCCL's own log it joined {joined} of {ranks} ranks", job)
+        return folder
+
+    def nccl_logs(self, name):
+        return (self.work / "nccl").glob(f"{name}.*")
+
+    def joined(self, name, ranks):
+        """How many ranks NCCL's own log says to have joined in a world of this size."""
+        found = set()
+        for path in self.nccl_logs(name):
+            text = path.read_text(errors="replace")
+            found |= set(re.findall(rf"\brank (\d+) nranks {ranks} .*Init COMPLETE", text))
+        return len(found)
