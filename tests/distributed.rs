@@ -2,7 +2,7 @@
 #![cfg(feature = "mpi")]
 
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 mod runs;
@@ -69,19 +69,43 @@ fn an_error_of_the_ranks_ends_them_all_with_its_exit_code() {
     assert!(said.contains("6 or 8"), "{said}");
 }
 
+/// A program that does `first` in a shell and then becomes the binary.
+fn wrapper(folder: &Path, first: &str) -> PathBuf {
+    let script = folder.join("lockstep");
+    std::fs::write(&script, format!("#!/bin/sh\n{first}\nexec {} \"$@\"\n", env!("CARGO_BIN_EXE_lockstep"))).unwrap();
+    std::fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    script
+}
+
+#[test]
+fn a_place_that_slurm_and_mpi_see_differently_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = "data: {block_size: 16, batch_size: 8}\nmodel: {preset: gpt-nano}\ntrain: {steps: 2, eval_every: 0}\n";
+    // As under srun: Slurm's variables, and PMIx's for MPI; none of mpirun's.
+    let as_slurm = |places: &str| {
+        format!("rank=$OMPI_COMM_WORLD_RANK; unset OMPI_COMM_WORLD_SIZE; export SLURM_STEP_NUM_TASKS=2 {places}")
+    };
+    let agreeing = wrapper(folder.path(), &as_slurm("SLURM_PROCID=$rank SLURM_LOCALID=$rank"));
+    let run = Run::new(folder.path(), "agreeing", config, 2);
+    let done = run.command(&[]).env("LOCKSTEP_BIN", agreeing).output().unwrap();
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+
+    let swapped = wrapper(folder.path(), &as_slurm("SLURM_PROCID=$((1 - rank)) SLURM_LOCALID=$((1 - rank))"));
+    let run = Run::new(folder.path(), "swapped", config, 2);
+    let done = run.command(&[]).env("LOCKSTEP_BIN", swapped).output().unwrap();
+    let said = String::from_utf8_lossy(&done.stderr);
+    assert_eq!(done.status.code(), Some(6), "{said}");
+    assert!(said.contains("MPI says") && said.contains("Slurm says that it is task"), "{said}");
+    assert!(!run.dir.exists());
+}
+
 #[test]
 fn ranks_that_disagree_are_refused_before_they_train() {
     let folder = tempfile::tempdir().unwrap();
     let run =
         Run::new(folder.path(), "disagree", "data: {block_size: 16, batch_size: 8}\nmodel: {preset: gpt-nano}\n", 2);
     // Rank 1 is given another seed, as a node with an older copy of the configuration would.
-    let script = folder.path().join("lockstep");
-    let binary = env!("CARGO_BIN_EXE_lockstep");
-    let text = format!(
-        "#!/bin/sh\n[ \"$OMPI_COMM_WORLD_RANK$PMI_RANK\" = 1 ] && set -- \"$@\" --set seed=99\nexec {binary} \"$@\"\n"
-    );
-    std::fs::write(&script, text).unwrap();
-    std::fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let script = wrapper(folder.path(), "[ \"$OMPI_COMM_WORLD_RANK$PMI_RANK\" = 1 ] && set -- \"$@\" --set seed=99");
     let done = run.command(&[]).env("LOCKSTEP_BIN", &script).output().unwrap();
     let said = String::from_utf8_lossy(&done.stderr);
     assert_eq!(done.status.code(), Some(6), "{said}");

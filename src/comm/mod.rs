@@ -81,6 +81,8 @@ impl Comm {
             return Err(apart(launched.unwrap_or(1)));
         }
         if let Some(slurm) = slurm.filter(|&slurm| slurm != [rank, local_rank, world_size]) {
+            // Not finalised: that would wait for ranks which have nothing to complain of.
+            std::mem::forget(world);
             return Err(Error::Communication(format!(
                 "MPI says that this is rank {rank} of {world_size}, {local_rank} on its node; Slurm says that it is task {} \
                  of {}, {} on its node; start the ranks with `srun --mpi=pmix` and nothing in between that changes the \
