@@ -1,0 +1,106 @@
+# shellcheck shell=bash
+# What the job scripts beside this file share; they source it. It expects `root`, the clone.
+# shellcheck disable=SC2154 # the scripts set root
+# shellcheck disable=SC2034 # and read code
+
+# How often Slurm asked for a stop. From now on that does not end this shell.
+signals=0
+trap 'signals=$((signals + 1))' USR1
+
+job=${SLURM_JOB_NAME:-lockstep}
+
+die() {
+  printf '%s: %s\n' "$job" "$*" >&2
+  exit 2
+}
+
+# Sets up the job's environment: the site's modules and variables, then Lockstep's libraries.
+prepare() {
+  # Modules were not written for `set -eu`.
+  set +eu
+  # shellcheck disable=SC1091 # the site's own, if it has one
+  if [[ -f $root/slurm/site.sh ]]; then . "$root/slurm/site.sh"; fi
+  set -eu
+  binary=${LOCKSTEP_BIN:-$root/target/release/lockstep}
+  [[ -f $root/.venv/lockstep.env ]] ||
+    die "$root/.venv/lockstep.env is not there; run launch/quickstart, or launch/setup, in $root on a login node"
+  [[ -x $binary ]] || die "$binary is not there; build it: launch/quickstart, or cargo build --release, in $root"
+  # shellcheck disable=SC1091 # written by launch/setup
+  . "$root/.venv/lockstep.env"
+}
+
+need_config() {
+  [[ -f $1 ]] || die "no configuration $1 in $PWD, from where this job was submitted"
+}
+
+# The smallest and the largest number in one of Slurm's lists for each node, such as 2(x3),1.
+smallest() { tr ',' '\n' <<<"$1" | sed 's/(.*//' | sort -n | head -n 1; }
+largest() { tr ',' '\n' <<<"$1" | sed 's/(.*//' | sort -n | tail -n 1; }
+
+# Sets nodes, ranks, per_node (ranks on a node, at most) and cpus (for each rank): as the sbatch command said,
+# else one rank for each GPU that the job has, else one for each node.
+lay_out() {
+  local gpus=${SLURM_GPUS_ON_NODE:-${SLURM_GPUS_PER_NODE:-0}}
+  gpus=${gpus##*:} # a type may stand before the number
+  nodes=$SLURM_JOB_NUM_NODES
+  if [[ -n ${SLURM_NTASKS:-} ]]; then
+    ranks=$SLURM_NTASKS
+    per_node=$(largest "$SLURM_TASKS_PER_NODE")
+  else
+    per_node=$((gpus > 0 ? gpus : 1))
+    ranks=$((nodes * per_node))
+  fi
+  cpus=${SLURM_CPUS_PER_TASK:-$(($(smallest "$SLURM_JOB_CPUS_PER_NODE") / per_node))}
+  cpus=$((cpus > 0 ? cpus : 1))
+}
+
+# Sets launcher to the command that starts $1 ranks: srun, or mpirun where srun does not know how MPI's ranks
+# find each other.
+choose_launcher() {
+  local ranks=$1 on_nodes pmi mpirun=mpirun
+  on_nodes=$(((ranks + per_node - 1) / per_node))
+  # More nodes than that where the sbatch command spread fewer ranks over them.
+  if ((ranks == ${SLURM_NTASKS:-0})); then on_nodes=$nodes; fi
+  # Newer Slurms no longer hand the job's cpus per task on to its steps, hence the explicit number.
+  launcher=(srun --nodes="$on_nodes" --ntasks="$ranks" --cpus-per-task="$cpus"
+    --cpu-bind=cores --kill-on-bad-exit=1 --export=ALL)
+  # Its name for PMIx may bear a version: pmix_v4.
+  pmi=$(srun --mpi=list 2>&1 | grep -oE '\bpmix(_v[0-9]+)?\b' | sort | head -n 1 || true)
+  if [[ -n ${SLURM_MPI_TYPE:-} ]]; then return; fi # the site knows better, and srun reads it
+  if [[ -n $pmi ]]; then
+    launcher+=(--mpi="$pmi")
+    return
+  fi
+  if [[ -n ${MPICC:-} ]]; then mpirun=$(dirname -- "$MPICC")/mpirun; fi
+  command -v "$mpirun" >/dev/null ||
+    die "srun has no PMIx here (srun --mpi=list), and there is no $mpirun; load an MPI in slurm/site.sh"
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
+  launcher=("$mpirun" -n "$ranks")
+  if [[ $("$mpirun" --version 2>&1) == *"Open MPI"* ]]; then
+    launcher+=(--map-by "ppr:$per_node:node" --bind-to none --oversubscribe)
+    if ((EUID == 0)); then export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1; fi
+  else
+    launcher+=(-ppn "$per_node")
+  fi
+}
+
+# start RANKS ARGUMENT...: runs `lockstep ARGUMENT...` as so many ranks. Sets code to their exit code. USR1, which
+# Slurm sends to this shell before the time is up, goes to the ranks: srun and mpirun hand it on.
+start() {
+  local ranks=$1 pid seen
+  shift
+  choose_launcher "$ranks"
+  code=75
+  if ((signals)); then return; fi
+  printf '%s: %s starts %s x lockstep %s, at most %s on a node, CPUs for each: %s\n' \
+    "$job" "${launcher[0]##*/}" "$ranks" "$1" "$per_node" "$cpus" >&2
+  "${launcher[@]}" "$root/launch/rank" "$@" </dev/null &
+  pid=$!
+  trap 'signals=$((signals + 1)); kill -USR1 "$pid" 2>/dev/null || true' USR1
+  while true; do
+    seen=$signals code=0
+    wait "$pid" || code=$?
+    # A signal interrupts the waiting, and gives a code that is not the ranks'.
+    if ((signals == seen)); then break; fi
+  done
+}

@@ -1,0 +1,143 @@
+"""A cluster of launch/cluster's, for the tests."""
+
+import csv
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BINARY = Path(os.environ.get("LOCKSTEP_BIN", ROOT / "target/release/lockstep")).absolute()
+
+CONFIG = """name: {name}
+data: {{dir: ../data, block_size: 64, batch_size: 24}}
+model: {{preset: gpt-nano}}
+train: {{steps: {steps}, eval_every: 0, save_every: {save_every}, keep_last: 2}}
+"""
+
+
+class Cluster:
+    """A cluster, and a folder that all its nodes see, with data and a clone of its own."""
+
+    def __init__(self, folder, *size):
+        self.folder = folder
+        self.work = folder / "work folder"  # jobs are submitted from here, not from the clone
+        self.work.mkdir()
+        # Each node has a /tmp of its own, and munged mistrusts other people's folders.
+        self.state = Path(tempfile.mkdtemp(prefix="lockstep-cluster-", dir="/var/tmp"))
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if "SLURM" not in name},
+            "LOCKSTEP_CLUSTER": str(self.state),
+            "SLURM_CONF": str(self.state / "etc/slurm.conf"),
+            "LOCKSTEP_BIN": str(BINARY),
+            # Three nodes share the machine's cores, and threads that wait must not hold them.
+            "OMP_NUM_THREADS": "1",
+            "OMP_WAIT_POLICY": "passive",
+        }
+        self.started = self.launch("up", *size)
+
+    def launch(self, *arguments):
+        command = [ROOT / "launch/cluster", *map(str, arguments)]
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True)
+
+    def close(self):
+        self.launch("down")
+        shutil.rmtree(self.state, ignore_errors=True)
+
+    def call(self, *command):
+        done = subprocess.run(
+            list(map(str, command)),
+            cwd=self.work,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+        return done.stdout
+
+    def config(self, name, steps, save_every=0):
+        (self.work / f"{name}.yaml").write_text(
+            CONFIG.format(name=name, steps=steps, save_every=save_every)
+        )
+        return f"{name}.yaml"
+
+    def submit(self, *options, script=ROOT / "slurm/train.sbatch", arguments=(), **environment):
+        """Submits a job; returns its number."""
+        usual = self.environment
+        self.environment = {**usual, **environment}
+        job = self.call("sbatch", "--parsable", *options, script, *arguments).strip()
+        self.environment = usual
+        return job
+
+    def facts(self, job):
+        """What Slurm knows of a job, by name."""
+        words = self.call("scontrol", "show", "--oneliner", "job", job).split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def wait(self, job, seconds=120):
+        """Waits until the job is over; returns what Slurm knows of it."""
+        wait_until(
+            lambda: not self.call("squeue", "-h", "-j", job).strip(), seconds, self.situation
+        )
+        return self.facts(job)
+
+    def output(self, job=None, name="train"):
+        """What a job printed, or every job: in the folder that it was submitted from."""
+        paths = sorted(self.work.glob(f"slurm-{name}-{job}.out" if job else "slurm-*.out"))
+        return "\n".join(path.read_text() for path in paths)
+
+    def situation(self):
+        """What to know where something did not happen."""
+        status = self.launch("status").stdout
+        return f"{status}\n{self.call('scontrol', 'show', 'job')}\n{self.output()}"
+
+    def rows(self, run, table="train.csv"):
+        path = self.work / run / table
+        if not path.exists():
+            return []
+        with path.open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    def losses(self, run):
+        """A run's losses as they stand in the file, in which each step must be once, in order."""
+        rows = self.rows(run)
+        assert [int(row["step"]) for row in rows] == list(range(1, len(rows) + 1))
+        return [row["loss"] for row in rows]
+
+    def clone(self, name, site=""):
+        """A clone with the scripts as they are, and a site file."""
+        clone = self.folder / name
+        for folder in ("launch", "slurm"):
+            shutil.copytree(ROOT / folder, clone / folder)
+        (clone / ".venv").symlink_to((ROOT / ".venv").resolve())
+        (clone / "slurm/site.sh").write_text(site)
+        return clone
+
+
+def wait_until(condition, seconds, explain=lambda: ""):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s in vain\n{explain()}"
+        time.sleep(0.2)
+
+
+def script(path, text):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def start(folder, *size):
+    """A running cluster; skips the test where this machine cannot have one."""
+    cluster = Cluster(folder, *size)
+    done = cluster.started
+    if done.returncode == 2:
+        cluster.close()
+        pytest.skip(f"NOT RUN, nothing was tried on a real Slurm: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stderr
+    return cluster
