@@ -5,6 +5,7 @@
 //! is gone, and no more is asked of MPI than `MPI_THREAD_FUNNELED`.
 #![allow(unsafe_code)]
 
+use std::ffi::{c_int, CStr};
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::sync::mpsc::{channel, Receiver, RecvTimeoutError, Sender};
 use std::sync::Arc;
@@ -12,11 +13,12 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use mpi::collective::Root;
+use mpi::ffi;
 use mpi::datatype::{Partition, PartitionMut};
 use mpi::environment::Universe;
 use mpi::request::{scope, LocalScope, Request};
 use mpi::topology::{Communicator, SimpleCommunicator};
-use mpi::traits::CommunicatorCollectives;
+use mpi::traits::{AsRaw, CommunicatorCollectives};
 use mpi::{Count, Threading};
 use tch::{Device, Kind, Tensor};
 
@@ -25,6 +27,9 @@ use crate::error::{Error, Result};
 /// Elements of one exchange of an all-reduce or a broadcast: bounds the scratch memory and keeps MPI's counts far from
 /// `i32::MAX`.
 const CHUNK: usize = 1 << 22;
+
+/// The exit code of a lost peer: `Error::Communication`'s.
+const LOST: u8 = 6;
 
 /// How long a peer that is asked to end the job may take for it.
 const ABORT_GRACE: Duration = Duration::from_secs(10);
@@ -63,10 +68,11 @@ impl World {
         let seen = shared.clone();
         let serve = move || {
             let Some((universe, _)) = mpi::initialize_with_threading(Threading::Funneled) else { return };
-            let mut mpi = Mpi { world: universe.world(), scratch: Vec::new(), shared: seen, _universe: universe };
-            let local = mpi.world.split_shared(mpi.world.rank());
-            let place = [mpi.world.rank(), local.rank(), mpi.world.size()].map(index);
-            drop(local);
+            let world = universe.world();
+            end_with_6_on_error(&world);
+            let local = world.split_shared(world.rank());
+            let place = [world.rank(), local.rank(), world.size()].map(index);
+            let mut mpi = Mpi { world, _local: local, scratch: Vec::new(), shared: seen, _universe: universe };
             let library = mpi::environment::library_version().unwrap_or_default();
             let host = mpi::environment::processor_name().unwrap_or_default();
             if tell.send((place, library, host)).is_ok() {
@@ -183,6 +189,31 @@ pub fn exit_now(code: u8) -> ! {
     unsafe { _exit(i32::from(code)) }
 }
 
+/// Without this, MPI would end the job with a number of its own when a peer is lost.
+fn end_with_6_on_error(world: &SimpleCommunicator) {
+    unsafe extern "C" fn end(_: *mut ffi::MPI_Comm, code: *mut c_int) {
+        let mut text = [0; ffi::MPI_MAX_ERROR_STRING as usize];
+        let mut length = 0;
+        // SAFETY: MPI hands over a valid error code, and writes a text of at most the given size that ends in zero.
+        let said = unsafe {
+            ffi::MPI_Error_string(*code, text.as_mut_ptr(), &mut length);
+            CStr::from_ptr(text.as_ptr()).to_string_lossy()
+        };
+        eprintln!("lockstep: MPI: {said}: a rank is lost, or its network; `lockstep doctor` checks both");
+        exit_now(LOST)
+    }
+    type Handler = unsafe extern "C" fn(*mut ffi::MPI_Comm, *mut c_int);
+    type Variadic = unsafe extern "C" fn(*mut ffi::MPI_Comm, *mut c_int, ...);
+    // SAFETY: MPI declares its handlers with further arguments, which it documents as its own affair; a C caller passes
+    // the two named ones in the same way. The handler never returns, and lives as long as the program.
+    unsafe {
+        let mut handler = std::mem::MaybeUninit::uninit();
+        let end = std::mem::transmute::<Handler, Variadic>(end);
+        ffi::MPI_Comm_create_errhandler(Some(end), handler.as_mut_ptr());
+        ffi::MPI_Comm_set_errhandler(world.as_raw(), handler.assume_init());
+    }
+}
+
 fn late(what: &str, deadline: Duration) -> anyhow::Error {
     Error::Communication(format!(
         "{what} took longer than {} s: a rank hangs, is lost, or was never started; the log of the rank that says \
@@ -198,8 +229,10 @@ fn ended() -> anyhow::Error {
 
 /// MPI's side: lives in its thread.
 struct Mpi {
-    // Declared before the universe, so that it is freed before MPI_Finalize.
+    // Declared before the universe, so that they are freed before MPI_Finalize.
     world: SimpleCommunicator,
+    /// The ranks of this node: kept, since a peer may still be busy with the exchange that made it.
+    _local: SimpleCommunicator,
     scratch: Vec<f32>,
     shared: Arc<Shared>,
     _universe: Universe,
@@ -270,7 +303,7 @@ impl Mpi {
     /// Waits for a collective's end. MPI's own waiting would keep a core busy; while the rank computes, this one sleeps
     /// between its looks, so that a transfer costs the computation little.
     fn wait<'a, D: ?Sized>(&self, mut request: Request<'a, D, &LocalScope<'a>>) {
-        const PAUSE: Duration = Duration::from_micros(50);
+        const PAUSE: Duration = Duration::from_micros(200);
         while let Err(pending) = request.test() {
             request = pending;
             self.abort_if_asked();
