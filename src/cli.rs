@@ -155,6 +155,16 @@ pub enum Verb {
         #[command(subcommand)]
         action: CheckpointAction,
     },
+    /// Checks the job that it is started as, and says what to mend: launcher, libraries, GPUs, run directory, sums.
+    #[command(after_help = "Example:\n  srun --mpi=pmix launch/rank doctor --run-dir runs")]
+    Doctor {
+        /// The folder for runs: every rank must see it and may write there.
+        #[arg(long, default_value = "runs")]
+        run_dir: PathBuf,
+        /// What the ranks are to compute on.
+        #[arg(long, default_value = "auto", value_parser = ["auto", "cpu", "cuda"])]
+        device: String,
+    },
     /// Prints shell completions.
     #[command(
         after_help = "Example:\n  lockstep completions bash > ~/.local/share/bash-completion/completions/lockstep"

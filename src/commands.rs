@@ -22,6 +22,7 @@ use crate::data::loader::Samples;
 use crate::data::prepare::{prepare, DataDir};
 use crate::data::wikitext::Source;
 use crate::device;
+use crate::doctor;
 use crate::error::{Error, Result};
 use crate::fault::StopRequest;
 use crate::model::generate::{generate, Sampling};
@@ -118,6 +119,7 @@ pub fn run(cli: &Cli) -> Result<()> {
                 .into()),
             }
         }
+        Verb::Doctor { run_dir, device } => doctor::run(run_dir, device, print),
         Verb::Completions { shell } => {
             // Into memory first: the generator panics where its output cannot be written.
             let mut script = Vec::new();

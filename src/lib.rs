@@ -30,6 +30,7 @@
 //! - [`checkpoint`]: folders that are complete or absent
 //! - [`train`]: the loop, the optimizer, the schedules, evaluation, and the run directory
 //! - [`compare`]: the same training on each device, timed
+//! - [`doctor`]: what is wrong with a job before it trains
 //! - [`cli`]: the command line's types
 //! - [`commands`]: a function for each verb
 
@@ -41,6 +42,7 @@ pub mod compare;
 pub mod config;
 pub mod data;
 pub mod device;
+pub mod doctor;
 pub mod error;
 pub mod fault;
 pub mod metrics;

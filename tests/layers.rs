@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 /// Floors and their rooms. A room is a module with all below it, but for those that have a row of their own; it may
 /// import rooms of lower floors, and itself.
-const ROOMS: [(usize, &str); 23] = [
+const ROOMS: [(usize, &str); 24] = [
     (0, "error"),
     (0, "device"),
     (0, "random"),
@@ -26,6 +26,7 @@ const ROOMS: [(usize, &str); 23] = [
     (3, "train/gradients"),
     (4, "train"),
     (4, "compare"),
+    (4, "doctor"),
     (5, "cli"),
     (5, "commands"),
     (5, "lib"),

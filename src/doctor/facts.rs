@@ -1,0 +1,210 @@
+//! What one rank knows of itself, sent to all the others.
+
+use std::fs::{self, File};
+use std::path::Path;
+
+use cudarc::driver::sys::CUdevice_attribute as Attribute;
+use cudarc::driver::CudaContext;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use tch::{Cuda, Device};
+
+use super::launch::host;
+use super::network::{self, Interface};
+use crate::comm::Comm;
+use crate::data::shard::hex;
+use crate::device;
+use crate::error::Result;
+
+/// A rank's place, its share of its node, and what its libraries are.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Facts {
+    pub rank: usize,
+    pub local_rank: usize,
+    pub host: String,
+    /// The cores it may use, as Linux lists them: 0-3,8.
+    pub cores: String,
+    pub threads: usize,
+    /// What it computes on: a GPU, or the CPU; or why not.
+    pub gpu: std::result::Result<Option<Gpu>, String>,
+    pub visible_gpus: String,
+    /// NCCL's name for the node, where one is given.
+    pub host_id: Option<String>,
+    pub libtorch: String,
+    pub cuda: String,
+    pub nccl: std::result::Result<String, String>,
+    pub mpi: Option<String>,
+    pub binary: String,
+    pub digest: String,
+    pub interfaces: Vec<Interface>,
+    /// Variables that choose networks, as NAME=VALUE.
+    pub choices: Vec<String>,
+    /// What NCCL's own choice gets wrong.
+    pub wrong_for_nccl: Option<String>,
+}
+
+/// A rank's GPU.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Gpu {
+    pub index: usize,
+    pub name: String,
+    pub memory_mib: usize,
+    /// Which of the node's GPUs it is.
+    pub bus: String,
+}
+
+const NVIDIA: &str = "/dev/nvidiactl";
+
+impl Facts {
+    /// This rank's facts, and the device that it would train on.
+    pub fn collect(comm: &Comm, wanted: &str) -> (Self, Device) {
+        let libraries = comm.libraries();
+        let threads = device::set_threads(None);
+        // In training, `auto` takes the CPU where the GPU cannot be used; here that is what is to be found out.
+        let wanted = if wanted == "auto" && Path::new(NVIDIA).exists() { "cuda" } else { wanted };
+        let device = device::select(wanted, comm.local_rank).map_err(|e| format!("{e:#}"));
+        let gpu = match &device {
+            Ok(Device::Cuda(index)) => gpu(*index).map(Some),
+            Ok(_) => Ok(None),
+            Err(reason) => Err(reason.clone()),
+        };
+        let variable = |name: &str| std::env::var(name).ok();
+        let interfaces = network::interfaces();
+        let wrong_for_nccl = variable(network::NCCL_INTERFACE)
+            .filter(|choice| network::chosen_by_nccl(choice, &interfaces).is_empty())
+            .map(|choice| format!("{}={choice} names no interface of this node", network::NCCL_INTERFACE));
+        let choices = [network::MPI_INCLUDE, "OMPI_MCA_btl_tcp_if_exclude", network::NCCL_INTERFACE];
+        let (binary, digest) = binary().unwrap_or_else(|e| (format!("unknown ({e})"), "unknown".into()));
+        let facts = Self {
+            rank: comm.rank,
+            local_rank: comm.local_rank,
+            host: libraries.host.unwrap_or_else(host),
+            cores: cores(),
+            threads,
+            gpu,
+            visible_gpus: variable("CUDA_VISIBLE_DEVICES").unwrap_or_else(|| "not set".into()),
+            host_id: variable("NCCL_HOSTID"),
+            libtorch: device::libtorch_version(),
+            cuda: cuda(&device),
+            nccl: libraries.nccl,
+            mpi: libraries.mpi,
+            binary,
+            digest,
+            interfaces,
+            choices: choices.iter().filter_map(|name| Some(format!("{name}={}", variable(name)?))).collect(),
+            wrong_for_nccl,
+        };
+        (facts, device.unwrap_or(Device::Cpu))
+    }
+
+    /// How the rank is called in a sentence.
+    pub fn name(&self) -> String {
+        format!("rank {} on {}", self.rank, self.host)
+    }
+
+    /// The numbers of its cores.
+    pub fn core_numbers(&self) -> Vec<usize> {
+        numbers(&self.cores)
+    }
+}
+
+/// Every rank's text, in the order of the ranks.
+///
+/// # Errors
+/// As [`Comm::gather`].
+pub fn gather_text(comm: &Comm, mine: &str) -> Result<Vec<String>> {
+    let lengths = comm.gather(&[mine.len() as f64])?;
+    let longest = lengths.iter().map(|length| length[0] as usize).max().unwrap_or(0);
+    let mut bytes: Vec<f64> = mine.bytes().map(f64::from).collect();
+    bytes.resize(longest, 0.0);
+    let all = comm.gather(&bytes)?;
+    let text = |(bytes, length): (&Vec<f64>, &Vec<f64>)| {
+        let bytes: Vec<u8> = bytes.iter().take(length[0] as usize).map(|&byte| byte as u8).collect();
+        String::from_utf8_lossy(&bytes).into_owned()
+    };
+    Ok(all.iter().zip(&lengths).map(text).collect())
+}
+
+/// The program's file and the SHA-256 of what it holds.
+fn binary() -> std::io::Result<(String, String)> {
+    let path = std::env::current_exe()?;
+    let mut sha256 = Sha256::new();
+    std::io::copy(&mut File::open(&path)?, &mut sha256)?;
+    Ok((path.display().to_string(), hex(&sha256.finalize())))
+}
+
+fn cores() -> String {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let found = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
+    found.map_or("unknown", str::trim).to_string()
+}
+
+/// The numbers in a list such as 0-3,8.
+fn numbers(list: &str) -> Vec<usize> {
+    let span = |word: &str| {
+        let (start, end) = word.split_once('-').unwrap_or((word, word));
+        Some(start.trim().parse().ok()?..=end.trim().parse().ok()?)
+    };
+    list.split(',').filter_map(span).flatten().collect()
+}
+
+fn gpu(index: usize) -> std::result::Result<Gpu, String> {
+    let ask = || {
+        let context = CudaContext::new(index)?;
+        let number = |attribute| context.attribute(attribute);
+        let bus = format!(
+            "{:04x}:{:02x}:{:02x}",
+            number(Attribute::CU_DEVICE_ATTRIBUTE_PCI_DOMAIN_ID)?,
+            number(Attribute::CU_DEVICE_ATTRIBUTE_PCI_BUS_ID)?,
+            number(Attribute::CU_DEVICE_ATTRIBUTE_PCI_DEVICE_ID)?
+        );
+        Ok(Gpu { index, name: context.name()?, memory_mib: context.total_mem()? >> 20, bus })
+    };
+    ask().map_err(|e: cudarc::driver::DriverError| format!("GPU {index} does not answer: {e}"))
+}
+
+/// What LibTorch has of CUDA in this process.
+fn cuda(device: &std::result::Result<Device, String>) -> String {
+    match device {
+        Ok(Device::Cuda(_)) => {
+            let version = tch::utils::version_cudart();
+            let runtime = format!("libtorch_cuda loaded, CUDA {}.{}", version / 1000, version % 1000 / 10);
+            format!("{runtime}, driver {}, GPUs visible: {}", driver(), Cuda::device_count())
+        }
+        Ok(_) if Path::new(NVIDIA).exists() => format!("not used: --device cpu (driver {})", driver()),
+        Ok(_) => "not used: no NVIDIA driver here".into(),
+        Err(reason) => format!("cannot be used: {reason}"),
+    }
+}
+
+/// The version of NVIDIA's kernel module.
+fn driver() -> String {
+    driver_in(&fs::read_to_string("/proc/driver/nvidia/version").unwrap_or_default())
+}
+
+fn driver_in(text: &str) -> String {
+    let is_version = |word: &&str| word.contains('.') && word.chars().all(|c| c.is_ascii_digit() || c == '.');
+    text.split_whitespace().find(is_version).unwrap_or("unknown").to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_of_cores_are_read() {
+        assert_eq!(numbers("0-3,8"), [0, 1, 2, 3, 8]);
+        assert_eq!(numbers("5"), [5]);
+        assert!(numbers("unknown").is_empty());
+        assert!(!numbers(&cores()).is_empty(), "this machine: {}", cores());
+    }
+
+    #[test]
+    fn the_drivers_version_is_read() {
+        let open = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build  (x)\n\
+                    GCC version:  gcc version 13.3.0";
+        assert_eq!(driver_in(open), "580.159.04");
+        assert_eq!(driver_in("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.54.03  Tue"), "535.54.03");
+        assert_eq!(driver_in(""), "unknown");
+    }
+}

@@ -1,0 +1,217 @@
+//! Who started this process, and through what MPI could find the others. Read before MPI starts, which sets variables of
+//! its own, and which may end the process where it is started wrongly.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use super::network::{self, Interface, MPI_INCLUDE};
+use super::probes::within;
+use super::reach::{Finding, Meeting};
+use super::report::{Place, Report};
+
+/// What the environment says of the launcher.
+pub struct Launch {
+    launcher: String,
+    pmi: Option<String>,
+    /// This process' number and the number of all, as far as the launcher says.
+    rank: Option<usize>,
+    ranks: Option<usize>,
+    several_nodes: bool,
+    in_slurm_job: bool,
+}
+
+impl Launch {
+    pub fn from_environment() -> Self {
+        let is_set = |name: &str| std::env::var_os(name).is_some();
+        let number = |name: &str| std::env::var(name).ok()?.parse::<usize>().ok();
+        // mpirun's variables outrank Slurm's: inside a job those describe mpirun's daemon.
+        let (launcher, rank, ranks, several_nodes) = if let Some(ranks) = number("OMPI_COMM_WORLD_SIZE") {
+            let version = std::env::var("OMPI_VERSION").map(|v| format!(" {v}")).unwrap_or_default();
+            let here = number("OMPI_COMM_WORLD_LOCAL_SIZE").unwrap_or(ranks);
+            (
+                format!("mpirun of Open MPI{version}, ranks: {ranks}"),
+                number("OMPI_COMM_WORLD_RANK"),
+                Some(ranks),
+                here < ranks,
+            )
+        } else if let Some(here) = number("MPI_LOCALNRANKS") {
+            let ranks = number("PMI_SIZE").unwrap_or(here);
+            (format!("mpirun of MPICH's family (Hydra), ranks: {ranks}"), number("PMI_RANK"), Some(ranks), here < ranks)
+        } else if let (Some(tasks), true) = (number("SLURM_STEP_NUM_TASKS"), is_set("SLURM_PROCID")) {
+            let nodes = number("SLURM_STEP_NUM_NODES").unwrap_or(1);
+            (format!("srun, tasks: {tasks}, nodes: {nodes}"), number("SLURM_PROCID"), Some(tasks), nodes > 1)
+        } else {
+            let tasks = number("SLURM_STEP_NUM_TASKS").filter(|&n| n > 1);
+            let found = tasks.map_or("none: started by hand".into(), |n| format!("a Slurm step, tasks: {n}"));
+            (found, number("PMIX_RANK").or_else(|| number("PMI_RANK")), tasks, false)
+        };
+        let version = |name: &str| std::env::var(name).map(|v| format!(" {v}")).unwrap_or_default();
+        let pmi = [
+            ("PMIX_RANK", format!("PMIx{}", version("PMIX_VERSION"))),
+            ("PMI_FD", "PMI (through the socket PMI_FD)".into()),
+            ("PMI_RANK", "PMI (PMI_RANK)".into()),
+        ];
+        Self {
+            launcher,
+            pmi: pmi.into_iter().find_map(|(name, text)| is_set(name).then_some(text)),
+            rank,
+            ranks,
+            several_nodes,
+            in_slurm_job: is_set("SLURM_JOB_ID"),
+        }
+    }
+
+    pub fn describe(&self, report: &mut Report) {
+        report.row("launcher", &self.launcher);
+        report.row("PMI", self.pmi.as_deref().unwrap_or("none"));
+        report.row("linked MPI", &linked_mpi().unwrap_or_else(|| "none in this binary".into()));
+    }
+
+    /// Whether this is the first process, as far as the launcher says.
+    pub fn is_first(&self) -> bool {
+        self.rank.unwrap_or(0) == 0
+    }
+
+    /// What is wrong with the networks that MPI would take. Open MPI would end the job itself, inside its initialisation.
+    pub fn check_networks(&self, run_dir: &Path, report: &mut Report) {
+        if self.pmi.is_none() {
+            return;
+        }
+        let choice = std::env::var(MPI_INCLUDE).ok();
+        let all = network::interfaces();
+        let mut found = Vec::new();
+        let wrong = choice.as_ref().and_then(|choice| network::wrong_for_mpi(choice, &all, self.several_nodes));
+        if let Some(wrong) = wrong {
+            let what = format!("on {}: {wrong}; it has {}", host(), network::describe(&all));
+            // Ranks on one node share its memory, unless they are told not to.
+            found.push(Finding { is_fault: self.several_nodes || !btl("sm") && !btl("vader"), what });
+        }
+        if let Some(meeting) = self.meeting(run_dir) {
+            let taken: Vec<&Interface> = match &choice {
+                Some(choice) => network::chosen_by_mpi(choice, &all),
+                None => all.iter().filter(|interface| !interface.is_loopback()).collect(),
+            };
+            found = meeting.hold(&host(), &taken, choice.is_some() && found.is_empty(), found);
+        }
+        for Finding { is_fault, what } in found {
+            let unset = if choice.is_some() { ", or unset it" } else { "" };
+            let remedy = format!(
+                "set {MPI_INCLUDE} to the interface or the network (10.1.0.0/16, say) that joins the nodes{unset}; \
+                 launch/rank finds it in most Slurm jobs"
+            );
+            match is_fault {
+                true => report.fault(Place::Peers, what, remedy),
+                false => {
+                    // At once, too: MPI may leave no time for a report.
+                    if self.is_first() {
+                        tracing::warn!("{what}; {remedy}");
+                    }
+                    report.warn(what, remedy);
+                }
+            }
+        }
+    }
+
+    /// Where the ranks can meet before MPI starts: several nodes, on which MPI may use TCP.
+    fn meeting(&self, run_dir: &Path) -> Option<Meeting> {
+        let (rank, ranks) = (self.rank?, self.ranks?);
+        let restarts = std::env::var("SLURM_RESTART_COUNT").unwrap_or_default();
+        let job = format!("{} {restarts}", std::env::var("PMIX_NAMESPACE").ok()?);
+        (self.several_nodes && btl("tcp")).then(|| Meeting::new(run_dir, &job, rank, ranks))
+    }
+
+    /// Says what comes next, on one rank: MPI may end the process itself, or be stuck for as long as it is waited for.
+    pub fn announce(&self, deadline: Duration) {
+        if self.is_first() && self.pmi.is_some() {
+            tracing::info!(
+                "joining the ranks through MPI; where that fails without a report within {} s, {}",
+                deadline.as_secs(),
+                network_remedy()
+            );
+        }
+    }
+
+    /// What to do where MPI does not join the ranks.
+    pub fn remedy(&self, place: Place) -> String {
+        if place == Place::Peers {
+            return network_remedy();
+        }
+        let refused = self.pmi.as_ref().map(|pmi| format!("the linked MPI does not take {pmi}; ")).unwrap_or_default();
+        let offered = self.in_slurm_job.then(offered_by_srun).flatten();
+        let pmix = offered.iter().flatten().find(|name| name.starts_with("pmix"));
+        refused
+            + &match (offered.as_ref(), pmix) {
+                (_, Some(pmix)) => format!("start the ranks with `srun --mpi={pmix}`, which this Slurm has"),
+                (Some(types), None) => format!(
+                    "this Slurm has no PMIx (`srun --mpi=list`: {}); start the ranks with mpirun inside the job",
+                    types.join(", ")
+                ),
+                (None, None) => "start the ranks with `srun --mpi=pmix`, or with the mpirun of the linked MPI".into(),
+            }
+    }
+}
+
+/// Whether Open MPI may use this one of its transports.
+fn btl(name: &str) -> bool {
+    let list = std::env::var("OMPI_MCA_btl").unwrap_or_default();
+    let (all_but, names) = list.strip_prefix('^').map_or((list.is_empty(), list.as_str()), |names| (true, names));
+    names.split(',').any(|word| word.trim() == name) != all_but
+}
+
+/// What to do where ranks do not reach each other.
+pub fn network_remedy() -> String {
+    let choice = std::env::var(MPI_INCLUDE).map_or("is not set".into(), |value| format!("is {value}"));
+    format!(
+        "set {MPI_INCLUDE} to the interface that joins the nodes: on {} it {choice}, and there are {}",
+        host(),
+        network::describe(&network::interfaces())
+    )
+}
+
+/// This node's name.
+pub fn host() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    if name.trim().is_empty() {
+        "this node".into()
+    } else {
+        name.trim().into()
+    }
+}
+
+/// The file that MPI is loaded from.
+fn linked_mpi() -> Option<String> {
+    let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
+    let path =
+        maps.lines().find_map(|line| Some(&line[line.find('/')?..]).filter(|path| path.contains("/libmpi.so")))?;
+    Some(path.to_string())
+}
+
+/// The PMI types that `srun --mpi=list` names; `None` where it says nothing of use.
+fn offered_by_srun() -> Option<Vec<String>> {
+    const PATIENCE: Duration = Duration::from_secs(10);
+    let said = within(PATIENCE, || Command::new("srun").arg("--mpi=list").output())?.ok()?;
+    let text = [said.stdout, said.stderr].concat();
+    let types = types_in(&String::from_utf8_lossy(&text));
+    (said.status.success() && !types.is_empty()).then_some(types)
+}
+
+/// One type stands on each line; a line of prose has spaces.
+fn types_in(list: &str) -> Vec<String> {
+    let lines = list.lines().flat_map(|line| line.rsplit(':').next()).flat_map(|line| line.split(','));
+    lines.map(str::trim).filter(|word| !word.is_empty() && !word.contains(' ')).map(String::from).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::types_in;
+
+    #[test]
+    fn the_types_of_old_and_new_slurms_are_read() {
+        let old = "srun: MPI types are...\nsrun: none\nsrun: pmi2\n";
+        assert_eq!(types_in(old), ["none", "pmi2"]);
+        let new = "MPI plugin types are...\n\tnone\n\tpmix\nspecific pmix plugin versions available: pmix_v4,pmix_v5\n";
+        assert_eq!(types_in(new), ["none", "pmix", "pmix_v4", "pmix_v5"]);
+        assert!(types_in("").is_empty());
+    }
+}

@@ -1,0 +1,125 @@
+//! `lockstep doctor`: looks at a job as its ranks see it, tries what training needs of it, and says what to mend.
+//!
+//! Rank 0 prints what all have found: a table, then each fault with its remedy. Faults that would end the process inside
+//! MPI are looked for before MPI starts. No wait is longer than [`DEADLINE`], and every rank ends with the same verdict.
+
+use std::io::Write;
+use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::path::Path;
+use std::time::Duration;
+
+use tch::Device;
+
+use crate::comm::{Comm, Deadlines};
+use crate::error::{exit_code, from_panic, Result};
+
+mod facts;
+mod judge;
+mod launch;
+mod nccl_log;
+mod network;
+mod probes;
+mod reach;
+mod report;
+
+use facts::{gather_text, Facts};
+use launch::{network_remedy, Launch};
+use nccl_log::NcclLog;
+use report::{Place, Report};
+
+/// How long a rank waits for the others, at the start and in each exchange.
+const DEADLINE: Duration = Duration::from_secs(60);
+
+/// How much later than rank 0 the others fail, so that rank 0 can speak first.
+const HEAD_START: Duration = Duration::from_secs(3);
+
+/// Examines the job and shows the report, on rank 0 alone. `run_dir` is probed on all ranks; `device` is cpu, cuda or auto.
+///
+/// # Errors
+/// Communication, where a fault lies between the ranks; usage, where all lie in how the job was started or in what a
+/// machine has; what `show` returns.
+pub fn run(run_dir: &Path, device: &str, show: impl Fn(&str) -> Result<()>) -> Result<()> {
+    let mut report = Report::default();
+    let launch = Launch::from_environment();
+    launch.describe(&mut report);
+    launch.check_networks(run_dir, &mut report);
+    // Before MPI's thread exists: it sets variables.
+    let log = NcclLog::ask();
+    let joined = if report.is_faulty() {
+        None
+    } else {
+        launch.announce(DEADLINE);
+        let deadlines = Deadlines { startup: DEADLINE, step: DEADLINE };
+        let joined = Comm::start(deadlines);
+        let fault = |error| report.fault(place(&error), format!("{error:#}"), launch.remedy(place(&error)));
+        joined.map_err(fault).ok()
+    };
+    let Some(mut comm) = joined else {
+        match launch.is_first() {
+            true => show(&report.text())?,
+            // A launcher may end all ranks when the first of them fails.
+            false => std::thread::sleep(HEAD_START),
+        }
+        return report.verdict();
+    };
+    let examined = catch_unwind(AssertUnwindSafe(|| examine(&mut comm, run_dir, device, &log, &mut report)));
+    if let Err(error) = examined.unwrap_or_else(|panic| Err(from_panic(panic.as_ref()))) {
+        report.fault(place(&error), format!("rank {}: {error:#}", comm.rank), network_remedy());
+        return broken(&comm, &report, show);
+    }
+    let shown = if comm.is_root() { show(&report.text()) } else { Ok(()) };
+    // Nobody leaves before rank 0 has spoken; the exit code is rank 0's.
+    comm.barrier()?;
+    shown?;
+    if comm.is_root() {
+        report.verdict()
+    } else {
+        Ok(())
+    }
+}
+
+/// The end where the ranks can no longer exchange anything: each says what it knows.
+fn broken(comm: &Comm, report: &Report, show: impl Fn(&str) -> Result<()>) -> Result<()> {
+    let verdict = report.verdict();
+    if comm.is_root() {
+        show(&report.text())?;
+    } else if let Err(error) = &verdict {
+        let _ = writeln!(std::io::stderr(), "lockstep: rank {}: {error:#}", comm.rank);
+        std::thread::sleep(HEAD_START);
+    }
+    if let Err(error) = &verdict {
+        comm.abort(exit_code(error));
+    }
+    verdict
+}
+
+fn place(error: &anyhow::Error) -> Place {
+    if exit_code(error) == 2 {
+        Place::Setup
+    } else {
+        Place::Peers
+    }
+}
+
+fn examine(comm: &mut Comm, run_dir: &Path, wanted: &str, log: &NcclLog, report: &mut Report) -> Result<()> {
+    let (mine, device) = Facts::collect(comm, wanted);
+    let texts = gather_text(comm, &serde_json::to_string(&mine)?)?;
+    let all: Vec<Facts> = texts.iter().map(|text| serde_json::from_str(text)).collect::<std::result::Result<_, _>>()?;
+    judge::judge(&all, report);
+    judge::clocks(&all, &probes::clocks(comm)?, report);
+    let on_gpus = !report.is_faulty() && all.iter().all(|facts| matches!(facts.gpu, Ok(Some(_))));
+    probes::shared_folder(comm, run_dir, &all, report)?;
+    if !on_gpus {
+        return probes::all_reduce(comm, Device::Cpu, &all, report);
+    }
+    comm.use_device(device)?;
+    probes::all_reduce(comm, device, &all, report)?;
+    if comm.is_joined() {
+        let (network, transports) = log.read();
+        let told = gather_text(comm, &format!("network {network}; transport {transports}"))?;
+        for (facts, text) in all.iter().zip(told) {
+            report.row("NCCL", &format!("{}: {text}", facts.name()));
+        }
+    }
+    Ok(())
+}
