@@ -1,6 +1,8 @@
 //! README.md keeps its word: each command in it is run, in order, in a folder that looks like a clone; its tables of
 //! keys, presets and columns are those of the program.
 //!
+//! Commands for a cluster stand in blocks of another kind; `tests/test_slurm.py` runs their like on one.
+//!
 //! To be fast and to need no network, a command is run with these substitutions:
 //! - `--source wikitext-2` becomes the folder that LOCKSTEP_WIKITEXT2 names, where it is set, and any other corpus the
 //!   sample's;
