@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::thread::JoinHandle;
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -106,70 +107,109 @@ impl Entry {
     }
 }
 
-/// Writes a checkpoint of `state.step` into the folder `checkpoints`, and returns its path. Where the optimizer's state is
-/// spread over ranks, `ranks` are these, and all of them must call this.
-///
-/// # Errors
-/// Storage, where a file cannot be written; nothing but a temporary folder is then left behind.
-pub fn save(
-    checkpoints: &Path,
-    state: &State,
-    parameters: &Parameters,
-    optimizer: &AdamW,
-    ranks: Option<&Comm>,
-) -> Result<PathBuf> {
-    let target = checkpoints.join(format!("step-{:08}", state.step));
-    let temporary = checkpoints.join(format!("step-{:08}{TEMPORARY}", state.step));
-    let root = ranks.is_none_or(Comm::is_root);
-    if root {
-        clear_temporaries(checkpoints);
-    }
-    if let Some(comm) = ranks {
-        comm.barrier()?; // nobody writes before that is done
-    }
-    if let Err(error) = write(&temporary, state, parameters, optimizer, ranks) {
-        // Room on a full disk.
-        let _ = fs::remove_dir_all(&temporary);
-        return Err(error);
-    }
-    if !root {
-        return Ok(target);
-    }
-    if target.exists() {
-        // A folder of that name without a manifest, which is no checkpoint.
-        fs::remove_dir_all(&target).map_err(|e| Error::write(&target, e))?;
-    }
-    fs::rename(&temporary, &target).map_err(|e| Error::write(&target, e))?;
-    sync(checkpoints)?;
-    Ok(target)
+/// A checkpoint on its way to the disk: its state was copied, so that training goes on while a thread writes it.
+pub struct Saving {
+    temporary: PathBuf,
+    target: PathBuf,
+    state: State,
+    /// The name and the entry of this rank's files, once written.
+    thread: JoinHandle<Result<BTreeMap<String, Entry>>>,
 }
 
-/// Writes the files of a checkpoint, the manifest last, and makes them durable.
-fn write(folder: &Path, state: &State, parameters: &Parameters, optimizer: &AdamW, ranks: Option<&Comm>) -> Result<()> {
-    fs::create_dir_all(folder).map_err(|e| Error::write(folder, e))?;
-    let name_of = |rank: usize, ranks: usize| format!("{OPTIMIZER}.rank-{rank:04}-of-{ranks:04}.safetensors");
-    let optimizer_file = ranks.map_or(format!("{OPTIMIZER}.safetensors"), |comm| name_of(comm.rank, comm.world_size));
-    let mut files = BTreeMap::new();
-    let entry = tensors::write_optimizer(&folder.join(&optimizer_file), optimizer)?;
-    match ranks {
-        None => drop(files.insert(optimizer_file, entry)),
-        Some(comm) => {
-            for (rank, numbers) in comm.gather(&entry.as_numbers())?.into_iter().enumerate() {
-                files.insert(name_of(rank, comm.world_size), Entry::from_numbers(&numbers));
-            }
-            if !comm.is_root() {
-                return Ok(());
-            }
+impl Saving {
+    /// Copies what is to be saved and begins to write it into the folder `checkpoints`. Where the optimizer's state is
+    /// spread over ranks, `ranks` are these, and all of them must call this, and [`Saving::finish`].
+    ///
+    /// # Errors
+    /// Storage, where no thread can be started; communication, where a rank does not answer.
+    pub fn begin(
+        checkpoints: &Path,
+        state: &State,
+        parameters: &Parameters,
+        optimizer: &AdamW,
+        ranks: Option<&Comm>,
+    ) -> Result<Self> {
+        let target = checkpoints.join(format!("step-{:08}", state.step));
+        let temporary = checkpoints.join(format!("step-{:08}{TEMPORARY}", state.step));
+        let root = ranks.is_none_or(Comm::is_root);
+        if root {
+            clear_temporaries(checkpoints);
         }
+        let mut optimizer_file = format!("{OPTIMIZER}.safetensors");
+        if let Some(comm) = ranks {
+            comm.barrier()?; // nobody writes before the old is cleared
+            optimizer_file = name_of_part(comm.rank, comm.world_size);
+        }
+        let moments = tensors::Copied::of_optimizer(optimizer);
+        let model = root.then(|| tensors::Copied::of_model(parameters));
+        let folder = temporary.clone();
+        let write = move || {
+            fs::create_dir_all(&folder).map_err(|e| Error::write(&folder, e))?;
+            let mut files = BTreeMap::new();
+            files.insert(optimizer_file.clone(), moments.write(&folder.join(optimizer_file))?);
+            if let Some(model) = model {
+                files.insert(MODEL.into(), model.write(&folder.join(MODEL))?);
+            }
+            Ok(files)
+        };
+        let thread = std::thread::Builder::new().name("save".into()).spawn(write);
+        let thread = thread.map_err(|e| Error::Storage(format!("cannot start a thread that saves: {e}")))?;
+        Ok(Self { temporary, target, state: state.clone(), thread })
     }
-    files.insert(MODEL.into(), tensors::write_model(&folder.join(MODEL), parameters)?);
-    let path = folder.join(STATE);
+
+    /// Whether this rank's files are written, or could not be.
+    pub fn is_written(&self) -> bool {
+        self.thread.is_finished()
+    }
+
+    /// Waits for the files, and makes them a checkpoint, whose path this returns: rank 0 writes the manifest, which names
+    /// them all, and gives the folder its name.
+    ///
+    /// # Errors
+    /// Storage, where a file cannot be written; nothing but a temporary folder is then left behind.
+    pub fn finish(self, ranks: Option<&Comm>) -> Result<PathBuf> {
+        let Self { temporary, target, state, thread } = self;
+        let written = thread.join().unwrap_or_else(|panic| Err(crate::error::from_panic(panic.as_ref())));
+        let done = written.and_then(|mut files| {
+            if let Some(comm) = ranks {
+                let mine = files.get(&name_of_part(comm.rank, comm.world_size)).map(Entry::as_numbers);
+                for (rank, numbers) in comm.gather(&mine.unwrap_or_default())?.into_iter().enumerate() {
+                    files.insert(name_of_part(rank, comm.world_size), Entry::from_numbers(&numbers));
+                }
+                if !comm.is_root() {
+                    return Ok(());
+                }
+            }
+            publish(&temporary, &target, &state, files)
+        });
+        if done.is_err() {
+            // Room on a full disk.
+            let _ = fs::remove_dir_all(&temporary);
+        }
+        done.map(|()| target)
+    }
+}
+
+fn name_of_part(rank: usize, ranks: usize) -> String {
+    format!("{OPTIMIZER}.rank-{rank:04}-of-{ranks:04}.safetensors")
+}
+
+/// Completes a folder of durable tensors, the manifest last, and renames it.
+fn publish(temporary: &Path, target: &Path, state: &State, mut files: BTreeMap<String, Entry>) -> Result<()> {
+    let path = temporary.join(STATE);
     write_json(&path, state)?;
     sync(&path)?;
     files.insert(STATE.into(), digest(&path).map_err(|e| Error::write(&path, e))?);
-    write_json(&folder.join(MANIFEST), &Manifest { format_version: FORMAT_VERSION, files })?;
-    sync(&folder.join(MANIFEST))?;
-    sync(folder)
+    let path = temporary.join(MANIFEST);
+    write_json(&path, &Manifest { format_version: FORMAT_VERSION, files })?;
+    sync(&path)?;
+    sync(temporary)?;
+    if target.exists() {
+        // A folder of that name without a manifest, which is no checkpoint.
+        fs::remove_dir_all(target).map_err(|e| Error::write(target, e))?;
+    }
+    fs::rename(temporary, target).map_err(|e| Error::write(target, e))?;
+    sync(target.parent().unwrap_or(target))
 }
 
 /// Complete checkpoints in a folder, by step; a folder without a manifest is not one.

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors, View};
-use tch::{no_grad, Kind, Tensor};
+use tch::{no_grad, Device, Kind, Tensor};
 
 use super::{damaged, digest, is_optimizer, read, read_json, sync, Entry, Manifest, MANIFEST, MODEL};
 use crate::error::{Error, Result};
@@ -22,22 +22,41 @@ pub const MOMENTS: [&str; 2] = ["exp_avg", "exp_avg_sq"];
 const RANGES: &str = "flat_range";
 const ANOTHER_MODEL: &str = "it is of another model or vocabulary; give the configuration and data it was trained with";
 
-/// Writes the weights under their names.
-pub fn write_model(path: &Path, parameters: &Parameters) -> Result<Entry> {
-    let weights = parameters.specs.iter().map(|spec| (spec.name.clone(), FlatView::new(&spec.view(&parameters.flat))));
-    write_tensors(path, weights.collect(), None)
+/// Tensors copied to host memory, and what their file says about them.
+pub struct Copied {
+    tensors: Vec<(String, FlatView)>,
+    metadata: Option<HashMap<String, String>>,
 }
 
-/// Writes the moments of an optimizer's ranges.
-pub fn write_optimizer(path: &Path, optimizer: &AdamW) -> Result<Entry> {
-    let moments = [&optimizer.exp_avg, &optimizer.exp_avg_sq];
-    let moments = MOMENTS.iter().zip(moments).map(|(name, flat)| (name.to_string(), FlatView::new(flat)));
-    let text: Vec<String> = optimizer.ranges.iter().map(|range| format!("{}..{}", range.start, range.end)).collect();
-    let metadata = HashMap::from([(RANGES.to_string(), text.join(","))]);
-    write_tensors(path, moments.collect(), Some(metadata))
+impl Copied {
+    /// The weights under their names.
+    pub fn of_model(parameters: &Parameters) -> Self {
+        let flat = to_host(&parameters.flat);
+        let named = parameters.specs.iter().map(|spec| (spec.name.clone(), FlatView::new(&spec.view(&flat))));
+        Self { tensors: named.collect(), metadata: None }
+    }
+
+    /// The moments of an optimizer's ranges.
+    pub fn of_optimizer(optimizer: &AdamW) -> Self {
+        let moments = [&optimizer.exp_avg, &optimizer.exp_avg_sq];
+        let named = MOMENTS.iter().zip(moments).map(|(name, flat)| (name.to_string(), FlatView::new(&to_host(flat))));
+        let text: Vec<String> =
+            optimizer.ranges.iter().map(|range| format!("{}..{}", range.start, range.end)).collect();
+        let metadata = HashMap::from([(RANGES.to_string(), text.join(","))]);
+        Self { tensors: named.collect(), metadata: Some(metadata) }
+    }
+
+    /// Writes a safetensors file, makes it durable, and says what was written.
+    pub fn write(self, path: &Path) -> Result<Entry> {
+        write_tensors(path, self.tensors, self.metadata)
+    }
 }
 
-/// Writes a safetensors file, makes it durable, and says what was written.
+/// A copy that training does not change.
+fn to_host(flat: &Tensor) -> Tensor {
+    no_grad(|| flat.to_device_(Device::Cpu, Kind::Float, false, true))
+}
+
 fn write_tensors(
     path: &Path,
     tensors: Vec<(String, FlatView)>,

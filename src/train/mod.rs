@@ -18,7 +18,7 @@ use self::gradients::Gradients;
 use self::optimizer::{clip, squares, AdamW};
 use self::record::{Recorder, RunDir};
 use self::schedule::learning_rate;
-use crate::checkpoint::{self, State};
+use crate::checkpoint::{self, Saving, State};
 use crate::comm::Comm;
 use crate::config::{Plan, Precision};
 use crate::data::loader::{Batch, Loader};
@@ -90,6 +90,8 @@ struct Trainer<'a> {
     peak: f64,
     /// Sequences that this process has computed.
     sequences: usize,
+    /// The checkpoint that is being written, on the ranks that write.
+    saving: Option<Saving>,
     /// Rank 0's files, once the run has begun.
     recorder: Option<Recorder>,
 }
@@ -100,12 +102,14 @@ struct StepReport {
     grad_norm: f64,
     lr: f64,
     stop: bool,
+    /// Whether no rank is still writing a checkpoint.
+    written: bool,
     memory_mib: f64,
     /// Milliseconds: data, compute, exposed communication, optimizer.
     laps: [f64; 4],
 }
 
-impl Trainer<'_> {
+impl<'a> Trainer<'a> {
     fn run(&mut self) -> Result<()> {
         let from = self.state.step;
         let done = self.steps();
@@ -153,10 +157,13 @@ impl Trainer<'_> {
             if let Some(recorder) = &mut self.recorder {
                 recorder.step(step, report.loss, row.as_ref())?;
             }
+            let aside = Instant::now();
+            if report.written {
+                self.finish_save()?;
+            }
             if report.stop && step < plan.steps {
                 return self.stop();
             }
-            let aside = Instant::now();
             self.between_steps()?;
             pause += aside.elapsed().as_secs_f64();
         }
@@ -166,6 +173,7 @@ impl Trainer<'_> {
     /// Saves at once, since whoever asked may not wait; what else is due at this step is done by the resumed run.
     fn stop(&mut self) -> Result<()> {
         self.save()?;
+        self.finish_save()?;
         // A launcher may end the job as soon as one rank leaves.
         self.comm.barrier()?;
         Err(Error::Preempted(format!(
@@ -187,6 +195,8 @@ impl Trainer<'_> {
         let mut save = last || due(plan.save_every);
         let sample = due(plan.sample_every);
         if due(plan.eval_every) {
+            // What is on its way belongs to the best evaluation so far, which this one may change.
+            self.finish_save()?;
             save |= self.evaluate(step)?;
         }
         if sample {
@@ -196,6 +206,7 @@ impl Trainer<'_> {
             self.save()?;
         }
         if last {
+            self.finish_save()?;
             self.comm.barrier()?;
         }
         Ok(())
@@ -228,7 +239,8 @@ impl Trainer<'_> {
         let mut squares = squares(&self.model.parameters, &self.optimizer.ranges);
         laps.end(OPTIMIZER);
         let memory = device::peak_memory_mib(self.device).unwrap_or(0.0);
-        let mut mine = vec![loss, f64::from(u8::from(self.stop.raised())), memory];
+        let written = self.saving.as_ref().is_none_or(Saving::is_written);
+        let mut mine = vec![loss, f64::from(u8::from(self.stop.raised())), memory, f64::from(u8::from(written))];
         if self.gradients.is_sharded() {
             mine.append(&mut squares);
         }
@@ -236,7 +248,7 @@ impl Trainer<'_> {
         laps.end(COMM_EXPOSED);
 
         let total = |column: usize| ranks.iter().map(|rank| rank[column]).sum::<f64>();
-        squares.extend((3..mine.len()).map(total));
+        squares.extend((4..mine.len()).map(total));
         let grad_norm = squares.iter().sum::<f64>().sqrt();
         if !total(0).is_finite() || !grad_norm.is_finite() {
             return Err(self.not_finite(step, global, total(0), grad_norm));
@@ -257,6 +269,7 @@ impl Trainer<'_> {
             grad_norm,
             lr,
             stop: total(1) > 0.0,
+            written: total(3) as usize == self.comm.world_size,
             memory_mib: ranks.iter().map(|rank| rank[2]).fold(0.0, f64::max),
             laps: laps.times,
         })
@@ -308,25 +321,44 @@ impl Trainer<'_> {
         recorder.sample(step, &text)
     }
 
+    /// Begins to save, once an earlier save is done.
     fn save(&mut self) -> Result<()> {
+        self.finish_save()?;
         let checkpoints = self.dir.checkpoints();
         // One that is there already has the same bits: the run resumed from it.
         let here = || checkpoint::list(&checkpoints).iter().any(|(step, _)| *step == self.state.step);
         let mut needed = self.comm.is_root() && !here();
-        // Each rank writes its part of a sharded state.
-        let writers = self.gradients.is_sharded().then_some(self.comm);
+        let writers = self.writers();
         if let Some(comm) = writers {
             needed = comm.any(needed)?;
         }
-        if needed {
-            self.recorder.as_ref().map_or(Ok(()), Recorder::sync)?;
-            let path = checkpoint::save(&checkpoints, &self.state, &self.model.parameters, &self.optimizer, writers)?;
-            debug!("saved {}", path.display());
+        if !needed {
+            return self.saved();
         }
+        self.recorder.as_ref().map_or(Ok(()), Recorder::sync)?;
+        let Self { state, model, optimizer, .. } = &*self;
+        self.saving = Some(Saving::begin(&checkpoints, state, &model.parameters, optimizer, writers)?);
+        Ok(())
+    }
+
+    /// Waits for the save that is under way, if any, and clears what is no longer kept.
+    fn finish_save(&mut self) -> Result<()> {
+        let Some(saving) = self.saving.take() else { return Ok(()) };
+        let path = saving.finish(self.writers())?;
+        debug!("saved {}", path.display());
+        self.saved()
+    }
+
+    fn saved(&mut self) -> Result<()> {
         match &mut self.recorder {
             Some(recorder) => recorder.saved(self.plan.config.train.keep_last),
             None => Ok(()),
         }
+    }
+
+    /// The ranks that write a checkpoint together: all, where each has its part of the optimizer's state.
+    fn writers(&self) -> Option<&'a Comm> {
+        self.gradients.is_sharded().then_some(self.comm)
     }
 
     fn mfu(&self, tokens_per_s: f64) -> f64 {

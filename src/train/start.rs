@@ -87,6 +87,7 @@ impl<'a> Trainer<'a> {
             stop,
             peak: device::measure_peak(device, kind),
             sequences: 0,
+            saving: None,
             recorder: None,
             plan,
         })
