@@ -240,6 +240,20 @@ pub struct Fault {
     pub startup_deadline_s: u64,
     /// Seconds that a rank waits for the others within a step.
     pub step_deadline_s: u64,
+    /// What happens to a batch whose loss or gradient is not finite.
+    pub nonfinite: NonFinite,
+    /// How often Slurm may start a job again that gets no further; 0 for no limit.
+    pub max_restarts_without_progress: u32,
+}
+
+/// `fault.nonfinite:`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NonFinite {
+    /// The run ends, with its weights as they were.
+    Stop,
+    /// The batch is left out, up to ten in a row.
+    Skip,
 }
 
 /// `optim.schedule:`.
@@ -360,7 +374,12 @@ impl Default for CommOptions {
 
 impl Default for Fault {
     fn default() -> Self {
-        Self { startup_deadline_s: 600, step_deadline_s: 300 }
+        Self {
+            startup_deadline_s: 600,
+            step_deadline_s: 300,
+            nonfinite: NonFinite::Stop,
+            max_restarts_without_progress: 3,
+        }
     }
 }
 

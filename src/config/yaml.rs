@@ -9,7 +9,7 @@ use super::{usage, Config, Model, Train};
 use crate::error::{Error, Result};
 
 /// Keys that do not change what is learnt, so that a resumed run may change them without asking.
-const FREE_ON_RESUME: [&str; 14] = [
+const FREE_ON_RESUME: [&str; 16] = [
     "train.steps",
     "train.log_every",
     "train.eval_every",
@@ -24,6 +24,8 @@ const FREE_ON_RESUME: [&str; 14] = [
     "comm.grad_dtype",
     "fault.startup_deadline_s",
     "fault.step_deadline_s",
+    "fault.nonfinite",
+    "fault.max_restarts_without_progress",
 ];
 
 impl Config {

@@ -1,4 +1,6 @@
-//! Signals: a request to stop is noted here and decided by all ranks together between two steps.
+//! What may befall a run: signals, as requests to stop that all ranks decide on together between two steps; and restarts.
+
+pub mod restarts;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;

@@ -2,6 +2,7 @@
 
 pub mod evaluate;
 mod gradients;
+mod nonfinite;
 pub mod optimizer;
 pub mod record;
 pub mod schedule;
@@ -90,6 +91,8 @@ struct Trainer<'a> {
     peak: f64,
     /// Sequences that this process has computed.
     sequences: usize,
+    /// Batches skipped since the last update.
+    skipped: usize,
     /// The checkpoint that is being written, on the ranks that write.
     saving: Option<Saving>,
     /// Rank 0's files, once the run has begun.
@@ -220,7 +223,7 @@ impl<'a> Trainer<'a> {
         for micro_step in 0..self.plan.accumulation {
             let batch = self.loader.micro_batch(global, micro_step, self.device);
             laps.end(DATA);
-            let seed = [step, micro_step, self.comm.rank].iter().fold(self.loader.seed, |seed, &n| mix(seed, n as u64));
+            let seed = self.dropout_seed(step, micro_step);
             // Only the last micro-step makes the gradients whole.
             let last = micro_step + 1 == self.plan.accumulation;
             let mut finished = |grad: &Tensor, end| {
@@ -250,20 +253,13 @@ impl<'a> Trainer<'a> {
         let total = |column: usize| ranks.iter().map(|rank| rank[column]).sum::<f64>();
         squares.extend((4..mine.len()).map(total));
         let grad_norm = squares.iter().sum::<f64>().sqrt();
-        if !total(0).is_finite() || !grad_norm.is_finite() {
-            return Err(self.not_finite(step, global, total(0), grad_norm));
-        }
         let lr = learning_rate(&self.plan.config.optim, step, self.plan.config.train.steps);
-        let parameters = &mut self.model.parameters;
-        clip(parameters, &self.optimizer.ranges, grad_norm, self.plan.config.optim.grad_clip);
-        self.optimizer.step(parameters, step, lr);
-        self.comm.finish_compute(self.device)?;
-        laps.end(OPTIMIZER);
-        self.gradients.gather_weights(self.comm, &parameters.flat)?;
-        laps.end(COMM_EXPOSED);
-        parameters.publish();
-        self.comm.finish_compute(self.device)?;
-        laps.end(OPTIMIZER);
+        if !total(0).is_finite() || !grad_norm.is_finite() {
+            self.not_finite(step, global, total(0), grad_norm)?;
+        } else {
+            self.skipped = 0;
+            self.update(step, lr, grad_norm, &mut laps)?;
+        }
         Ok(StepReport {
             loss: total(0),
             grad_norm,
@@ -275,19 +271,24 @@ impl<'a> Trainer<'a> {
         })
     }
 
-    fn not_finite(&self, step: usize, global: &[usize], loss: f64, grad_norm: f64) -> anyhow::Error {
-        let parameters = &self.model.parameters;
-        let finite = |tensor: &Tensor| tensor.isfinite().all().int64_value(&[]) == 1;
-        let names = parameters.specs.iter().filter(|spec| !finite(&spec.view(&parameters.grad)));
-        let names: Vec<&str> = names.take(3).map(|spec| spec.name.as_str()).collect();
-        let mine = self.loader.share(global);
-        Error::Numbers(format!(
-            "step {step}: the loss is {loss} and the gradient's norm {grad_norm}; nothing was changed. First gradients that \
-             are not finite: {}. This rank's samples: {:?}. Try a lower optim.lr, more optim.warmup_steps, or fp32",
-            if names.is_empty() { "none".into() } else { names.join(", ") },
-            &mine[..mine.len().min(8)]
-        ))
-        .into()
+    /// Changes the weights by the summed gradient, each rank its part of them, and hands them round.
+    fn update(&mut self, step: usize, lr: f64, grad_norm: f64, laps: &mut Laps) -> Result<()> {
+        let parameters = &mut self.model.parameters;
+        clip(parameters, &self.optimizer.ranges, grad_norm, self.plan.config.optim.grad_clip);
+        self.optimizer.step(parameters, step, lr);
+        self.comm.finish_compute(self.device)?;
+        laps.end(OPTIMIZER);
+        self.gradients.gather_weights(self.comm, &parameters.flat)?;
+        laps.end(COMM_EXPOSED);
+        parameters.publish();
+        self.comm.finish_compute(self.device)?;
+        laps.end(OPTIMIZER);
+        Ok(())
+    }
+
+    /// Dropout draws the same, whenever and however often a micro-step is computed.
+    fn dropout_seed(&self, step: usize, micro_step: usize) -> u64 {
+        [step, micro_step, self.comm.rank].iter().fold(self.loader.seed, |seed, &n| mix(seed, n as u64))
     }
 
     fn evaluate(&mut self, step: usize) -> Result<bool> {

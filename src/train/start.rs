@@ -13,13 +13,13 @@ use super::record::{find_checkpoint, Recorder, RunDir};
 use super::{kind, Resume, Trainer};
 use crate::checkpoint::{self, Conditions, OptimizerFiles, State, FORMAT_VERSION, MOMENTS};
 use crate::comm::Comm;
-use crate::config::{Auto, Plan};
+use crate::config::{Auto, Config, Plan};
 use crate::data::loader::{Loader, Samples};
 use crate::data::prepare::DataDir;
 use crate::data::shard::hex;
 use crate::device;
 use crate::error::{Error, Result};
-use crate::fault::StopRequest;
+use crate::fault::{restarts, StopRequest};
 use crate::model::{Gpt, GptConfig};
 use crate::tokenizer::Tokenizer;
 
@@ -87,6 +87,7 @@ impl<'a> Trainer<'a> {
             stop,
             peak: device::measure_peak(device, kind),
             sequences: 0,
+            skipped: 0,
             saving: None,
             recorder: None,
             plan,
@@ -196,6 +197,10 @@ impl<'a> Trainer<'a> {
             info!("beginning with the weights of {}", path.display());
         }
         self.dir.claim(&self.plan.config, &self.tokenizer_file)?;
+        let Config { train, fault, .. } = &self.plan.config;
+        if self.state.step < train.steps {
+            restarts::note_start(&self.dir.0, self.state.step, fault.max_restarts_without_progress)?;
+        }
         let lock = match lock {
             None => self.dir.lock()?,
             taken => taken,
