@@ -4,6 +4,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use sha2::{Digest, Sha256};
 use tch::{Cuda, Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
@@ -177,6 +178,15 @@ pub fn libtorch_version() -> String {
         Some(text.lines().find_map(|line| line.strip_prefix("__version__ = "))?.trim_matches('\'').to_string())
     });
     wheel.or_else(|| read("build-version").map(|text| text.trim().to_string())).unwrap_or_else(|| "unknown".into())
+}
+
+/// This program's file, and the SHA-256 of what it holds.
+pub fn binary() -> std::io::Result<(String, String)> {
+    let path = std::env::current_exe()?;
+    let mut sha256 = Sha256::new();
+    std::io::copy(&mut std::fs::File::open(&path)?, &mut sha256)?;
+    let digest = sha256.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+    Ok((path.display().to_string(), digest))
 }
 
 /// The model of the processor or GPU; "unknown" where the system does not say.

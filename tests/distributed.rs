@@ -109,7 +109,10 @@ fn ranks_that_disagree_are_refused_before_they_train() {
     let done = run.command(&[]).env("LOCKSTEP_BIN", &script).output().unwrap();
     let said = String::from_utf8_lossy(&done.stderr);
     assert_eq!(done.status.code(), Some(6), "{said}");
-    assert!(said.contains("ranks [1] have another configuration than rank 0"), "{said}");
+    assert!(
+        said.contains("ranks [1] have another configuration than rank 0: seed is 99 there and 3407 here"),
+        "{said}"
+    );
     assert!(!run.dir.exists(), "a refused job made a run directory");
 }
 

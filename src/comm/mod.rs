@@ -249,6 +249,23 @@ impl Comm {
         }
     }
 
+    /// Every rank's text, in the order of the ranks.
+    ///
+    /// # Errors
+    /// As [`Comm::gather`].
+    pub fn gather_text(&self, mine: &str) -> Result<Vec<String>> {
+        let lengths = self.gather(&[mine.len() as f64])?;
+        let longest = lengths.iter().map(|length| length[0] as usize).max().unwrap_or(0);
+        let mut bytes: Vec<f64> = mine.bytes().map(f64::from).collect();
+        bytes.resize(longest, 0.0);
+        let all = self.gather(&bytes)?;
+        let text = |(bytes, length): (&Vec<f64>, &Vec<f64>)| {
+            let bytes: Vec<u8> = bytes.iter().take(length[0] as usize).map(|&byte| byte as u8).collect();
+            String::from_utf8_lossy(&bytes).into_owned()
+        };
+        Ok(all.iter().zip(&lengths).map(text).collect())
+    }
+
     /// The sums of the ranks' numbers, added in the order of the ranks.
     ///
     /// # Errors

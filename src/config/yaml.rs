@@ -94,7 +94,16 @@ impl Config {
 
     /// The keys, with both values, in which `self` differs from `older` and which would change what is learnt.
     pub fn changes_since(&self, older: &Self) -> Result<Vec<(String, String, String)>> {
-        let (new, old) = (flatten(self)?, flatten(older)?);
+        let changes = self.differences(older)?.into_iter();
+        Ok(changes.filter(|(key, ..)| !FREE_ON_RESUME.contains(&key.as_str())).collect())
+    }
+
+    /// (key, value there, value here) for every key that differs from another configuration's.
+    ///
+    /// # Errors
+    /// None in practice: a configuration is always valid YAML.
+    pub fn differences(&self, other: &Self) -> Result<Vec<(String, String, String)>> {
+        let (new, old) = (flatten(self)?, flatten(other)?);
         let keys: BTreeSet<&String> = new.keys().chain(old.keys()).collect();
         let text = |value: Option<&Value>| {
             let yaml = value.map(|value| serde_yaml::to_string(value).unwrap_or_default());
@@ -103,7 +112,6 @@ impl Config {
         Ok(keys
             .into_iter()
             .filter(|key| new.get(*key) != old.get(*key))
-            .filter(|key| *key != "name" && !FREE_ON_RESUME.contains(&key.as_str()))
             .map(|key| (key.clone(), text(old.get(key)), text(new.get(key))))
             .collect())
     }

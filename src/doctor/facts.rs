@@ -1,20 +1,17 @@
 //! What one rank knows of itself, sent to all the others.
 
-use std::fs::{self, File};
+use std::fs;
 use std::path::Path;
 
 use cudarc::driver::sys::CUdevice_attribute as Attribute;
 use cudarc::driver::CudaContext;
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 use tch::{Cuda, Device};
 
 use super::launch::host;
 use super::network::{self, Interface};
 use crate::comm::Comm;
-use crate::data::shard::hex;
 use crate::device;
-use crate::error::Result;
 
 /// A rank's place, its share of its node, and what its libraries are.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -74,7 +71,7 @@ impl Facts {
             .filter(|choice| network::chosen_by_nccl(choice, &interfaces).is_empty())
             .map(|choice| format!("{}={choice} names no interface of this node", network::NCCL_INTERFACE));
         let choices = [network::MPI_INCLUDE, "OMPI_MCA_btl_tcp_if_exclude", network::NCCL_INTERFACE];
-        let (binary, digest) = binary().unwrap_or_else(|e| (format!("unknown ({e})"), "unknown".into()));
+        let (binary, digest) = device::binary().unwrap_or_else(|e| (format!("unknown ({e})"), "unknown".into()));
         let facts = Self {
             rank: comm.rank,
             local_rank: comm.local_rank,
@@ -106,31 +103,6 @@ impl Facts {
     pub fn core_numbers(&self) -> Vec<usize> {
         numbers(&self.cores)
     }
-}
-
-/// Every rank's text, in the order of the ranks.
-///
-/// # Errors
-/// As [`Comm::gather`].
-pub fn gather_text(comm: &Comm, mine: &str) -> Result<Vec<String>> {
-    let lengths = comm.gather(&[mine.len() as f64])?;
-    let longest = lengths.iter().map(|length| length[0] as usize).max().unwrap_or(0);
-    let mut bytes: Vec<f64> = mine.bytes().map(f64::from).collect();
-    bytes.resize(longest, 0.0);
-    let all = comm.gather(&bytes)?;
-    let text = |(bytes, length): (&Vec<f64>, &Vec<f64>)| {
-        let bytes: Vec<u8> = bytes.iter().take(length[0] as usize).map(|&byte| byte as u8).collect();
-        String::from_utf8_lossy(&bytes).into_owned()
-    };
-    Ok(all.iter().zip(&lengths).map(text).collect())
-}
-
-/// The program's file and the SHA-256 of what it holds.
-fn binary() -> std::io::Result<(String, String)> {
-    let path = std::env::current_exe()?;
-    let mut sha256 = Sha256::new();
-    std::io::copy(&mut File::open(&path)?, &mut sha256)?;
-    Ok((path.display().to_string(), hex(&sha256.finalize())))
 }
 
 fn cores() -> String {

@@ -22,7 +22,7 @@ mod probes;
 mod reach;
 mod report;
 
-use facts::{gather_text, Facts};
+use facts::Facts;
 use launch::{network_remedy, Launch};
 use nccl_log::NcclLog;
 use report::{Place, Report};
@@ -103,7 +103,7 @@ fn place(error: &anyhow::Error) -> Place {
 
 fn examine(comm: &mut Comm, run_dir: &Path, wanted: &str, log: &NcclLog, report: &mut Report) -> Result<()> {
     let (mine, device) = Facts::collect(comm, wanted);
-    let texts = gather_text(comm, &serde_json::to_string(&mine)?)?;
+    let texts = comm.gather_text(&serde_json::to_string(&mine)?)?;
     let all: Vec<Facts> = texts.iter().map(|text| serde_json::from_str(text)).collect::<std::result::Result<_, _>>()?;
     judge::judge(&all, report);
     judge::clocks(&all, &probes::clocks(comm)?, report);
@@ -116,7 +116,7 @@ fn examine(comm: &mut Comm, run_dir: &Path, wanted: &str, log: &NcclLog, report:
     probes::all_reduce(comm, device, &all, report)?;
     if comm.is_joined() {
         let (network, transports) = log.read();
-        let told = gather_text(comm, &format!("network {network}; transport {transports}"))?;
+        let told = comm.gather_text(&format!("network {network}; transport {transports}"))?;
         for (facts, text) in all.iter().zip(told) {
             report.row("NCCL", &format!("{}: {text}", facts.name()));
         }

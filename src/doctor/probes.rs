@@ -9,7 +9,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tch::{Device, Kind, Tensor};
 
-use super::facts::{gather_text, Facts};
+use super::facts::Facts;
 use super::report::{Place, Report};
 use crate::comm::Comm;
 use crate::error::Result;
@@ -71,13 +71,13 @@ pub fn shared_folder(comm: &Comm, dir: &Path, all: &[Facts], report: &mut Report
         false => String::new(),
     };
     // The token, and what went wrong.
-    let root = gather_text(comm, &format!("{token}\n{begun}"))?.swap_remove(0);
+    let root = comm.gather_text(&format!("{token}\n{begun}"))?.swap_remove(0);
     let (token, begun) = root.split_once('\n').unwrap_or((&root, ""));
     let outcomes = match begun {
         "" => {
             let probe = Probe::new(&dir, token);
             let rank = comm.rank;
-            gather_text(comm, &answer(move || probe.meet(rank)))?
+            comm.gather_text(&answer(move || probe.meet(rank)))?
         }
         _ => Vec::new(),
     };
@@ -252,7 +252,7 @@ pub fn all_reduce(comm: &Comm, device: Device, all: &[Facts], report: &mut Repor
     let through = if device.is_cuda() { "NCCL" } else { "MPI" };
     report.row("all-reduce", &format!("through {through}; every sum is compared, number by number"));
     report.table(["type", "numbers", "bytes", "time (ms)", "algbw (GB/s)", "busbw (GB/s)"], &rows);
-    for (facts, wrong) in all.iter().zip(gather_text(comm, &wrong)?) {
+    for (facts, wrong) in all.iter().zip(comm.gather_text(&wrong)?) {
         if let Some(first) = wrong.lines().next() {
             let count = wrong.lines().count();
             report.fault(

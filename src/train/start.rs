@@ -131,30 +131,39 @@ impl<'a> Trainer<'a> {
 
     /// Compares what every rank brings along: replicas that differ from the start would train on without a word.
     fn agree(&self) -> Result<()> {
+        if self.comm.world_size == 1 {
+            return Ok(());
+        }
         let Conditions { lockstep, libtorch, hardware, .. } = &self.state.conditions;
+        let tokenizer = std::fs::read(&self.tokenizer_file).map_err(|e| Error::read(&self.tokenizer_file, e))?;
         // (name, what it is, whether a difference is an error)
         let brought = [
             ("configuration", self.plan.config.to_yaml()?, true),
-            ("training data", self.state.data_sha256.clone(), true),
+            ("training data", format!("SHA-256 {}", self.state.data_sha256), true),
+            ("tokenizer", format!("SHA-256 {}", hex(&Sha256::digest(tokenizer))), true),
             ("versions of Lockstep and LibTorch", format!("{lockstep}, {libtorch}"), true),
+            ("program", device::binary().map_or("unknown".into(), |(_, digest)| format!("SHA-256 {digest}")), true),
             ("kind of hardware", hardware.clone(), false),
         ];
         // 48 bits of each digest, exact in a float.
         let bits = |text: &String| Sha256::digest(text)[..6].iter().fold(0.0, |bits, &b| bits * 256.0 + f64::from(b));
         let ranks = self.comm.gather(&brought.iter().map(|(_, text, _)| bits(text)).collect::<Vec<_>>())?;
-        for (place, (name, _, fatal)) in brought.iter().enumerate() {
+        for (place, (name, text, fatal)) in brought.iter().enumerate() {
             let others: Vec<usize> = (1..ranks.len()).filter(|&rank| ranks[rank][place] != ranks[0][place]).collect();
-            match (others.is_empty(), fatal) {
-                (true, _) => {}
-                (false, false) => warn!("ranks {others:?} have another {name} than rank 0"),
-                (false, true) => {
-                    return Err(Error::Communication(format!(
-                        "ranks {others:?} have another {name} than rank 0; start every rank with the same files, on a file \
-                         system that all nodes share"
-                    ))
-                    .into())
-                }
+            let Some(&other) = others.first() else { continue };
+            let texts = self.comm.gather_text(text)?;
+            let difference = match *name {
+                "configuration" => differences(&texts[other], &texts[0])?,
+                _ => format!("{} on rank {other}, {} on rank 0", texts[other], texts[0]),
+            };
+            if *fatal {
+                return Err(Error::Communication(format!(
+                    "ranks {others:?} have another {name} than rank 0: {difference}; start every rank with the same files, on \
+                     a file system that all nodes share"
+                ))
+                .into());
             }
+            warn!("ranks {others:?} have another {name} than rank 0: {difference}");
         }
         Ok(())
     }
@@ -268,6 +277,13 @@ impl<'a> Trainer<'a> {
             if mine.len() > 16 { " ..." } else { "" }
         );
     }
+}
+
+/// The keys in which two resolved configurations differ, with both values.
+fn differences(theirs: &str, ours: &str) -> Result<String> {
+    let changes = Config::parse(theirs, &[])?.differences(&Config::parse(ours, &[])?)?;
+    let say = |(key, ours, theirs): (String, String, String)| format!("{key} is {theirs} there and {ours} here");
+    Ok(changes.into_iter().map(say).collect::<Vec<_>>().join(", "))
 }
 
 fn is_within(path: &Path, folder: &Path) -> bool {
