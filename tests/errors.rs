@@ -287,19 +287,6 @@ fn a_run_directory_of_another_configuration_is_left_alone() {
 }
 
 #[test]
-fn two_processes_do_not_train_in_one_directory() {
-    let work = Workspace::new();
-    work.train("run", "").ok();
-    let before = snapshot(&work.path("run"));
-    let other = fs::File::options().write(true).open(work.path("run/.lock")).unwrap();
-    other.lock().unwrap();
-    work.train("run", "--set train.steps=14").fails(2, &["another process trains in run", "another --run-dir"]);
-    assert!(snapshot(&work.path("run")) == before);
-    drop(other);
-    work.train("run", "--set train.steps=14").ok();
-}
-
-#[test]
 fn what_is_no_run_or_no_checkpoint_is_named() {
     let work = Workspace::new();
     work.train("run", "--set train.keep_last=2").ok();

@@ -163,13 +163,15 @@ impl Saving {
     }
 
     /// Waits for the files, and makes them a checkpoint, whose path this returns: rank 0 writes the manifest, which names
-    /// them all, and gives the folder its name.
+    /// them all, and gives the folder its name, if `may_publish` has nothing against it.
     ///
     /// # Errors
-    /// Storage, where a file cannot be written; nothing but a temporary folder is then left behind.
-    pub fn finish(self, ranks: Option<&Comm>) -> Result<PathBuf> {
+    /// Storage, where a file cannot be written; nothing but a temporary folder is then left behind. What `may_publish`
+    /// says.
+    pub fn finish(self, ranks: Option<&Comm>, may_publish: impl Fn() -> Result<()>) -> Result<PathBuf> {
         let Self { temporary, target, state, thread } = self;
         let written = thread.join().unwrap_or_else(|panic| Err(crate::error::from_panic(panic.as_ref())));
+        may_publish()?;
         let done = written.and_then(|mut files| {
             if let Some(comm) = ranks {
                 let mine = files.get(&name_of_part(comm.rank, comm.world_size)).map(Entry::as_numbers);
@@ -180,10 +182,11 @@ impl Saving {
                     return Ok(());
                 }
             }
-            publish(&temporary, &target, &state, files)
+            publish(&temporary, &target, &state, files, &may_publish)
         });
         if done.is_err() {
-            // Room on a full disk.
+            // Else the folder may be another's by now. Its removal makes room on a full disk.
+            may_publish()?;
             let _ = fs::remove_dir_all(&temporary);
         }
         done.map(|()| target)
@@ -195,7 +198,13 @@ fn name_of_part(rank: usize, ranks: usize) -> String {
 }
 
 /// Completes a folder of durable tensors, the manifest last, and renames it.
-fn publish(temporary: &Path, target: &Path, state: &State, mut files: BTreeMap<String, Entry>) -> Result<()> {
+fn publish(
+    temporary: &Path,
+    target: &Path,
+    state: &State,
+    mut files: BTreeMap<String, Entry>,
+    may_publish: &impl Fn() -> Result<()>,
+) -> Result<()> {
     let path = temporary.join(STATE);
     write_json(&path, state)?;
     sync(&path)?;
@@ -204,6 +213,7 @@ fn publish(temporary: &Path, target: &Path, state: &State, mut files: BTreeMap<S
     write_json(&path, &Manifest { format_version: FORMAT_VERSION, files })?;
     sync(&path)?;
     sync(temporary)?;
+    may_publish()?;
     if target.exists() {
         // A folder of that name without a manifest, which is no checkpoint.
         fs::remove_dir_all(target).map_err(|e| Error::write(target, e))?;

@@ -1,5 +1,6 @@
 //! What may befall a run: signals, as requests to stop that all ranks decide on together between two steps; and restarts.
 
+pub mod lease;
 pub mod restarts;
 
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -345,7 +345,8 @@ impl<'a> Trainer<'a> {
     /// Waits for the save that is under way, if any, and clears what is no longer kept.
     fn finish_save(&mut self) -> Result<()> {
         let Some(saving) = self.saving.take() else { return Ok(()) };
-        let path = saving.finish(self.writers())?;
+        let may_publish = || self.recorder.as_ref().map_or(Ok(()), Recorder::check);
+        let path = saving.finish(self.writers(), may_publish)?;
         debug!("saved {}", path.display());
         self.saved()
     }

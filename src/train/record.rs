@@ -1,6 +1,6 @@
 //! What rank 0 writes: the run directory.
 
-use std::fs::{self, File, TryLockError};
+use std::fs;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -12,6 +12,7 @@ use tracing::info;
 use crate::checkpoint;
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::fault::lease::Lease;
 use crate::metrics::{replace, EvalRow, Log, TrainRow};
 
 /// The places in a run directory.
@@ -55,37 +56,6 @@ impl RunDir {
         }
         replace(&self.config(), config.to_yaml()?.as_bytes())?;
         replace(&self.tokenizer(), &fs::read(tokenizer).map_err(|e| Error::read(tokenizer, e))?)
-    }
-
-    /// Makes sure that no other process trains in this directory, for as long as the file is open; `None` where the
-    /// directory does not exist yet.
-    ///
-    /// # Errors
-    /// Usage, where another process holds the lock and keeps it for ten seconds: one that was killed lets go soon.
-    pub fn lock(&self) -> Result<Option<File>> {
-        if !self.0.exists() {
-            return Ok(None);
-        }
-        let path = self.0.join(".lock");
-        let file = File::options().create(true).truncate(false).write(true).open(&path);
-        let file = file.map_err(|e| Error::write(&path, e))?;
-        let until = Instant::now() + Duration::from_secs(10);
-        loop {
-            match file.try_lock() {
-                Err(TryLockError::WouldBlock) if Instant::now() < until => {
-                    std::thread::sleep(Duration::from_millis(50))
-                }
-                Err(TryLockError::WouldBlock) => {
-                    return Err(Error::Usage(format!(
-                        "another process trains in {}; wait for it, stop it, or use another --run-dir",
-                        self.0.display()
-                    ))
-                    .into())
-                }
-                // A file system without locks is no reason not to train.
-                Ok(()) | Err(TryLockError::Error(_)) => return Ok(Some(file)),
-            }
-        }
     }
 
     /// Refuses logs that reach further than a run without a checkpoint can have come: its checkpoints are missing.
@@ -176,7 +146,7 @@ pub struct Recorder {
     /// The step of the last evaluation.
     evaluated: Option<usize>,
     progress: Progress,
-    _lock: Option<File>,
+    lease: Lease,
 }
 
 impl Recorder {
@@ -184,7 +154,7 @@ impl Recorder {
     ///
     /// # Errors
     /// Storage, where a file cannot be written.
-    pub fn open(dir: &RunDir, lock: Option<File>, step: usize, steps: usize) -> Result<Self> {
+    pub fn open(dir: &RunDir, lease: Lease, step: usize, steps: usize) -> Result<Self> {
         let (train, _) = Log::open::<TrainRow>(&dir.0.join("train.csv"), step)?;
         let (eval, rows) = Log::open::<EvalRow>(&dir.0.join("eval.csv"), step)?;
         let best = Best::of(&rows, &checkpoint::list(&dir.checkpoints()));
@@ -203,11 +173,20 @@ impl Recorder {
             }
         }
         let evaluated = rows.last().map(|row| row.step);
-        Ok(Self { dir: dir.clone(), train, eval, best, evaluated, progress: Progress::new(step, steps), _lock: lock })
+        Ok(Self { dir: dir.clone(), train, eval, best, evaluated, progress: Progress::new(step, steps), lease })
+    }
+
+    /// Makes sure that the directory is still this run's to write to.
+    ///
+    /// # Errors
+    /// Communication, where another process has taken the run over.
+    pub fn check(&self) -> Result<()> {
+        self.lease.check()
     }
 
     /// Notes a step; it becomes a row of train.csv where `row` is given.
     pub fn step(&mut self, step: usize, loss: f64, row: Option<&TrainRow>) -> Result<()> {
+        self.check()?;
         if let Some(row) = row {
             self.train.append(row)?;
         }
@@ -231,6 +210,7 @@ impl Recorder {
 
     /// Writes an evaluation; whether it is the best so far.
     pub fn evaluation(&mut self, row: &EvalRow) -> Result<bool> {
+        self.check()?;
         self.eval.append(row)?;
         self.evaluated = Some(row.step);
         let EvalRow { step, loss, ppl, .. } = *row;
@@ -245,12 +225,14 @@ impl Recorder {
 
     /// Makes the rows so far durable: before a checkpoint is, so that none can outlive the rows of its steps.
     pub fn sync(&self) -> Result<()> {
+        self.check()?;
         self.train.sync()?;
         self.eval.sync()
     }
 
     /// Publishes the best evaluation, once its checkpoint is there, and clears checkpoints no longer kept.
     pub fn saved(&mut self, keep_last: usize) -> Result<()> {
+        self.check()?;
         if let Some(best) = &self.best {
             best.publish(&self.dir)?;
         }
@@ -259,6 +241,7 @@ impl Recorder {
 
     /// Writes the text generated at a step.
     pub fn sample(&mut self, step: usize, text: &str) -> Result<()> {
+        self.check()?;
         replace(&self.sample_path(step), text.as_bytes())
     }
 

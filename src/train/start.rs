@@ -19,6 +19,7 @@ use crate::data::prepare::DataDir;
 use crate::data::shard::hex;
 use crate::device;
 use crate::error::{Error, Result};
+use crate::fault::lease::Lease;
 use crate::fault::{restarts, StopRequest};
 use crate::model::{Gpt, GptConfig};
 use crate::tokenizer::Tokenizer;
@@ -172,7 +173,7 @@ impl<'a> Trainer<'a> {
     fn take_up(&mut self, resume: &Resume, allowed: &[String]) -> Result<Option<PathBuf>> {
         let checkpoints = self.dir.checkpoints();
         // Taken before anything is read: the run that holds it may be about to save.
-        let lock = self.dir.lock()?;
+        let lease = self.dir.0.exists().then(|| Lease::take(&self.dir.0)).transpose()?;
         let has_history = !checkpoint::list(&checkpoints).is_empty();
         let found = match resume {
             Resume::Auto => checkpoint::latest(&checkpoints)?,
@@ -205,18 +206,25 @@ impl<'a> Trainer<'a> {
             checkpoint::load_model(&path, &mut self.model.parameters)?;
             info!("beginning with the weights of {}", path.display());
         }
+        let lease = match lease {
+            Some(lease) => lease,
+            None => Lease::take(&self.dir.0)?,
+        };
+        // Reading may have taken long, and a new directory may have become another's before it was taken.
+        lease.check()?;
+        if has_history == checkpoint::list(&checkpoints).is_empty() {
+            let path = self.dir.0.display();
+            let message = format!("another process trained in {path} just now; start the same command again");
+            return Err(Error::Usage(message).into());
+        }
         self.dir.claim(&self.plan.config, &self.tokenizer_file)?;
         let Config { train, fault, .. } = &self.plan.config;
         if self.state.step < train.steps {
             restarts::note_start(&self.dir.0, self.state.step, fault.max_restarts_without_progress)?;
         }
-        let lock = match lock {
-            None => self.dir.lock()?,
-            taken => taken,
-        };
         checkpoint::set_aside_after(&checkpoints, self.state.step)?;
         let kept = if has_history { self.state.step } else { 0 };
-        self.recorder = Some(Recorder::open(&self.dir, lock, kept, self.plan.config.train.steps)?);
+        self.recorder = Some(Recorder::open(&self.dir, lease, kept, self.plan.config.train.steps)?);
         Ok(found)
     }
 
