@@ -67,6 +67,7 @@ pub fn run(cli: &Cli) -> Result<()> {
             let deadlines = Deadlines {
                 startup: Duration::from_secs(parsed.fault.startup_deadline_s),
                 step: Duration::from_secs(parsed.fault.step_deadline_s),
+                save: Duration::from_secs(parsed.fault.save_deadline_s),
             };
             on_every_rank(deadlines, |comm| {
                 let plan = parsed.validate(comm.world_size);
@@ -175,7 +176,8 @@ fn start_log(cli: &Cli, file: Option<&Path>, root: bool) {
     if let Some(path) = file {
         let layer = tracing_subscriber::fmt::layer().with_ansi(false).with_target(false).with_timer(UtcTime);
         let path = path.to_path_buf();
-        layers.push(layer.with_writer(move || RankLog::open(&path)).with_filter(level).boxed());
+        // First, since whoever reads stderr may have stopped.
+        layers.insert(0, layer.with_writer(move || RankLog::open(&path)).with_filter(level).boxed());
     }
     let _ = tracing_subscriber::registry().with(layers).try_init();
 }
@@ -376,7 +378,7 @@ fn eval(comm: &Comm, run: &Run, split: SplitName) -> Result<()> {
         micro_batch: plan.micro_batch,
         padding: i64::from(tokenizer.end_of_text()),
     };
-    let row = evaluation.run(comm, &model, device, step)?;
+    let row = evaluation.run(comm, &model, device, step, |_| ())?;
     if comm.is_root() {
         let mut writer = csv::Writer::from_writer(io::stdout());
         writer.serialize(row).and_then(|()| Ok(writer.flush()?)).map_err(|e| stdout_failed(e.into()))?;

@@ -166,6 +166,16 @@ fn peak_resident_mib() -> Option<f64> {
     Some(kib / 1024.0)
 }
 
+/// This node's name.
+pub fn host() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    if name.trim().is_empty() {
+        "this node".into()
+    } else {
+        name.trim().into()
+    }
+}
+
 /// The version of the LibTorch that this process runs on; "unknown" where its folder does not say.
 pub fn libtorch_version() -> String {
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();

@@ -26,7 +26,7 @@
 //! - [`metrics`]: the rows of the CSV files
 //! - [`data`]: text, files of token ids, and who reads what at which step
 //! - [`model`]: the GPT, its flat memory, its head, and generation; no ranks, no files
-//! - [`fault`]: signals, as requests to stop
+//! - [`fault`]: signals, as requests to stop; who trains in a run directory; which rank hangs, and which is slow
 //! - [`checkpoint`]: folders that are complete or absent
 //! - [`train`]: the loop, the optimizer, the schedules, evaluation, and the run directory
 //! - [`compare`]: the same training on each device, timed

@@ -65,6 +65,23 @@ pub struct EvalRow {
     pub eval_s: f64,
 }
 
+/// A row of ranks.csv: a rank that has become slow.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RankRow {
+    /// The step at whose end that was seen.
+    pub step: usize,
+    #[allow(missing_docs)]
+    pub rank: usize,
+    /// Its node.
+    pub host: String,
+    /// Forward and backward passes of the rank: the median of the last steps.
+    pub compute_ms: f64,
+    /// The same of the median rank.
+    pub median_ms: f64,
+    /// The one divided by the other.
+    pub factor: f64,
+}
+
 /// A row that belongs to a step.
 pub trait Row: Serialize + DeserializeOwned {
     /// The columns' names, in order.
@@ -99,6 +116,13 @@ impl Row for TrainRow {
 
 impl Row for EvalRow {
     const COLUMNS: &'static [&'static str] = &["step", "split", "loss", "ppl", "word_ppl", "tokens", "eval_s"];
+    fn step(&self) -> usize {
+        self.step
+    }
+}
+
+impl Row for RankRow {
+    const COLUMNS: &'static [&'static str] = &["step", "rank", "host", "compute_ms", "median_ms", "factor"];
     fn step(&self) -> usize {
         self.step
     }

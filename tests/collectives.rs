@@ -76,7 +76,8 @@ fn a_missing_nccl_is_said_and_no_panic() {
 }
 
 fn deadlines(step: u64) -> Deadlines {
-    Deadlines { startup: Duration::from_secs(60), step: Duration::from_secs(step) }
+    let step = Duration::from_secs(step);
+    Deadlines { startup: Duration::from_secs(60), step, save: step }
 }
 
 /// Small whole numbers, so that every order of adding gives the same.
@@ -135,7 +136,7 @@ fn a_rank_checks_every_collective() {
     assert_eq!(comm.sum(&[1.0, rank as f64]).unwrap(), [n as f64, (n * (n - 1) / 2) as f64]);
     assert!(comm.any(rank + 1 == n).unwrap());
     assert!(!comm.any(false).unwrap());
-    comm.barrier().unwrap();
+    comm.barrier(comm.deadlines.step).unwrap();
 }
 
 /// 1 + 2^-24 is 1 in fp32, so the sum tells in which order it was added.
@@ -161,13 +162,13 @@ fn a_rank_waits_for_one_that_sleeps() {
     if comm.rank == 1 {
         std::thread::sleep(Duration::from_secs(3));
     } else {
-        let error = comm.barrier().unwrap_err();
+        let error = comm.barrier(comm.deadlines.step).unwrap_err();
         assert_eq!(lockstep::error::exit_code(&error), 6);
         assert!(error.to_string().contains("longer than 1 s"), "{error}");
     }
     // The other comes late after all, and both leave in order.
     if comm.rank == 1 {
-        comm.barrier().unwrap();
+        comm.barrier(comm.deadlines.step).unwrap();
     }
 }
 

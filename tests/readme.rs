@@ -13,7 +13,7 @@ use std::path::Path;
 
 use lockstep::compare::CompareRow;
 use lockstep::config::{Config, PRESETS};
-use lockstep::metrics::{EvalRow, Row, TrainRow};
+use lockstep::metrics::{EvalRow, RankRow, Row, TrainRow};
 
 /// Commands that are not run: how they begin, and why.
 #[cfg(feature = "mpi")]
@@ -177,5 +177,6 @@ fn presets_and_columns_are_the_programs() {
     assert_eq!(table("preset"), presets);
     assert_eq!(first_cells("train.csv"), TrainRow::COLUMNS);
     assert_eq!(first_cells("eval.csv"), EvalRow::COLUMNS);
+    assert_eq!(first_cells("ranks.csv"), RankRow::COLUMNS);
     assert_eq!(first_cells("compare.csv"), CompareRow::COLUMNS);
 }

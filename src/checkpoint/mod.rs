@@ -137,7 +137,7 @@ impl Saving {
         }
         let mut optimizer_file = format!("{OPTIMIZER}.safetensors");
         if let Some(comm) = ranks {
-            comm.barrier()?; // nobody writes before the old is cleared
+            comm.barrier(comm.deadlines.save)?; // nobody writes before the old is cleared
             optimizer_file = name_of_part(comm.rank, comm.world_size);
         }
         let moments = tensors::Copied::of_optimizer(optimizer);
@@ -174,6 +174,7 @@ impl Saving {
         may_publish()?;
         let done = written.and_then(|mut files| {
             if let Some(comm) = ranks {
+                comm.barrier(comm.deadlines.save)?; // the others' files may be larger, or their disks slower
                 let mine = files.get(&name_of_part(comm.rank, comm.world_size)).map(Entry::as_numbers);
                 for (rank, numbers) in comm.gather(&mine.unwrap_or_default())?.into_iter().enumerate() {
                     files.insert(name_of_part(rank, comm.world_size), Entry::from_numbers(&numbers));

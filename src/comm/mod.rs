@@ -20,6 +20,8 @@ mod mpi;
 mod mpi;
 mod nccl;
 
+pub use mpi::exit_now;
+
 /// This process's place among the ranks of the job.
 pub struct Comm {
     /// This process's number, 0 to below `world_size`.
@@ -28,7 +30,8 @@ pub struct Comm {
     pub local_rank: usize,
     /// The number of ranks.
     pub world_size: usize,
-    deadlines: Deadlines,
+    /// How long it waits for the others.
+    pub deadlines: Deadlines,
     // Declared before MPI's world, so that the GPUs part before it is finalised.
     gpus: Option<nccl::Group>,
     world: Option<mpi::World>,
@@ -41,11 +44,13 @@ pub struct Deadlines {
     pub startup: Duration,
     /// In one step's exchange.
     pub step: Duration,
+    /// Until the others have saved.
+    pub save: Duration,
 }
 
 impl Default for Deadlines {
     fn default() -> Self {
-        Self { startup: Duration::from_secs(600), step: Duration::from_secs(300) }
+        Self { startup: Duration::from_secs(600), step: Duration::from_secs(300), save: Duration::from_secs(600) }
     }
 }
 
@@ -105,7 +110,7 @@ impl Comm {
         let id = if self.is_root() { nccl::unique_id()? } else { [0; 128] };
         let id = world.broadcast_bytes(&id, self.deadlines.startup)?;
         let id = id.try_into().map_err(|_| Error::Communication("NCCL's id was cut on its way".into()))?;
-        let Deadlines { startup, step } = self.deadlines;
+        let Deadlines { startup, step, .. } = self.deadlines;
         self.gpus = Some(nccl::Group::start(index, id, self.rank, self.world_size, startup, step)?);
         Ok(())
     }
@@ -127,6 +132,11 @@ impl Comm {
             host: self.world.as_ref().map(|world| world.host.clone()),
             nccl: nccl::version().map_err(|e| e.to_string()),
         }
+    }
+
+    /// The name of this rank's node.
+    pub fn host(&self) -> String {
+        self.world.as_ref().map_or_else(crate::device::host, |world| world.host.clone())
     }
 
     /// Begins to replace a tensor by its sum over all ranks: it must not be read or written until [`Comm::finish`].
@@ -243,9 +253,13 @@ impl Comm {
     /// # Errors
     /// Communication, where a peer does not answer in time.
     pub fn gather(&self, mine: &[f64]) -> Result<Vec<Vec<f64>>> {
+        self.gather_within(mine, self.deadlines.step)
+    }
+
+    fn gather_within(&self, mine: &[f64], deadline: Duration) -> Result<Vec<Vec<f64>>> {
         match &self.world {
             None => Ok(vec![mine.to_vec()]),
-            Some(world) => world.gather(mine, self.deadlines.step),
+            Some(world) => world.gather(mine, deadline),
         }
     }
 
@@ -288,12 +302,13 @@ impl Comm {
         Ok(self.sum(&[f64::from(u8::from(mine))])?[0] > 0.0)
     }
 
-    /// Waits until every rank is here: before one leaves, whose end a launcher may take for the job's.
+    /// Waits until every rank is here, for `deadline` at the most: where others may be busy with something that takes
+    /// longer than a step, and before a rank leaves, whose end a launcher may take for the job's.
     ///
     /// # Errors
     /// As [`Comm::gather`].
-    pub fn barrier(&self) -> Result<()> {
-        self.gather(&[0.0]).map(drop)
+    pub fn barrier(&self, deadline: Duration) -> Result<()> {
+        self.gather_within(&[0.0], deadline).map(drop)
     }
 
     /// Ends every rank of the job with this exit code. One process alone just returns its own.

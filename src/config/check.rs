@@ -145,6 +145,12 @@ impl Config {
                 "1 to 604800 (a week)",
                 self.fault.step_deadline_s.to_string(),
             ),
+            (
+                (1..=604_800).contains(&self.fault.save_deadline_s),
+                "fault.save_deadline_s",
+                "1 to 604800 (a week)",
+                self.fault.save_deadline_s.to_string(),
+            ),
             (self.train.steps > 0, "train.steps", "1 or more", self.train.steps.to_string()),
             (self.train.log_every > 0, "train.log_every", "1 or more", self.train.log_every.to_string()),
             (self.train.keep_last > 0, "train.keep_last", "1 or more", self.train.keep_last.to_string()),

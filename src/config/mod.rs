@@ -238,8 +238,10 @@ pub enum GradDtype {
 pub struct Fault {
     /// Seconds until all ranks have started and joined.
     pub startup_deadline_s: u64,
-    /// Seconds that a rank waits for the others within a step.
+    /// Seconds that a rank waits for the others within a step, and that a micro-batch may take.
     pub step_deadline_s: u64,
+    /// Seconds that a checkpoint may take to be written, once it is waited for.
+    pub save_deadline_s: u64,
     /// What happens to a batch whose loss or gradient is not finite.
     pub nonfinite: NonFinite,
     /// How often Slurm may start a job again that gets no further; 0 for no limit.
@@ -377,6 +379,7 @@ impl Default for Fault {
         Self {
             startup_deadline_s: 600,
             step_deadline_s: 300,
+            save_deadline_s: 600,
             nonfinite: NonFinite::Stop,
             max_restarts_without_progress: 3,
         }

@@ -8,7 +8,6 @@ use cudarc::driver::CudaContext;
 use serde::{Deserialize, Serialize};
 use tch::{Cuda, Device};
 
-use super::launch::host;
 use super::network::{self, Interface};
 use crate::comm::Comm;
 use crate::device;
@@ -75,7 +74,7 @@ impl Facts {
         let facts = Self {
             rank: comm.rank,
             local_rank: comm.local_rank,
-            host: libraries.host.unwrap_or_else(host),
+            host: libraries.host.unwrap_or_else(device::host),
             cores: cores(),
             threads,
             gpu,

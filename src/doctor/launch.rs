@@ -9,6 +9,7 @@ use super::network::{self, Interface, MPI_INCLUDE};
 use super::probes::within;
 use super::reach::{Finding, Meeting};
 use super::report::{Place, Report};
+use crate::device;
 
 /// What the environment says of the launcher.
 pub struct Launch {
@@ -83,7 +84,7 @@ impl Launch {
         let mut found = Vec::new();
         let wrong = choice.as_ref().and_then(|choice| network::wrong_for_mpi(choice, &all, self.several_nodes));
         if let Some(wrong) = wrong {
-            let what = format!("on {}: {wrong}; it has {}", host(), network::describe(&all));
+            let what = format!("on {}: {wrong}; it has {}", device::host(), network::describe(&all));
             // Ranks on one node share its memory, unless they are told not to.
             found.push(Finding { is_fault: self.several_nodes || !btl("sm") && !btl("vader"), what });
         }
@@ -92,7 +93,7 @@ impl Launch {
                 Some(choice) => network::chosen_by_mpi(choice, &all),
                 None => all.iter().filter(|interface| !interface.is_loopback()).collect(),
             };
-            found = meeting.hold(&host(), &taken, choice.is_some() && found.is_empty(), found);
+            found = meeting.hold(&device::host(), &taken, choice.is_some() && found.is_empty(), found);
         }
         for Finding { is_fault, what } in found {
             let unset = if choice.is_some() { ", or unset it" } else { "" };
@@ -164,19 +165,9 @@ pub fn network_remedy() -> String {
     let choice = std::env::var(MPI_INCLUDE).map_or("is not set".into(), |value| format!("is {value}"));
     format!(
         "set {MPI_INCLUDE} to the interface that joins the nodes: on {} it {choice}, and there are {}",
-        host(),
+        device::host(),
         network::describe(&network::interfaces())
     )
-}
-
-/// This node's name.
-pub fn host() -> String {
-    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-    if name.trim().is_empty() {
-        "this node".into()
-    } else {
-        name.trim().into()
-    }
 }
 
 /// The file that MPI is loaded from.

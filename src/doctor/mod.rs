@@ -49,7 +49,7 @@ pub fn run(run_dir: &Path, device: &str, show: impl Fn(&str) -> Result<()>) -> R
         None
     } else {
         launch.announce(DEADLINE);
-        let deadlines = Deadlines { startup: DEADLINE, step: DEADLINE };
+        let deadlines = Deadlines { startup: DEADLINE, step: DEADLINE, save: DEADLINE };
         let joined = Comm::start(deadlines);
         let fault = |error| report.fault(place(&error), format!("{error:#}"), launch.remedy(place(&error)));
         joined.map_err(fault).ok()
@@ -69,7 +69,7 @@ pub fn run(run_dir: &Path, device: &str, show: impl Fn(&str) -> Result<()>) -> R
     }
     let shown = if comm.is_root() { show(&report.text()) } else { Ok(()) };
     // Nobody leaves before rank 0 has spoken; the exit code is rank 0's.
-    comm.barrier()?;
+    comm.barrier(comm.deadlines.step)?;
     shown?;
     if comm.is_root() {
         report.verdict()

@@ -38,7 +38,7 @@ pub fn within<T: Send + 'static>(deadline: Duration, work: impl FnOnce() -> T + 
 pub fn clocks(comm: &Comm) -> Result<Vec<f64>> {
     let mut least = vec![f64::INFINITY; comm.world_size];
     for _ in 0..5 {
-        comm.barrier()?;
+        comm.barrier(comm.deadlines.step)?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
         let all = comm.gather(&[now])?;
         for (least, theirs) in least.iter_mut().zip(&all) {
@@ -296,7 +296,7 @@ fn median_time(comm: &Comm, size: usize, kind: Kind, device: Device) -> Result<f
     let mut tensor = Tensor::zeros([size as i64], (kind, device));
     let mut times = Vec::new();
     for _ in 0..TRIES {
-        comm.barrier()?;
+        comm.barrier(comm.deadlines.step)?;
         comm.finish_compute(device)?;
         let start = Instant::now();
         comm.all_reduce(&mut tensor)?;

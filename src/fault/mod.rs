@@ -1,7 +1,9 @@
-//! What may befall a run: signals, as requests to stop that all ranks decide on together between two steps; and restarts.
+//! What may befall a run: signals, as requests to stop that all ranks decide on together between two steps; restarts;
+//! another job in the same run directory; and ranks that hang or are slow.
 
 pub mod lease;
 pub mod restarts;
+pub mod watchdog;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;

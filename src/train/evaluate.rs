@@ -8,6 +8,7 @@ use crate::comm::Comm;
 use crate::config::Layout;
 use crate::data::loader::Samples;
 use crate::error::Result;
+use crate::fault::watchdog::Phase;
 use crate::metrics::{rounded, EvalRow};
 use crate::model::Gpt;
 
@@ -27,19 +28,22 @@ pub struct Evaluation {
 
 impl Evaluation {
     /// Evaluates the model after `step` steps. Batch i is computed by rank i modulo the world size; the sums of negative
-    /// log-likelihood and the counts are added, never averages.
+    /// log-likelihood and the counts are added, never averages. `enter` is told of each micro-batch that begins, and of the
+    /// exchange.
     ///
     /// # Errors
     /// Communication, where a peer does not answer in time.
-    pub fn run(&self, comm: &Comm, model: &Gpt, device: Device, step: usize) -> Result<EvalRow> {
+    pub fn run(&self, comm: &Comm, model: &Gpt, device: Device, step: usize, enter: impl Fn(Phase)) -> Result<EvalRow> {
         let start = Instant::now();
         let all: Vec<usize> = (0..self.samples.len()).collect();
         let (mut nll, mut tokens) = (0.0, 0);
         for samples in all.chunks(self.micro_batch).skip(comm.rank).step_by(comm.world_size) {
+            enter(Phase::Evaluation);
             let batch = self.samples.batch(samples, self.padding, device, |_| 1.0);
             nll += model.loss(&batch.inputs, &batch.targets, &batch.weights);
             tokens += samples.iter().map(|&sample| self.samples.targets(sample)).sum::<usize>();
         }
+        enter(Phase::Exchange);
         let totals = comm.sum(&[nll, tokens as f64])?;
         let (nll, tokens) = (totals[0], totals[1]);
         let shard = self.samples.shard();

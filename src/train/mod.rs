@@ -20,11 +20,12 @@ use self::optimizer::{clip, squares, AdamW};
 use self::record::{Recorder, RunDir};
 use self::schedule::learning_rate;
 use crate::checkpoint::{self, Saving, State};
-use crate::comm::Comm;
+use crate::comm::{Comm, Deadlines};
 use crate::config::{Plan, Precision};
 use crate::data::loader::{Batch, Loader};
 use crate::device;
 use crate::error::{Error, Result};
+use crate::fault::watchdog::{Phase, Watchdog};
 use crate::fault::StopRequest;
 use crate::metrics::{rounded, TrainRow};
 use crate::model::generate::{generate, Sampling};
@@ -55,14 +56,20 @@ pub fn train(
     resume: &Resume,
     allowed: &[String],
 ) -> Result<()> {
-    let device = device::select(plan.config.device.name(), comm.local_rank)?;
-    if plan.config.deterministic {
-        device::use_deterministic_kernels();
-    }
-    comm.use_device(device)?;
-    let mut trainer = Trainer::new(comm, device, stop, plan, run_dir)?;
-    trainer.begin(resume, allowed)?;
-    trainer.run()
+    let watchdog = Watchdog::start(comm, &plan.config.fault)?;
+    let trained = || {
+        let device = device::select(plan.config.device.name(), comm.local_rank)?;
+        if plan.config.deterministic {
+            device::use_deterministic_kernels();
+        }
+        watchdog.enter(Phase::StartUp, 0);
+        comm.use_device(device)?;
+        watchdog.enter(Phase::StartUp, 0);
+        let mut trainer = Trainer::new(comm, &watchdog, device, stop, plan, run_dir)?;
+        trainer.begin(resume, allowed)?;
+        trainer.run()
+    };
+    watchdog.end(trained())
 }
 
 /// The type that a precision computes with.
@@ -75,6 +82,7 @@ pub fn kind(precision: Precision) -> Kind {
 
 struct Trainer<'a> {
     comm: &'a Comm,
+    watchdog: &'a Watchdog,
     plan: Plan,
     dir: RunDir,
     device: Device,
@@ -108,6 +116,8 @@ struct StepReport {
     /// Whether no rank is still writing a checkpoint.
     written: bool,
     memory_mib: f64,
+    /// Each rank's milliseconds of computing.
+    compute_ms: Vec<f64>,
     /// Milliseconds: data, compute, exposed communication, optimizer.
     laps: [f64; 4],
 }
@@ -159,6 +169,7 @@ impl<'a> Trainer<'a> {
             });
             if let Some(recorder) = &mut self.recorder {
                 recorder.step(step, report.loss, row.as_ref())?;
+                recorder.compute_times(step, &report.compute_ms)?;
             }
             let aside = Instant::now();
             if report.written {
@@ -176,9 +187,8 @@ impl<'a> Trainer<'a> {
     /// Saves at once, since whoever asked may not wait; what else is due at this step is done by the resumed run.
     fn stop(&mut self) -> Result<()> {
         self.save()?;
-        self.finish_save()?;
         // A launcher may end the job as soon as one rank leaves.
-        self.comm.barrier()?;
+        self.wait_for_save()?;
         Err(Error::Preempted(format!(
             "stopped on request after step {} of {}, saved in {}; to go on, start the same command again (with --resume \
              auto, the default)",
@@ -199,7 +209,7 @@ impl<'a> Trainer<'a> {
         let sample = due(plan.sample_every);
         if due(plan.eval_every) {
             // What is on its way belongs to the best evaluation so far, which this one may change.
-            self.finish_save()?;
+            self.wait_for_save()?;
             save |= self.evaluate(step)?;
         }
         if sample {
@@ -209,8 +219,7 @@ impl<'a> Trainer<'a> {
             self.save()?;
         }
         if last {
-            self.finish_save()?;
-            self.comm.barrier()?;
+            self.wait_for_save()?;
         }
         Ok(())
     }
@@ -221,6 +230,7 @@ impl<'a> Trainer<'a> {
         self.model.parameters.zero_grad();
         let mut loss = 0.0;
         for micro_step in 0..self.plan.accumulation {
+            self.watchdog.enter(Phase::Step, step);
             let batch = self.loader.micro_batch(global, micro_step, self.device);
             laps.end(DATA);
             let seed = self.dropout_seed(step, micro_step);
@@ -237,21 +247,25 @@ impl<'a> Trainer<'a> {
             self.sequences += batch.inputs.size()[0] as usize;
             laps.end(COMPUTE);
         }
+        self.watchdog.enter(Phase::Exchange, step);
         self.gradients.finish(self.comm, &mut self.model.parameters.grad)?;
         laps.end(COMM_EXPOSED);
         let mut squares = squares(&self.model.parameters, &self.optimizer.ranges);
         laps.end(OPTIMIZER);
         let memory = device::peak_memory_mib(self.device).unwrap_or(0.0);
         let written = self.saving.as_ref().is_none_or(Saving::is_written);
-        let mut mine = vec![loss, f64::from(u8::from(self.stop.raised())), memory, f64::from(u8::from(written))];
+        let [stop, written] = [self.stop.raised(), written].map(|flag| f64::from(u8::from(flag)));
+        let mut mine = vec![loss, stop, memory, written, laps.times[COMPUTE]];
+        let numbers = mine.len();
         if self.gradients.is_sharded() {
             mine.append(&mut squares);
         }
         let ranks = self.comm.gather(&mine)?;
+        self.watchdog.enter(Phase::Step, step);
         laps.end(COMM_EXPOSED);
 
         let total = |column: usize| ranks.iter().map(|rank| rank[column]).sum::<f64>();
-        squares.extend((4..mine.len()).map(total));
+        squares.extend((numbers..mine.len()).map(total));
         let grad_norm = squares.iter().sum::<f64>().sqrt();
         let lr = learning_rate(&self.plan.config.optim, step, self.plan.config.train.steps);
         if !total(0).is_finite() || !grad_norm.is_finite() {
@@ -267,6 +281,7 @@ impl<'a> Trainer<'a> {
             stop: total(1) > 0.0,
             written: total(3) as usize == self.comm.world_size,
             memory_mib: ranks.iter().map(|rank| rank[2]).fold(0.0, f64::max),
+            compute_ms: ranks.iter().map(|rank| rank[4]).collect(),
             laps: laps.times,
         })
     }
@@ -278,7 +293,9 @@ impl<'a> Trainer<'a> {
         self.optimizer.step(parameters, step, lr);
         self.comm.finish_compute(self.device)?;
         laps.end(OPTIMIZER);
+        self.watchdog.enter(Phase::Exchange, step);
         self.gradients.gather_weights(self.comm, &parameters.flat)?;
+        self.watchdog.enter(Phase::Step, step);
         laps.end(COMM_EXPOSED);
         parameters.publish();
         self.comm.finish_compute(self.device)?;
@@ -293,14 +310,17 @@ impl<'a> Trainer<'a> {
 
     fn evaluate(&mut self, step: usize) -> Result<bool> {
         let Some(valid) = &self.valid else { return Ok(false) };
+        self.enter(Phase::Exchange);
         if !self.comm.any(self.recorder.as_ref().is_some_and(|recorder| !recorder.has_evaluation(step)))? {
             return Ok(false);
         }
-        let row = valid.run(self.comm, &self.model, self.device, step)?;
+        let row = valid.run(self.comm, &self.model, self.device, step, |phase| self.enter(phase))?;
+        self.enter(Phase::Evaluation);
         let improved = match &mut self.recorder {
             Some(recorder) => recorder.evaluation(&row)?,
             None => false,
         };
+        self.enter(Phase::Exchange);
         self.comm.any(improved)
     }
 
@@ -308,6 +328,7 @@ impl<'a> Trainer<'a> {
         let Some(recorder) = self.recorder.as_mut().filter(|recorder| !recorder.has_sample(step)) else {
             return Ok(());
         };
+        self.watchdog.enter(Phase::Sampling, step);
         let prompts = match &self.plan.config.train.prompts[..] {
             [] => &[String::new()],
             prompts => prompts,
@@ -324,7 +345,8 @@ impl<'a> Trainer<'a> {
 
     /// Begins to save, once an earlier save is done.
     fn save(&mut self) -> Result<()> {
-        self.finish_save()?;
+        self.wait_for_save()?;
+        self.enter(Phase::Save);
         let checkpoints = self.dir.checkpoints();
         // One that is there already has the same bits: the run resumed from it.
         let here = || checkpoint::list(&checkpoints).iter().any(|(step, _)| *step == self.state.step);
@@ -345,10 +367,20 @@ impl<'a> Trainer<'a> {
     /// Waits for the save that is under way, if any, and clears what is no longer kept.
     fn finish_save(&mut self) -> Result<()> {
         let Some(saving) = self.saving.take() else { return Ok(()) };
+        self.enter(Phase::Save);
         let may_publish = || self.recorder.as_ref().map_or(Ok(()), Recorder::check);
         let path = saving.finish(self.writers(), may_publish)?;
         debug!("saved {}", path.display());
         self.saved()
+    }
+
+    /// Waits until no rank saves any more: others may have nothing to write, and yet must not go ahead to where they would
+    /// wait no longer than a step may take.
+    fn wait_for_save(&mut self) -> Result<()> {
+        self.finish_save()?;
+        self.enter(Phase::Waiting);
+        let Deadlines { step, save, .. } = self.comm.deadlines;
+        self.comm.barrier(step.max(save))
     }
 
     fn saved(&mut self) -> Result<()> {
@@ -361,6 +393,11 @@ impl<'a> Trainer<'a> {
     /// The ranks that write a checkpoint together: all, where each has its part of the optimizer's state.
     fn writers(&self) -> Option<&'a Comm> {
         self.gradients.is_sharded().then_some(self.comm)
+    }
+
+    /// Marks progress between two steps.
+    fn enter(&self, phase: Phase) {
+        self.watchdog.enter(phase, self.state.step);
     }
 
     fn mfu(&self, tokens_per_s: f64) -> f64 {

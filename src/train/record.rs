@@ -7,13 +7,14 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::checkpoint;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::fault::lease::Lease;
-use crate::metrics::{replace, EvalRow, Log, TrainRow};
+use crate::fault::watchdog::Stragglers;
+use crate::metrics::{replace, rounded, EvalRow, Log, RankRow, TrainRow};
 
 /// The places in a run directory.
 #[derive(Debug, Clone)]
@@ -45,17 +46,25 @@ impl RunDir {
         self.0.join("logs").join(format!("rank-{rank:04}.log"))
     }
 
+    /// What each rank is doing.
+    pub fn heartbeats(&self) -> PathBuf {
+        self.0.join("heartbeats")
+    }
+
     /// Makes the folders of a run and writes its configuration and its tokenizer there.
     ///
     /// # Errors
     /// Storage, where a folder or a file cannot be made.
     pub fn claim(&self, config: &Config, tokenizer: &Path) -> Result<()> {
+        let make = |folder: &Path| fs::create_dir_all(folder).map_err(|e| Error::write(folder, e));
         for folder in ["checkpoints", "logs", "samples"] {
-            let folder = self.0.join(folder);
-            fs::create_dir_all(&folder).map_err(|e| Error::write(&folder, e))?;
+            make(&self.0.join(folder))?;
         }
         replace(&self.config(), config.to_yaml()?.as_bytes())?;
-        replace(&self.tokenizer(), &fs::read(tokenizer).map_err(|e| Error::read(tokenizer, e))?)
+        replace(&self.tokenizer(), &fs::read(tokenizer).map_err(|e| Error::read(tokenizer, e))?)?;
+        // An earlier job's heartbeats are not mistaken for this one's.
+        let _ = fs::remove_dir_all(self.heartbeats());
+        make(&self.heartbeats())
     }
 
     /// Refuses logs that reach further than a run without a checkpoint can have come: its checkpoints are missing.
@@ -141,6 +150,10 @@ pub struct Recorder {
     dir: RunDir,
     train: Log,
     eval: Log,
+    slow: Log,
+    stragglers: Stragglers,
+    /// The node of each rank.
+    pub hosts: Vec<String>,
     /// The best evaluation so far.
     pub best: Option<Best>,
     /// The step of the last evaluation.
@@ -157,6 +170,7 @@ impl Recorder {
     pub fn open(dir: &RunDir, lease: Lease, step: usize, steps: usize) -> Result<Self> {
         let (train, _) = Log::open::<TrainRow>(&dir.0.join("train.csv"), step)?;
         let (eval, rows) = Log::open::<EvalRow>(&dir.0.join("eval.csv"), step)?;
+        let (slow, _) = Log::open::<RankRow>(&dir.0.join("ranks.csv"), step)?;
         let best = Best::of(&rows, &checkpoint::list(&dir.checkpoints()));
         match best {
             Some(best) => best.publish(dir)?,
@@ -173,7 +187,18 @@ impl Recorder {
             }
         }
         let evaluated = rows.last().map(|row| row.step);
-        Ok(Self { dir: dir.clone(), train, eval, best, evaluated, progress: Progress::new(step, steps), lease })
+        Ok(Self {
+            dir: dir.clone(),
+            train,
+            eval,
+            slow,
+            stragglers: Stragglers::default(),
+            hosts: Vec::new(),
+            best,
+            evaluated,
+            progress: Progress::new(step, steps),
+            lease,
+        })
     }
 
     /// Makes sure that the directory is still this run's to write to.
@@ -191,6 +216,30 @@ impl Recorder {
             self.train.append(row)?;
         }
         self.progress.step(step, loss, row);
+        Ok(())
+    }
+
+    /// Takes each rank's milliseconds of computing in a step, and names those that have become slow.
+    pub fn compute_times(&mut self, step: usize, times: &[f64]) -> Result<()> {
+        for slow in self.stragglers.step(times) {
+            let row = RankRow {
+                step,
+                rank: slow.rank,
+                host: self.hosts.get(slow.rank).cloned().unwrap_or_default(),
+                compute_ms: rounded(slow.compute_ms),
+                median_ms: rounded(slow.median_ms),
+                factor: rounded(slow.factor()),
+            };
+            let RankRow { rank, host, compute_ms, median_ms, factor, .. } = &row;
+            self.progress.say(|| {
+                warn!(
+                    "step {step}: rank {rank} on {host} computes {factor:.1} times as long as the median rank, \
+                     {compute_ms:.0} ms and not {median_ms:.0} ms a step, and all wait for it; see what else runs there, \
+                     or leave that node out"
+                )
+            });
+            self.slow.append(&row)?;
+        }
         Ok(())
     }
 

@@ -20,12 +20,20 @@ use crate::data::shard::hex;
 use crate::device;
 use crate::error::{Error, Result};
 use crate::fault::lease::Lease;
+use crate::fault::watchdog::{Phase, Watchdog};
 use crate::fault::{restarts, StopRequest};
 use crate::model::{Gpt, GptConfig};
 use crate::tokenizer::Tokenizer;
 
 impl<'a> Trainer<'a> {
-    pub(super) fn new(comm: &'a Comm, device: Device, stop: StopRequest, plan: Plan, run_dir: &Path) -> Result<Self> {
+    pub(super) fn new(
+        comm: &'a Comm,
+        watchdog: &'a Watchdog,
+        device: Device,
+        stop: StopRequest,
+        plan: Plan,
+        run_dir: &Path,
+    ) -> Result<Self> {
         let config = &plan.config;
         let threads = device::set_threads(match config.threads {
             Auto::Number(n) => Some(n),
@@ -75,6 +83,7 @@ impl<'a> Trainer<'a> {
             State { format_version: FORMAT_VERSION, step: 0, tokens: 0, elapsed_s: 0.0, data_sha256, conditions };
         Ok(Self {
             comm,
+            watchdog,
             dir: RunDir(run_dir.to_path_buf()),
             device,
             tokenizer,
@@ -99,12 +108,21 @@ impl<'a> Trainer<'a> {
     pub(super) fn begin(&mut self, resume: &Resume, allowed: &[String]) -> Result<()> {
         // First, so that a job that is refused leaves the run directory as it was.
         self.agree()?;
+        let hosts = self.comm.gather_text(&self.comm.host())?;
+        self.enter(Phase::StartUp);
         let found = if self.comm.is_root() { self.take_up(resume, allowed)? } else { None };
+        self.comm.barrier(self.comm.deadlines.startup)?;
         let State { step, tokens, elapsed_s, .. } = self.state;
         let resumes = f64::from(u8::from(found.is_some()));
         let numbers = &self.comm.gather(&[step as f64, tokens as f64, elapsed_s, resumes])?[0];
         (self.state.step, self.state.tokens, self.state.elapsed_s) =
             (numbers[0] as usize, numbers[1] as u64, numbers[2]);
+        // Rank 0 has made the run directory this job's.
+        self.watchdog.leave_heartbeats(self.dir.heartbeats())?;
+        if let Some(recorder) = &mut self.recorder {
+            recorder.hosts = hosts;
+        }
+        self.enter(Phase::StartUp);
         self.comm.broadcast(&mut self.model.parameters.flat)?;
         self.model.parameters.publish();
         if numbers[3] > 0.0 {
@@ -116,7 +134,9 @@ impl<'a> Trainer<'a> {
     /// Rank 0 reads the optimizer's state bucket by bucket, whoever wrote it; each rank keeps what it updates.
     fn take_up_moments(&mut self, checkpoint: Option<&Path>) -> Result<()> {
         let files = checkpoint.map(|path| OptimizerFiles::open(path, self.model.parameters.numel())).transpose()?;
+        self.comm.barrier(self.comm.deadlines.startup)?;
         for (start, length) in self.gradients.buckets() {
+            self.enter(Phase::StartUp);
             let zeros = || Tensor::zeros([length], (Kind::Float, self.device));
             let mut moments = [zeros(), zeros()];
             for (name, moment) in MOMENTS.iter().zip(&mut moments) {
@@ -135,6 +155,8 @@ impl<'a> Trainer<'a> {
         if self.comm.world_size == 1 {
             return Ok(());
         }
+        // Opening the data takes some nodes longer than others.
+        self.comm.barrier(self.comm.deadlines.startup)?;
         let Conditions { lockstep, libtorch, hardware, .. } = &self.state.conditions;
         let tokenizer = std::fs::read(&self.tokenizer_file).map_err(|e| Error::read(&self.tokenizer_file, e))?;
         // (name, what it is, whether a difference is an error)

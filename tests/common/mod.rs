@@ -179,7 +179,7 @@ pub fn copy_folder(from: &Path, to: &Path) {
     }
 }
 
-/// Every file below a folder with its content, by its path from there, but for the logs, which every start touches.
+/// Every file below a folder with its content, by its path from there, but for what every start touches: logs, heartbeats.
 pub fn snapshot(folder: &Path) -> BTreeMap<String, Vec<u8>> {
     let mut files = BTreeMap::new();
     let mut folders = vec![folder.to_owned()];
@@ -194,7 +194,7 @@ pub fn snapshot(folder: &Path) -> BTreeMap<String, Vec<u8>> {
             }
         }
     }
-    files.retain(|name, _| !name.starts_with("logs/"));
+    files.retain(|name, _| !name.starts_with("logs/") && !name.starts_with("heartbeats/"));
     files
 }
 
