@@ -74,7 +74,8 @@ impl RunDir {
     pub fn check_logs(&self, save_every: usize) -> Result<()> {
         let rows: Vec<TrainRow> = Log::rows(&self.0.join("train.csv"))?;
         match rows.last() {
-            Some(row) if save_every > 0 && row.step > save_every => Err(Error::Storage(format!(
+            // The first save may still have been on its way when the second was due.
+            Some(row) if save_every > 0 && row.step > 2 * save_every => Err(Error::Storage(format!(
                 "{} has the log of {} steps but no checkpoint; bring its checkpoints back, or begin anew in another --run-dir",
                 self.0.display(),
                 row.step
