@@ -148,7 +148,7 @@ pub enum Verb {
         #[arg(long, default_value = "compare.csv")]
         out: PathBuf,
     },
-    /// Lists or verifies a run's checkpoints.
+    /// Lists or verifies a run's checkpoints, or proves that a run resumes bit for bit.
     #[command(after_help = "Example:\n  lockstep checkpoint verify --run-dir runs/wikitext2")]
     Checkpoint {
         /// What to do with them.
@@ -216,5 +216,18 @@ pub enum CheckpointAction {
         /// The run directory.
         #[arg(long)]
         run_dir: PathBuf,
+    },
+    /// Trains a few steps straight, and half of them again from a checkpoint: all ranks, and every bit alike?
+    #[command(after_help = "Example:\n  launch/local 2 checkpoint prove --config configs/sample.yaml")]
+    Prove {
+        /// The run's YAML file.
+        #[arg(long)]
+        config: PathBuf,
+        /// Replaces one key of it, for example precision=bf16.
+        #[arg(long = "set", value_name = "KEY=VALUE")]
+        overrides: Vec<String>,
+        /// Optimizer steps of the straight run.
+        #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(2..))]
+        steps: u32,
     },
 }

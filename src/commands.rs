@@ -17,18 +17,20 @@ use crate::checkpoint;
 use crate::cli::{CheckpointAction, Cli, DeviceName, LogFormat, Run, SplitName, Verb};
 use crate::comm::{Comm, Deadlines};
 use crate::compare::{compare, Comparison};
-use crate::config::{Config, DeviceChoice, Plan};
+use crate::config::{Config, DeviceChoice, Fault, Plan};
 use crate::data::loader::Samples;
 use crate::data::prepare::{prepare, DataDir};
 use crate::data::wikitext::Source;
 use crate::device;
 use crate::doctor;
 use crate::error::{Error, Result};
+use crate::fault::watchdog::Watchdog;
 use crate::fault::StopRequest;
 use crate::model::generate::{generate, Sampling};
 use crate::model::{Gpt, GptConfig};
 use crate::tokenizer::Tokenizer;
 use crate::train::evaluate::Evaluation;
+use crate::train::prove::prove;
 use crate::train::record::{find_checkpoint, RunDir};
 use crate::train::{self, Resume};
 
@@ -37,7 +39,8 @@ use crate::train::{self, Resume};
 /// # Errors
 /// As the verb; [`crate::error::exit_code`] says what they mean for the process.
 pub fn run(cli: &Cli) -> Result<()> {
-    if !matches!(cli.verb, Verb::Train { .. }) {
+    // Those wait until they know their rank.
+    if !matches!(cli.verb, Verb::Train { .. } | Verb::Checkpoint { action: CheckpointAction::Prove { .. } }) {
         start_log(cli, None, true);
     }
     match &cli.verb {
@@ -64,17 +67,13 @@ pub fn run(cli: &Cli) -> Result<()> {
                 path => Resume::From(path.into()),
             };
             let parsed = Config::load(config, overrides)?;
-            let deadlines = Deadlines {
-                startup: Duration::from_secs(parsed.fault.startup_deadline_s),
-                step: Duration::from_secs(parsed.fault.step_deadline_s),
-                save: Duration::from_secs(parsed.fault.save_deadline_s),
-            };
-            on_every_rank(deadlines, |comm| {
+            on_every_rank(deadlines(&parsed.fault), |comm| {
                 let plan = parsed.validate(comm.world_size);
                 let plan = plan.map_err(|e| e.context(format!("in {}", config.display())))?;
                 let run_dir = run_dir.clone().unwrap_or_else(|| Path::new("runs").join(&plan.config.name));
                 start_log(cli, Some(&RunDir(run_dir.clone()).log(comm.rank)), comm.is_root());
-                train::train(comm, stop, plan, &run_dir, &resume, allow_config_change)
+                let watchdog = Watchdog::start(comm, &plan.config.fault)?;
+                watchdog.end(train::train(comm, &watchdog, &stop, plan, &run_dir, &resume, allow_config_change))
             })
         }
         Verb::Eval { run, split } => on_every_rank(Deadlines::default(), |comm| eval(comm, run, *split)),
@@ -120,6 +119,16 @@ pub fn run(cli: &Cli) -> Result<()> {
                 .into()),
             }
         }
+        Verb::Checkpoint { action: CheckpointAction::Prove { config, overrides, steps } } => {
+            let stop = StopRequest::install()?;
+            let parsed = Config::load(config, overrides)?;
+            on_every_rank(deadlines(&parsed.fault), |comm| {
+                start_log(cli, None, comm.is_root());
+                let folder = Path::new("runs").join(format!("{}-proof", parsed.name));
+                let watchdog = Watchdog::start(comm, &parsed.fault)?;
+                watchdog.end(prove(comm, &watchdog, &stop, &parsed, *steps as usize, &folder, print))
+            })
+        }
         Verb::Doctor { run_dir, device } => doctor::run(run_dir, device, print),
         Verb::Completions { shell } => {
             // Into memory first: the generator panics where its output cannot be written.
@@ -127,6 +136,14 @@ pub fn run(cli: &Cli) -> Result<()> {
             clap_complete::generate(*shell, &mut Cli::command(), "lockstep", &mut script);
             io::stdout().write_all(&script).map_err(stdout_failed)
         }
+    }
+}
+
+fn deadlines(fault: &Fault) -> Deadlines {
+    Deadlines {
+        startup: Duration::from_secs(fault.startup_deadline_s),
+        step: Duration::from_secs(fault.step_deadline_s),
+        save: Duration::from_secs(fault.save_deadline_s),
     }
 }
 

@@ -155,3 +155,31 @@ fn another_runs_checkpoint_begins_a_run_and_a_restart_goes_on_with_its_own() {
     assert_eq!(columns(&second.dir.join("train.csv"), &["step"]).len(), 6);
     assert!(first.dir.join("checkpoints/step-00000012").exists());
 }
+
+#[test]
+#[cfg(feature = "mpi")]
+fn a_configuration_is_proved_to_resume_bit_for_bit() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = CONFIG.replace("MICRO", "8");
+    let run = Run::new(folder.path(), "mine", &format!("name: mine\n{config}"), 2);
+    let prove = |ranks: usize, more: &[&str]| {
+        let mut command =
+            Run { config: run.config.clone(), dir: run.dir.clone(), threads: 1, ranks }.verb("checkpoint");
+        command.arg("prove").arg("--config").arg(&run.config).args(more).current_dir(folder.path());
+        let done = command.stdout(std::process::Stdio::piped()).output().unwrap();
+        let said = String::from_utf8_lossy(&done.stdout).into_owned() + &String::from_utf8_lossy(&done.stderr);
+        (done.status.code(), said)
+    };
+    let (code, said) = prove(2, &["--set", "optim.zero1=true"]);
+    assert_eq!(code, Some(0), "{said}");
+    let parts = ["steps 11 to 20: tokens, loss, lr and grad_norm are alike", "bit for bit: 2 ranks"];
+    for part in parts.into_iter().chain(["model.safetensors: alike", "rank-0001-of-0002.safetensors: alike"]) {
+        assert!(said.contains(part), "no {part:?} in {said}");
+    }
+    assert!(!folder.path().join("runs/mine-proof").exists());
+    // What is there is not removed.
+    std::fs::create_dir_all(folder.path().join("runs/mine-proof")).unwrap();
+    let (code, said) = prove(1, &["--steps", "4"]);
+    assert_eq!(code, Some(4), "{said}");
+    assert!(said.contains("mine-proof is there, from an earlier proof; remove it"), "{said}");
+}

@@ -290,6 +290,15 @@ pub fn verify(checkpoint: &Path) -> Result<()> {
     Ok(())
 }
 
+/// The names of the files that hold a checkpoint's tensors.
+///
+/// # Errors
+/// Storage, where the manifest is not what this version writes.
+pub fn tensor_files(checkpoint: &Path) -> Result<Vec<String>> {
+    let manifest: Manifest = read_json(&checkpoint.join(MANIFEST))?;
+    Ok(manifest.files.into_keys().filter(|name| name == MODEL || is_optimizer(name)).collect())
+}
+
 /// Reads a verified checkpoint's state.
 ///
 /// # Errors

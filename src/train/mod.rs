@@ -4,6 +4,7 @@ pub mod evaluate;
 mod gradients;
 mod nonfinite;
 pub mod optimizer;
+pub mod prove;
 pub mod record;
 pub mod schedule;
 mod start;
@@ -50,26 +51,24 @@ pub enum Resume {
 /// Every class: [`Error`]. Preempted, where a signal asked for a stop and the state was saved.
 pub fn train(
     comm: &mut Comm,
-    stop: StopRequest,
+    watchdog: &Watchdog,
+    stop: &StopRequest,
     plan: Plan,
     run_dir: &Path,
     resume: &Resume,
     allowed: &[String],
 ) -> Result<()> {
-    let watchdog = Watchdog::start(comm, &plan.config.fault)?;
-    let trained = || {
-        let device = device::select(plan.config.device.name(), comm.local_rank)?;
-        if plan.config.deterministic {
-            device::use_deterministic_kernels();
-        }
-        watchdog.enter(Phase::StartUp, 0);
-        comm.use_device(device)?;
-        watchdog.enter(Phase::StartUp, 0);
-        let mut trainer = Trainer::new(comm, &watchdog, device, stop, plan, run_dir)?;
-        trainer.begin(resume, allowed)?;
-        trainer.run()
-    };
-    watchdog.end(trained())
+    watchdog.enter(Phase::StartUp, 0);
+    let device = device::select(plan.config.device.name(), comm.local_rank)?;
+    if plan.config.deterministic {
+        device::use_deterministic_kernels();
+    }
+    watchdog.enter(Phase::StartUp, 0);
+    comm.use_device(device)?;
+    watchdog.enter(Phase::StartUp, 0);
+    let mut trainer = Trainer::new(comm, watchdog, device, stop, plan, run_dir)?;
+    trainer.begin(resume, allowed)?;
+    trainer.run()
 }
 
 /// The type that a precision computes with.
@@ -94,7 +93,7 @@ struct Trainer<'a> {
     gradients: Gradients,
     optimizer: AdamW,
     state: State,
-    stop: StopRequest,
+    stop: &'a StopRequest,
     /// FLOP/s of this rank's device.
     peak: f64,
     /// Sequences that this process has computed.

@@ -30,7 +30,7 @@ impl<'a> Trainer<'a> {
         comm: &'a Comm,
         watchdog: &'a Watchdog,
         device: Device,
-        stop: StopRequest,
+        stop: &'a StopRequest,
         plan: Plan,
         run_dir: &Path,
     ) -> Result<Self> {

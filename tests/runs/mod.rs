@@ -30,8 +30,15 @@ impl Run {
         Self { config: path, dir: folder.join(name), ranks, threads: 1 }
     }
 
-    /// The command that starts or resumes the run; one rank needs no launcher.
+    /// The command that starts or resumes the run.
     pub fn command(&self, more: &[&str]) -> Command {
+        let mut command = self.verb("train");
+        command.arg("--config").arg(&self.config).args(more).arg("--run-dir").arg(&self.dir);
+        command
+    }
+
+    /// A verb on the run's ranks; one rank needs no launcher.
+    pub fn verb(&self, verb: &str) -> Command {
         let mut command = if self.ranks == 1 {
             Command::new(env!("CARGO_BIN_EXE_lockstep"))
         } else {
@@ -39,8 +46,8 @@ impl Run {
             local.arg(self.ranks.to_string()).env("LOCKSTEP_BIN", env!("CARGO_BIN_EXE_lockstep"));
             local
         };
-        command.args(["train", "--config"]).arg(&self.config).args(more).arg("--run-dir").arg(&self.dir);
         command
+            .arg(verb)
             .env("OMP_NUM_THREADS", self.threads.to_string())
             .env("OMP_WAIT_POLICY", "passive")
             .stdin(Stdio::null())

@@ -9,7 +9,7 @@ mod stragglers;
 
 use std::path::PathBuf;
 use std::sync::mpsc::channel;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -104,8 +104,8 @@ struct Shared {
     world_size: usize,
     fault: Fault,
     mark: Mutex<Mark>,
-    /// Where the heartbeats are, once the run directory is this job's.
-    heartbeats: OnceLock<PathBuf>,
+    /// Where the heartbeats are, once a run directory is this job's.
+    heartbeats: Mutex<Option<PathBuf>>,
 }
 
 #[derive(Clone, Copy)]
@@ -129,7 +129,7 @@ impl Watchdog {
             world_size: comm.world_size,
             fault: fault.clone(),
             mark: Mutex::new(Mark { phase: Phase::StartUp, step: 0, since: Instant::now(), count: 0 }),
-            heartbeats: OnceLock::new(),
+            heartbeats: Mutex::new(None),
         });
         let watched = shared.clone();
         spawn("watchdog", move || watched.watch())?;
@@ -147,9 +147,13 @@ impl Watchdog {
     /// # Errors
     /// Communication, where the system gives no thread.
     pub fn leave_heartbeats(&self, folder: PathBuf) -> Result<()> {
+        let before = self.0.folder().replace(folder);
         let shared = self.0.clone();
-        let _ = shared.heartbeats.set(folder);
-        spawn("heartbeat", move || shared.beat())
+        match before {
+            // The same thread goes on in the new folder.
+            Some(_) => Ok(()),
+            None => spawn("heartbeat", move || shared.beat()),
+        }
     }
 
     /// Marks the end of this rank's work. A communication error is returned with what the heartbeats say of the others.
@@ -171,6 +175,10 @@ impl Watchdog {
 impl Shared {
     fn mark(&self) -> MutexGuard<'_, Mark> {
         self.mark.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn folder(&self) -> MutexGuard<'_, Option<PathBuf>> {
+        self.heartbeats.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Ends the process once there is no new mark within the deadline of the last.
@@ -210,7 +218,7 @@ impl Shared {
         if self.world_size == 1 {
             return None;
         }
-        let folder = self.heartbeats.get()?.clone();
+        let folder = self.folder().clone()?;
         let listen = move || {
             let read = || (0..self.world_size).map(|rank| heartbeats::read(&folder, rank)).collect::<Vec<_>>();
             let before = read();
@@ -222,9 +230,9 @@ impl Shared {
 
     /// Leaves heartbeats for as long as the process lives.
     fn beat(self: Arc<Self>) {
-        let Some(folder) = self.heartbeats.get() else { return };
         let mut failed = false;
         for beat in 1.. {
+            let Some(folder) = self.folder().clone() else { return };
             let mark = *self.mark();
             let heartbeat = Heartbeat {
                 rank: self.rank,
@@ -235,7 +243,7 @@ impl Shared {
                 phase_s: mark.since.elapsed().as_secs(),
                 beat,
             };
-            match heartbeats::write(folder, &heartbeat) {
+            match heartbeats::write(&folder, &heartbeat) {
                 Err(e) if !failed => {
                     tracing::warn!(
                         "cannot leave a heartbeat in {}: {e}; should this rank hang, the others cannot name it",
