@@ -12,10 +12,11 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use tracing::warn;
+use tracing::{debug, warn};
 
 pub use tensors::{load_model, OptimizerFiles, MOMENTS};
 
@@ -140,16 +141,21 @@ impl Saving {
             comm.barrier(comm.deadlines.save)?; // nobody writes before the old is cleared
             optimizer_file = name_of_part(comm.rank, comm.world_size);
         }
+        let begun = Instant::now();
         let moments = tensors::Copied::of_optimizer(optimizer);
         let model = root.then(|| tensors::Copied::of_model(parameters));
+        debug!("step {}: the state was copied in {:.0} ms", state.step, begun.elapsed().as_secs_f64() * 1000.0);
         let folder = temporary.clone();
-        let write = move || {
+        let write = move || -> Result<BTreeMap<String, Entry>> {
+            let begun = Instant::now();
             fs::create_dir_all(&folder).map_err(|e| Error::write(&folder, e))?;
             let mut files = BTreeMap::new();
             files.insert(optimizer_file.clone(), moments.write(&folder.join(optimizer_file))?);
             if let Some(model) = model {
                 files.insert(MODEL.into(), model.write(&folder.join(MODEL))?);
             }
+            let (bytes, seconds) = (files.values().map(|entry| entry.size).sum::<u64>(), begun.elapsed().as_secs_f64());
+            debug!("wrote {:.1} MB in {seconds:.2} s, {:.0} MB/s", bytes as f64 / 1e6, bytes as f64 / 1e6 / seconds);
             Ok(files)
         };
         let thread = std::thread::Builder::new().name("save".into()).spawn(write);
