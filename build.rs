@@ -2,7 +2,8 @@
 //! needs no LD_LIBRARY_PATH.
 
 use std::env;
-use std::path::Path;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 fn main() {
@@ -13,6 +14,7 @@ fn main() {
     match env::var("LIBTORCH") {
         Ok(folder) => {
             add_runpath(&Path::new(&folder).join("lib"));
+            name_nccl(Path::new(&folder));
             compile_libtorch_calls(&Path::new(&folder).join("include"));
         }
         Err(_) => println!(
@@ -41,6 +43,29 @@ fn compile_libtorch_calls(headers: &Path) {
         .file("src/libtorch.cpp")
         .compile("lockstep_libtorch");
     println!("cargo:rustc-link-lib=dylib=c10");
+}
+
+/// Gives NCCL the name by which the program looks for it, libnccl.so, where it lies beside LibTorch, on LD_LIBRARY_PATH or
+/// in the system's folders by its versioned name only, as in NVIDIA's wheels. The link lies in the build's own folder:
+/// LibTorch's may be a cluster's.
+fn name_nccl(libtorch: &Path) {
+    let Some(out) = env::var_os("OUT_DIR") else { return };
+    let wheels = libtorch.parent().map(|site| site.join("nvidia/nccl/lib"));
+    let listed = env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
+    let system = ["/usr/lib/x86_64-linux-gnu", "/usr/lib64"].map(PathBuf::from);
+    let folders: Vec<PathBuf> =
+        [libtorch.join("lib")].into_iter().chain(wheels).chain(env::split_paths(&listed)).chain(system).collect();
+    if folders[0].join("libnccl.so").exists() {
+        return;
+    }
+    let Some(library) = folders.iter().map(|folder| folder.join("libnccl.so.2")).find(|path| path.exists()) else {
+        return;
+    };
+    let link = Path::new(&out).join("libnccl.so");
+    let _ = std::fs::remove_file(&link);
+    if symlink(library.canonicalize().unwrap_or(library), link).is_ok() {
+        add_runpath(Path::new(&out));
+    }
 }
 
 /// Lets LibTorch see the function of `src/device.rs` that answers MKL's question for the processor's maker; an

@@ -29,7 +29,10 @@ ROOT = Path(__file__).resolve().parents[1]
 GROUPS = ("doctor", "resume", "devices", "one-rank", "ranks", "fault", "speed")
 STEPS = {"resume": 150, "devices": 20, "ranks": 30, "speed": 20}
 WARM_UP = 5  # first steps, left out of the speed
-DEADLINE_S, GONE_S = 20, 40  # fault.step_deadline_s, and when nothing may be left of a broken run
+DEADLINE_S = 20  # fault.step_deadline_s
+# When nothing may be left of a broken run. After the deadline NCCL gets 5 s to let go, and MPI 10 s
+# to end the others; as much again is for mpirun, and for the step that was under way.
+GONE_S = DEADLINE_S + 15 + 15
 RESUMED = ("tokens", "loss", "lr", "grad_norm")
 # Dropout, micro-steps, evaluations and checkpoints: what a resumed run has to take up.
 RESUME = {
@@ -345,7 +348,8 @@ def parse(arguments):
     parser.add_argument("--out", metavar="FILE", type=Path, help="the record to write")
     parser.add_argument("--only", action="append", choices=GROUPS, help="these checks only")
     parser.add_argument("--cpu", action="store_true", help="on CPU ranks, to try this script")
-    parser.add_argument("--budget", type=int, default=480, help="seconds for all checks")
+    said = "seconds for all checks (480); what is left then is NOT RUN"
+    parser.add_argument("--budget", type=int, default=480, help=said)
     return parser.parse_args(arguments)
 
 
@@ -381,7 +385,7 @@ def main(arguments=None):
                 rows.append(check.row(session))
                 write(record, facts, rows)  # what was measured stays, should this be ended
                 print(f"{rows[-1].result:8} {check.group}: {check.what}", flush=True)
-    except (Unusable, Failed) as problem:
+    except (Unusable, Failed, NotRun) as problem:
         print(f"gpu-check: {problem}", file=sys.stderr)
         return 2
     finally:

@@ -91,15 +91,18 @@ class Job:
 
     def wait(self, seconds):
         """Its exit code; negative for a signal."""
-        seconds = min(seconds, self.session.seconds_left())
+        left = self.session.seconds_left()
         try:
-            return self.process.wait(seconds)
+            return self.process.wait(min(seconds, left))
         except subprocess.TimeoutExpired:
+            if left < seconds:
+                raise self.session.used_up() from None
             raise Failed(f"it had not ended after {seconds:.0f} s", self) from None
 
     def wait_for_step(self, train_csv, step, seconds):
         """The last step in train.csv, once that is at least `step`."""
-        until = time.monotonic() + min(seconds, self.session.seconds_left())
+        left = self.session.seconds_left()
+        until = time.monotonic() + min(seconds, left)
         while time.monotonic() < until:
             if self.process.poll() is not None:
                 code = self.process.returncode
@@ -109,6 +112,8 @@ class Job:
                 if last >= step:
                     return last
             time.sleep(0.002)
+        if left < seconds:
+            raise self.session.used_up()
         raise Failed(f"it did not come to step {step} within {seconds} s", self)
 
     def last_lines(self):
@@ -171,13 +176,23 @@ class Session:
             variables["OPAL_PREFIX"] = str(prefix)
         if self.device == "cuda":
             gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
-            variables |= {"CUDA_VISIBLE_DEVICES": gpu, "NCCL_SOCKET_IFNAME": "lo"}
+            variables |= {"CUDA_VISIBLE_DEVICES": gpu}
+            # Ranks that pass for hosts of their own meet on this one, whatever network it has.
+            variables |= {"NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo"}
         return variables
 
+    def used_up(self):
+        """Why what is left is not made: that says nothing of the binary."""
+        return NotRun(
+            f"the {self.budget} s for all checks were used up; --budget gives more, and --only "
+            "makes the rest in another call"
+        )
+
     def seconds_left(self):
+        """For all checks together; more than 0."""
         left = self.until - time.monotonic()
         if left <= 0:
-            raise Failed(f"the {self.budget} s for all checks were used up; --budget gives more")
+            raise self.used_up()
         return left
 
     def processes(self):

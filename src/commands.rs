@@ -67,6 +67,10 @@ pub fn run(cli: &Cli) -> Result<()> {
                 path => Resume::From(path.into()),
             };
             let parsed = Config::load(config, overrides)?;
+            if parsed.deterministic {
+                // Before MPI's thread exists.
+                device::ask_for_deterministic_cublas();
+            }
             on_every_rank(deadlines(&parsed.fault), |comm| {
                 let plan = parsed.validate(comm.world_size);
                 let plan = plan.map_err(|e| e.context(format!("in {}", config.display())))?;
@@ -122,6 +126,10 @@ pub fn run(cli: &Cli) -> Result<()> {
         Verb::Checkpoint { action: CheckpointAction::Prove { config, overrides, steps } } => {
             let stop = StopRequest::install()?;
             let parsed = Config::load(config, overrides)?;
+            if parsed.deterministic {
+                // Before MPI's thread exists.
+                device::ask_for_deterministic_cublas();
+            }
             on_every_rank(deadlines(&parsed.fault), |comm| {
                 start_log(cli, None, comm.is_root());
                 let folder = Path::new("runs").join(format!("{}-proof", parsed.name));

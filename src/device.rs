@@ -2,8 +2,12 @@
 #![allow(unsafe_code)]
 
 use std::path::Path;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
+use cudarc::driver::result as driver;
+use cudarc::driver::sys::CUdevice_attribute as Attribute;
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tch::{Cuda, Device, Kind, Tensor};
 
@@ -49,22 +53,62 @@ pub fn select(wanted: &str, local_rank: usize) -> Result<Device> {
     }
 }
 
-/// Loads libtorch_cuda. The linker drops it from the binary because nothing names a symbol of it, and
+/// Loads libtorch_cuda, once. The linker drops it from the binary because nothing names a symbol of it, and
 /// without it LibTorch reports no GPU and no reason.
+///
+/// LibTorch must not be asked about CUDA before this, not even for a seed of its generators: it keeps the answer of
+/// the first time, and would know no GPU from then on.
 fn load_cuda() -> std::result::Result<(), String> {
     use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
-    if tch::utils::has_cuda() {
-        return Ok(());
-    }
-    if !Path::new("/dev/nvidiactl").exists() {
-        return Err("this machine has no NVIDIA driver".into());
-    }
-    // SAFETY: the library is LibTorch's own of the version that the binary is linked to; its initialisers
-    // only register kernels. It is never unloaded (`forget`), so no registered pointer can dangle.
-    let library = unsafe { Library::open(Some("libtorch_cuda.so"), RTLD_NOW | RTLD_GLOBAL) }
-        .map_err(|e| format!("libtorch_cuda.so cannot be loaded ({e})"))?;
-    std::mem::forget(library);
-    Ok(())
+    static LOADED: OnceLock<std::result::Result<(), String>> = OnceLock::new();
+    let load = || {
+        if !Path::new("/dev/nvidiactl").exists() {
+            return Err("this machine has no NVIDIA driver".into());
+        }
+        // SAFETY: the library is LibTorch's own of the version that the binary is linked to; its initialisers
+        // only register kernels. It is never unloaded (`forget`), so no registered pointer can dangle.
+        let library = unsafe { Library::open(Some("libtorch_cuda.so"), RTLD_NOW | RTLD_GLOBAL) }
+            .map_err(|e| format!("libtorch_cuda.so cannot be loaded ({e})"))?;
+        std::mem::forget(library);
+        Ok(())
+    };
+    LOADED.get_or_init(load).clone()
+}
+
+/// A GPU, as its driver describes it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Gpu {
+    /// Its number among those that this process sees.
+    pub index: usize,
+    /// Its model.
+    pub name: String,
+    /// All of its memory.
+    pub memory_mib: usize,
+    /// Which of the node's GPUs it is: PCI domain, bus and device.
+    pub bus: String,
+}
+
+/// Describes a GPU that [`select`] has returned.
+///
+/// # Errors
+/// The driver's, where the GPU does not answer.
+pub fn gpu(index: usize) -> std::result::Result<Gpu, String> {
+    let ask = || {
+        driver::init()?;
+        let gpu = driver::device::get(i32::try_from(index).unwrap_or(i32::MAX))?;
+        // SAFETY: the driver has just named this device, and is asked for numbers of it only.
+        let number = |attribute| unsafe { driver::device::get_attribute(gpu, attribute) };
+        let bus = format!(
+            "{:04x}:{:02x}:{:02x}",
+            number(Attribute::CU_DEVICE_ATTRIBUTE_PCI_DOMAIN_ID)?,
+            number(Attribute::CU_DEVICE_ATTRIBUTE_PCI_BUS_ID)?,
+            number(Attribute::CU_DEVICE_ATTRIBUTE_PCI_DEVICE_ID)?
+        );
+        // SAFETY: as above.
+        let bytes = unsafe { driver::device::total_mem(gpu) }?;
+        Ok(Gpu { index, name: driver::device::get_name(gpu)?, memory_mib: bytes >> 20, bus })
+    };
+    ask().map_err(|e: driver::DriverError| format!("GPU {index} does not answer: {e}"))
 }
 
 /// MKL's question whether this is an Intel processor, answered yes.
@@ -105,20 +149,27 @@ extern "C" {
     // src/libtorch.cpp
     fn lockstep_use_deterministic_algorithms();
     fn lockstep_peak_device_bytes(device: std::ffi::c_int) -> i64;
+    fn lockstep_forget_device_memory(device: std::ffi::c_int);
 }
 
-/// Asks LibTorch for kernels whose sums have an order, on CUDA too; those that have none become an error. To be called
-/// before the first product on a GPU.
-pub fn use_deterministic_kernels() {
-    // cuBLAS reads it when its first handle is made, and LibTorch insists on it.
+/// Asks cuBLAS for sums that have an order, by the variable that it reads when it is first used, and on which LibTorch
+/// insists for deterministic kernels. To be called while this process has no other thread: environments are not
+/// theirs to share.
+pub fn ask_for_deterministic_cublas() {
     if std::env::var_os("CUBLAS_WORKSPACE_CONFIG").is_none() {
         std::env::set_var("CUBLAS_WORKSPACE_CONFIG", ":4096:8");
     }
+}
+
+/// Asks LibTorch for kernels whose sums have an order, on CUDA too; those that have none become an error. To be called
+/// after [`select`] and before the first product on a GPU.
+pub fn use_deterministic_kernels() {
     // SAFETY: sets a flag of LibTorch's global context, which exists from its loading on.
     unsafe { lockstep_use_deterministic_algorithms() };
 }
 
-/// The most memory this process has held on the device, in MiB: resident on the CPU, by LibTorch's allocator on a GPU.
+/// The most memory this process has held on the device, in MiB: resident on the CPU; on a GPU what its tensors took, as
+/// PyTorch's `max_memory_allocated` counts.
 pub fn peak_memory_mib(device: Device) -> Option<f64> {
     match device {
         Device::Cuda(index) => {
@@ -138,24 +189,34 @@ pub fn synchronize(device: Device) {
     }
 }
 
-/// Measures the peak of this device in FLOP/s, as a square matrix product reaches it: the denominator of mfu.
+/// Measures the peak of this device in FLOP/s, as a square matrix product reaches it: the denominator of mfu. NaN where
+/// the device has no memory for it.
 pub fn measure_peak(device: Device, kind: Kind) -> f64 {
-    let n: i64 = if device.is_cuda() { 4096 } else { 1024 };
-    let flop = 2.0 * (n as f64).powi(3);
-    let a = Tensor::ones([n, n], (kind, device));
+    // On a GPU a product that keeps all of it busy, and several before the wait, whose cost would show in one.
+    let (n, products, limit) = if device.is_cuda() { (8192, 8, 400) } else { (1024, 1, 150) };
+    // Not equal ones: a GPU takes less power for numbers whose bits do not change, and runs faster than it ever trains.
+    let matrix = || Tensor::f_randn([n, n], (kind, device));
+    let (Ok(a), Ok(b), Ok(product)) = (matrix(), matrix(), matrix()) else { return f64::NAN };
     let time = || {
         let start = Instant::now();
-        let product = a.mm(&a);
-        product.double_value(&[0, 0]); // waits for the device
+        for _ in 0..products {
+            let _ = a.mm_out(&product, &b);
+        }
+        synchronize(device);
         start.elapsed().as_secs_f64()
     };
     time();
-    let until = Instant::now() + Duration::from_millis(150);
+    let until = Instant::now() + Duration::from_millis(limit);
     let mut best = f64::INFINITY;
     while Instant::now() < until {
         best = best.min(time());
     }
-    flop / best
+    drop((a, b, product));
+    if let Device::Cuda(index) = device {
+        // SAFETY: asks LibTorch's allocator, which had these matrices, and catches every C++ exception.
+        unsafe { lockstep_forget_device_memory(index as std::ffi::c_int) };
+    }
+    f64::from(products) * 2.0 * (n as f64).powi(3) / best
 }
 
 /// `None` where the system does not say.
@@ -207,9 +268,7 @@ pub fn hardware(device: Device) -> String {
         Some(line.split_once(':')?.1.trim().to_string())
     };
     let found = match device {
-        Device::Cuda(_) => std::fs::read_dir("/proc/driver/nvidia/gpus")
-            .ok()
-            .and_then(|mut gpus| field(&gpus.next()?.ok()?.path().join("information"), "Model")),
+        Device::Cuda(index) => gpu(index).ok().map(|gpu| gpu.name),
         _ => field(Path::new("/proc/cpuinfo"), "model name"),
     };
     found.unwrap_or_else(|| "unknown".into())

@@ -38,7 +38,8 @@ pub struct TrainRow {
     pub tokens_per_s: f64,
     /// Model FLOP/s utilisation: the share of the measured peak of all ranks.
     pub mfu: Option<f64>,
-    /// The most memory of any rank: resident on CPU, the device's on GPU.
+    /// The most memory of any rank: resident on a CPU; on a GPU what its tensors took, as PyTorch's `max_memory_allocated`
+    /// counts.
     pub memory_mib: Option<f64>,
     #[allow(missing_docs)]
     pub world_size: usize,

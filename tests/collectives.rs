@@ -196,6 +196,7 @@ fn a_rank_refuses_other_types() {
 fn a_rank_checks_nccl() {
     // NCCL refuses two ranks on one GPU of one host; each gets a host's name of its own, and they meet over the loopback.
     std::env::set_var("NCCL_HOSTID", format!("host-{}", std::env::var("OMPI_COMM_WORLD_RANK").unwrap()));
+    std::env::set_var("NCCL_NET", "Socket");
     std::env::set_var("NCCL_SOCKET_IFNAME", "lo");
     let mut comm = Comm::start(deadlines(60)).unwrap();
     let gpu = device::select("cuda", 0).unwrap();

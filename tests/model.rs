@@ -147,6 +147,25 @@ fn padding_changes_neither_loss_nor_gradient() {
 }
 
 #[test]
+fn a_weight_seen_everywhere_is_that_weight_at_each_target() {
+    let _turn = generator();
+    let [inputs, targets, _] = batch([2, 9]);
+    for kind in [Kind::Float, Kind::BFloat16] {
+        let computed = |weights: &Tensor| {
+            let mut model = Gpt::new(SMALL, Device::Cpu, kind);
+            model.initialize(1);
+            let loss = model.loss(&inputs, &targets, weights);
+            (loss, model.forward_backward(&inputs, &targets, weights, 0, &mut |_, _| ()), model.parameters.grad)
+        };
+        let one = Tensor::full([1, 1], 0.125, (Kind::Float, Device::Cpu)).expand([2, 9], false);
+        let (loss, objective, grad) = computed(&one.copy());
+        let found = computed(&one);
+        assert_eq!((found.0, found.1), (loss, objective));
+        assert!(found.2.equal(&grad));
+    }
+}
+
+#[test]
 fn initialisation_has_gpt2s_deviations() {
     let _turn = generator();
     let mut model = Gpt::new(GptConfig { n_embd: 128, vocab_size: 1000, ..SMALL }, Device::Cpu, Kind::Float);

@@ -26,11 +26,12 @@ fn a_run_directory_holds_what_is_documented() {
     let wall_s = start.elapsed().as_secs_f64();
     assert_eq!(said.stdout, "");
     let run = work.path("run");
-    let mut expected: Vec<String> = ["best.json", "config.yaml", "eval.csv", "tokenizer.json", "train.csv"]
-        .into_iter()
-        .map(String::from)
-        .chain(["samples/step-00000006.txt", "samples/step-00000012.txt"].map(String::from))
-        .collect();
+    let mut expected: Vec<String> =
+        ["best.json", "config.yaml", "eval.csv", "ranks.csv", "tokenizer.json", "train.csv"]
+            .into_iter()
+            .map(String::from)
+            .chain(["samples/step-00000006.txt", "samples/step-00000012.txt"].map(String::from))
+            .collect();
     for step in [4, 8, 12] {
         for file in ["MANIFEST.json", "model.safetensors", "optimizer.safetensors", "state.json"] {
             expected.push(format!("checkpoints/step-{step:08}/{file}"));
@@ -39,6 +40,7 @@ fn a_run_directory_holds_what_is_documented() {
     expected.sort();
     assert_eq!(snapshot(&run).into_keys().collect::<Vec<_>>(), expected);
     assert!(run.join("logs/rank-0000.log").is_file());
+    assert!(run.join("heartbeats/rank-0000.json").is_file());
 
     let (columns, rows) = table(&fs::read_to_string(run.join("train.csv")).unwrap());
     assert_eq!(columns.join(","), TRAIN_COLUMNS);

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -137,6 +138,7 @@ def test_a_gpus_ranks_find_nccl_and_are_hosts_of_their_own(session, tmp_path, mo
         assert f"NCCL_HOSTID=gpu-check-{rank}" in variables
         assert "CUDA_VISIBLE_DEVICES=3" in variables
         assert "NCCL_SOCKET_IFNAME=lo" in variables
+        assert "NCCL_NET=Socket" in variables
 
 
 def raises(error):
@@ -192,12 +194,37 @@ def test_a_command_past_its_time_fails_and_leaves_nothing_running(session):
     assert failure.value.job.last_lines() == ["begun"]
 
 
-def test_used_up_time_fails_what_is_left(session):
+def test_used_up_time_fails_nothing(session):
     session.until = time.monotonic()
     check = Check("doctor", "alone", "", 0, lambda: gpu_check.Checks(session).doctor(0))
     row = check.row(session)
-    assert row.result == "FAIL"
+    assert row.result == "NOT RUN"
     assert "were used up" in row.note
+
+
+@pytest.mark.parametrize(
+    "wait", [lambda job: job.wait(60), lambda job: job.wait_for_step(Path("no.csv"), 1, 60)]
+)
+def test_a_check_that_the_end_of_the_time_cuts_off_has_not_failed(session, wait):
+    session.until = time.monotonic() + 0.5
+    with (
+        pytest.raises(NotRun, match="were used up"),
+        session.start("slow", ["sleep", "60"], session.environment) as job,
+    ):
+        wait(job)
+    assert session.processes() == []
+
+
+def test_a_broken_run_may_last_as_long_as_its_deadlines_allow():
+    def seconds(path, name):
+        found = re.search(
+            rf"const {name}: Duration = Duration::from_secs\((\d+)\)", path.read_text()
+        )
+        return int(found[1])
+
+    comm = ROOT / "src" / "comm"
+    grace = seconds(comm / "nccl.rs", "GRACE") + seconds(comm / "mpi.rs", "ABORT_GRACE")
+    assert gpu_check.DEADLINE_S + grace + 10 <= gpu_check.GONE_S
 
 
 def test_a_failed_run_is_not_repeated(session):
@@ -260,6 +287,32 @@ def test_it_says_what_it_lacks(tmp_path):
     assert "no lib/libtorch_cpu.so" in result.stderr
     result = launch("--cpu", "/bin/false", LIBTORCH=os.environ.get("LIBTORCH", ""))
     assert result.returncode == 2
+    assert "cannot run" in result.stderr
+
+
+@pytest.mark.parametrize("lacking", ["libtorch", "mpirun"])
+def test_settings_of_another_machine_are_passed_over(tmp_path, lacking):
+    (tmp_path / "launch").mkdir()
+    shutil.copy(ROOT / "launch/gpu-check", tmp_path / "launch")
+    (tmp_path / "analysis").symlink_to(ROOT / "analysis")
+    libtorch = tmp_path / "torch" / "lib" / "libtorch_cpu.so"
+    libtorch.parent.mkdir(parents=True)
+    libtorch.touch()
+    named = tmp_path / "gone" if lacking == "libtorch" else libtorch.parents[1]
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv/lockstep.env").write_text(
+        f"export LIBTORCH='{named}' OPAL_PREFIX='{tmp_path}'\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in ("LIBTORCH", "OPAL_PREFIX")}
+    result = subprocess.run(
+        [tmp_path / "launch/gpu-check", "--cpu", "/bin/false"],
+        env=environment | {"LIBTORCH": str(libtorch.parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert "names libraries that are not here; going on without it" in result.stderr
     assert "cannot run" in result.stderr
 
 

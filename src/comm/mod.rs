@@ -100,12 +100,25 @@ impl Comm {
     }
 
     /// Joins the ranks' GPUs, if `device` is one and a launcher started this process. From then on, tensors on it are
-    /// NCCL's.
+    /// NCCL's. All ranks must call it, on a CPU too.
     ///
     /// # Errors
-    /// Usage, where NCCL cannot be loaded; communication, where the GPUs cannot be joined in time.
+    /// Usage, where ranks share a GPU, only some have one, or NCCL cannot be loaded; communication, where the GPUs cannot be
+    /// joined in time.
     pub fn use_device(&mut self, device: Device) -> Result<()> {
-        let (Some(world), Device::Cuda(index)) = (&self.world, device) else { return Ok(()) };
+        let Some(world) = &self.world else { return Ok(()) };
+        // Ranks meet here from loading CUDA, which may take some of them long.
+        self.gather_within(&[0.0], self.deadlines.startup)?;
+        let place = match device {
+            Device::Cuda(index) => {
+                let gpu = crate::device::gpu(index).map_err(Error::Usage)?;
+                let id = std::env::var("NCCL_HOSTID").unwrap_or_default();
+                format!("{}\n{}\n{id}", world.host, gpu.bus)
+            }
+            _ => String::new(),
+        };
+        check_gpus(&self.gather_text(&place)?)?;
+        let Device::Cuda(index) = device else { return Ok(()) };
         // A rank that cannot load NCCL says so itself; the others, who wait for it, are ended with it.
         let id = if self.is_root() { nccl::unique_id()? } else { [0; 128] };
         let id = world.broadcast_bytes(&id, self.deadlines.startup)?;
@@ -324,6 +337,32 @@ pub fn even_parts(length: usize, world_size: usize) -> Vec<usize> {
     (0..=world_size).map(|rank| length * rank / world_size).collect()
 }
 
+/// Refuses GPUs that NCCL cannot join. A rank's place is its host, its GPU and its NCCL_HOSTID, on a line each; nothing on
+/// a CPU.
+fn check_gpus(places: &[String]) -> Result<()> {
+    let (on_cpu, on_gpu): (Vec<usize>, Vec<usize>) = (0..places.len()).partition(|&rank| places[rank].is_empty());
+    if !on_cpu.is_empty() && !on_gpu.is_empty() {
+        return Err(Error::Usage(format!(
+            "ranks {on_cpu:?} would compute on the CPU and ranks {on_gpu:?} on GPUs; all must do the same: `--set device=cuda` \
+             makes the former say what they lack, `--set device=cpu` does without GPUs"
+        ))
+        .into());
+    }
+    for &rank in &on_gpu {
+        if let Some(other) = places[..rank].iter().position(|place| *place == places[rank]) {
+            let mut lines = places[rank].lines();
+            let (host, bus) = (lines.next().unwrap_or_default(), lines.next().unwrap_or_default());
+            return Err(Error::Usage(format!(
+                "ranks {other} and {rank} share the GPU {bus} of {host}, which NCCL refuses; start at most as many ranks on a \
+                 node as it has GPUs, and let each see its own (`srun --gpus-per-task=1`) or all of them (no \
+                 CUDA_VISIBLE_DEVICES)"
+            ))
+            .into());
+        }
+    }
+    Ok(())
+}
+
 /// The variables through which MPI finds the other processes: PMIx's, and PMI's as Slurm and Hydra set them.
 const MANAGERS: [&str; 4] = ["PMIX_RANK", "PMI_RANK", "PMI_FD", "PMI_SIZE"];
 
@@ -360,4 +399,32 @@ fn launched_world_size() -> Option<Option<usize>> {
         return Some(number("SLURM_STEP_NUM_TASKS"));
     }
     number("SLURM_STEP_NUM_TASKS").filter(|&n| n > 1).map(Some)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::check_gpus;
+
+    fn checked<const N: usize>(places: [&str; N]) -> String {
+        check_gpus(&places.map(String::from)).map_or_else(|e| e.to_string(), |()| "good".into())
+    }
+
+    #[test]
+    fn a_shared_gpu_is_refused_unless_nccl_takes_it_for_two_hosts() {
+        assert_eq!(checked(["n1\n0000:04:00\n", "n1\n0000:05:00\n", "n2\n0000:04:00\n"]), "good");
+        assert_eq!(checked(["n1\n0000:04:00\na", "n1\n0000:04:00\nb"]), "good");
+        for id in ["", "a"] {
+            let place = format!("n1\n0000:04:00\n{id}");
+            let said = checked(["n1\n0000:05:00\n", &place, &place]);
+            assert!(said.contains("ranks 1 and 2 share the GPU 0000:04:00 of n1"), "{said}");
+            assert!(said.contains("--gpus-per-task=1"), "{said}");
+        }
+    }
+
+    #[test]
+    fn all_ranks_compute_on_the_same_kind_of_device() {
+        assert_eq!(checked(["", "", ""]), "good");
+        let said = checked(["n1\n0000:04:00\n", "", "n1\n0000:05:00\n"]);
+        assert!(said.contains("ranks [1] would compute on the CPU and ranks [0, 2] on GPUs"), "{said}");
+    }
 }

@@ -10,10 +10,11 @@ use std::cell::Cell;
 use std::ffi::{c_int, c_void, CStr};
 use std::ptr;
 use std::sync::mpsc::channel;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use cudarc::driver::result::stream::get_priority_range;
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError};
 use cudarc::nccl::result::{self as nccl, NcclError, NcclStatus};
 use cudarc::nccl::sys;
@@ -22,7 +23,7 @@ use tch::{Device, Kind, Tensor};
 use crate::error::{Error, Result};
 
 /// How long NCCL may take to let go of a communicator.
-const GRACE: Duration = Duration::from_secs(10);
+const GRACE: Duration = Duration::from_secs(5);
 
 /// What names a group of ranks: made on rank 0, sent to the others by MPI.
 pub type UniqueId = [u8; 128];
@@ -58,13 +59,14 @@ pub fn unique_id() -> Result<UniqueId> {
 
 /// Looks for the library first: cudarc panics where it is missing.
 fn present() -> Result<()> {
+    static PRESENT: OnceLock<bool> = OnceLock::new();
     // SAFETY: loads NVIDIA's library, whose initialisers may run anywhere, and calls nothing in it.
-    if unsafe { sys::is_culib_present() } {
+    if *PRESENT.get_or_init(|| unsafe { sys::is_culib_present() }) {
         return Ok(());
     }
     Err(Error::Usage(
         "NCCL cannot be loaded: no libnccl.so in LibTorch's folder or on LD_LIBRARY_PATH; `launch/setup --cuda` installs \
-         it, and a cluster may have a module for it"
+         it, and a cluster may have a module for it; where that has libnccl.so.2 only, build again with the module loaded"
             .into(),
     )
     .into())
@@ -83,7 +85,9 @@ impl Group {
         present()?;
         // The primary context, which LibTorch uses, too.
         let context = CudaContext::new(device).map_err(|e| failed("opening the GPU", &e))?;
-        let stream = context.new_stream().map_err(|e| failed("making a stream", &e))?;
+        // Of the highest priority: a sum that waits for room beside the backward pass is not hidden behind it.
+        let stream = get_priority_range().and_then(|(_, highest)| context.new_stream_with_priority(highest));
+        let stream = stream.map_err(|e| failed("making a stream", &e))?;
         let compute = context.default_stream();
         let mut group =
             Self { context, stream, compute, comm: ptr::null_mut(), rank, deadline, aborted: Cell::new(false) };
@@ -154,13 +158,13 @@ impl Group {
     pub fn finish(&self) -> Result<()> {
         let done = self.stream.record_event(None).map_err(|e| failed("recording an event", &e))?;
         self.compute.wait(&done).map_err(|e| failed("ordering the streams", &e))?;
-        self.wait_for(&done)
+        self.wait_for(&done, "summing over the ranks")
     }
 
     /// Waits until LibTorch has computed what it was given so far, and not for what travels meanwhile.
     pub fn finish_compute(&self) -> Result<()> {
         let done = self.compute.record_event(None).map_err(|e| failed("recording an event", &e))?;
-        done.synchronize().map_err(|e| failed("computing", &e))
+        self.wait_for(&done, "computing")
     }
 
     /// One call a part that is not empty, as one group. A group's calls do not wait for each other.
@@ -228,7 +232,7 @@ impl Group {
 
     fn in_progress(&self, what: &str) -> Result<bool> {
         let mut state = sys::ncclResult_t::ncclSuccess;
-        // SAFETY: `comm` is this group's, which was not aborted (`begin`), and `state` outlives the call.
+        // SAFETY: `comm` is this group's, which was not aborted (`begin`, `wait_for`), and `state` outlives the call.
         let asked = unsafe { sys::ncclCommGetAsyncError(self.comm, &mut state) }.result();
         match asked.and_then(|_| state.result()) {
             Ok(status) => Ok(status == NcclStatus::InProgress),
@@ -236,12 +240,15 @@ impl Group {
         }
     }
 
-    fn wait_for(&self, done: &CudaEvent) -> Result<()> {
+    fn wait_for(&self, done: &CudaEvent, what: &str) -> Result<()> {
         let start = Instant::now();
-        while !done.try_is_complete().map_err(|e| failed("summing over the ranks", &e))? {
-            self.in_progress("summing over the ranks")?;
+        while !done.try_is_complete().map_err(|e| failed(what, &e))? {
+            // After a failed collective the computation still ends; the failure is told by whoever began it.
+            if !self.aborted.get() {
+                self.in_progress(what)?;
+            }
             if start.elapsed() > self.deadline {
-                return Err(self.late("summing over the ranks", self.deadline));
+                return Err(self.late(what, self.deadline));
             }
             thread::yield_now();
         }
@@ -251,7 +258,7 @@ impl Group {
     fn late(&self, what: &str, deadline: Duration) -> anyhow::Error {
         self.let_go();
         Error::Communication(format!(
-            "NCCL: {what} took longer than {} s: a rank hangs or is lost; NCCL_DEBUG=INFO shows what it waits for",
+            "NCCL: {what} took longer than {} s: a rank or its GPU hangs or is lost; NCCL_DEBUG=INFO shows what it waits for",
             deadline.as_secs()
         ))
         .into()
@@ -267,8 +274,8 @@ impl Group {
         // SAFETY: NCCL returns a text that ends in zero and lives as long as the communicator.
         let text = unsafe { CStr::from_ptr(sys::ncclGetLastError(self.comm)) }.to_string_lossy();
         Error::Communication(format!(
-            "NCCL: {what}: {:?}{}{text}; NCCL_DEBUG=WARN says more, and `lockstep doctor` checks the usual causes",
-            error.0,
+            "NCCL: {what}: {}{}{text}; NCCL_DEBUG=WARN says more, and `lockstep doctor` checks the usual causes",
+            meaning(error),
             if text.is_empty() { "" } else { ": " }
         ))
         .into()
@@ -346,7 +353,14 @@ fn number(n: usize) -> c_int {
 }
 
 fn refused(what: &str, error: &NcclError) -> anyhow::Error {
-    Error::Communication(format!("NCCL: {what}: {:?}; NCCL_DEBUG=WARN says more", error.0)).into()
+    Error::Communication(format!("NCCL: {what}: {}; NCCL_DEBUG=WARN says more", meaning(error))).into()
+}
+
+/// A result's name, and what NCCL says it means.
+fn meaning(error: &NcclError) -> String {
+    // SAFETY: NCCL returns a constant text that ends in zero, whatever the number.
+    let text = unsafe { CStr::from_ptr(sys::ncclGetErrorString(error.0)) };
+    format!("{:?} ({})", error.0, text.to_string_lossy())
 }
 
 fn failed(what: &str, error: &DriverError) -> anyhow::Error {

@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::config::{Layout, Loss};
 use crate::data::shard::Shard;
@@ -18,7 +18,7 @@ pub struct Batch {
     pub inputs: Tensor,
     /// (B, T) int64: the token after each input; 0 at padding.
     pub targets: Tensor,
-    /// (B, T) fp32: what each target's loss counts; 0 at padding.
+    /// (B, T) fp32: what each target's loss counts; 0 at padding. On a GPU one number with strides of 0, where all are equal.
     pub weights: Tensor,
 }
 
@@ -119,8 +119,10 @@ impl Samples {
     pub fn batch(&self, samples: &[usize], padding: i64, device: Device, weight: impl Fn(usize) -> f32) -> Batch {
         let width = samples.iter().map(|&sample| self.targets(sample)).max().unwrap_or(0);
         let size = samples.len() * width;
-        let mut inputs = vec![padding; size];
-        let mut targets = vec![0i64; size];
+        // Inputs, then targets: one copy takes both to a GPU.
+        let mut ids = vec![0i64; 2 * size];
+        let (inputs, targets) = ids.split_at_mut(size);
+        inputs.fill(padding);
         let mut weights = vec![0f32; size];
         let mut tokens = Vec::with_capacity(width + 1);
         for (row, &sample) in samples.iter().enumerate() {
@@ -133,12 +135,25 @@ impl Samples {
             weights[place].fill(weight(n));
         }
         let shape = [samples.len() as i64, width as i64];
-        Batch {
-            inputs: Tensor::from_slice(&inputs).view(shape).to_device(device),
-            targets: Tensor::from_slice(&targets).view(shape).to_device(device),
-            weights: Tensor::from_slice(&weights).view(shape).to_device(device),
-        }
+        let ids = send(Tensor::from_slice(&ids), device).view([2, shape[0], shape[1]]);
+        let weights = match weights.first() {
+            Some(&one) if device.is_cuda() && weights.iter().all(|&weight| weight == one) => {
+                Tensor::full([1, 1], f64::from(one), (Kind::Float, device)).expand(shape, false)
+            }
+            _ => send(Tensor::from_slice(&weights), device).view(shape),
+        };
+        Batch { inputs: ids.get(0), targets: ids.get(1), weights }
     }
+}
+
+/// Takes a tensor to a device, by way of pinned memory to a GPU: the host then goes on while the copy is under way.
+fn send(tensor: Tensor, device: Device) -> Tensor {
+    if device == Device::Cpu {
+        return tensor;
+    }
+    // The system may refuse to pin more; a copy then waits, and is right all the same.
+    let pinned = tensor.f_internal_pin_memory(device).unwrap_or(tensor);
+    pinned.internal_to_copy((pinned.kind(), device), true)
 }
 
 /// Each line's pieces of at most `block_size` tokens, pieces of one token dropped.

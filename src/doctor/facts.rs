@@ -3,14 +3,12 @@
 use std::fs;
 use std::path::Path;
 
-use cudarc::driver::sys::CUdevice_attribute as Attribute;
-use cudarc::driver::CudaContext;
 use serde::{Deserialize, Serialize};
 use tch::{Cuda, Device};
 
 use super::network::{self, Interface};
 use crate::comm::Comm;
-use crate::device;
+use crate::device::{self, Gpu};
 
 /// A rank's place, its share of its node, and what its libraries are.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -39,16 +37,6 @@ pub struct Facts {
     pub wrong_for_nccl: Option<String>,
 }
 
-/// A rank's GPU.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Gpu {
-    pub index: usize,
-    pub name: String,
-    pub memory_mib: usize,
-    /// Which of the node's GPUs it is.
-    pub bus: String,
-}
-
 const NVIDIA: &str = "/dev/nvidiactl";
 
 impl Facts {
@@ -60,7 +48,7 @@ impl Facts {
         let wanted = if wanted == "auto" && Path::new(NVIDIA).exists() { "cuda" } else { wanted };
         let device = device::select(wanted, comm.local_rank).map_err(|e| format!("{e:#}"));
         let gpu = match &device {
-            Ok(Device::Cuda(index)) => gpu(*index).map(Some),
+            Ok(Device::Cuda(index)) => device::gpu(*index).map(Some),
             Ok(_) => Ok(None),
             Err(reason) => Err(reason.clone()),
         };
@@ -117,21 +105,6 @@ fn numbers(list: &str) -> Vec<usize> {
         Some(start.trim().parse().ok()?..=end.trim().parse().ok()?)
     };
     list.split(',').filter_map(span).flatten().collect()
-}
-
-fn gpu(index: usize) -> std::result::Result<Gpu, String> {
-    let ask = || {
-        let context = CudaContext::new(index)?;
-        let number = |attribute| context.attribute(attribute);
-        let bus = format!(
-            "{:04x}:{:02x}:{:02x}",
-            number(Attribute::CU_DEVICE_ATTRIBUTE_PCI_DOMAIN_ID)?,
-            number(Attribute::CU_DEVICE_ATTRIBUTE_PCI_BUS_ID)?,
-            number(Attribute::CU_DEVICE_ATTRIBUTE_PCI_DEVICE_ID)?
-        );
-        Ok(Gpu { index, name: context.name()?, memory_mib: context.total_mem()? >> 20, bus })
-    };
-    ask().map_err(|e: cudarc::driver::DriverError| format!("GPU {index} does not answer: {e}"))
 }
 
 /// What LibTorch has of CUDA in this process.

@@ -209,8 +209,8 @@ pub fn clocks(all: &[Facts], ahead_s: &[f64], report: &mut Report) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::facts::Gpu;
     use super::*;
+    use crate::device::Gpu;
 
     fn rank(rank: usize, host: &str) -> Facts {
         let gpu = Gpu { index: 0, name: "GPU".into(), memory_mib: 1024, bus: "0000:01:00".into() };

@@ -302,7 +302,7 @@ impl Gpt {
             let _ = self.wte_grad.index_add_(0, &rows, &grad.reshape([-1, self.config.n_embd]));
         });
         finished(&self.parameters.grad, self.parameters.numel());
-        loss
+        loss.double_value(&[0])
     }
 
     /// (B, T) tokens at positions `start`.. to (B, T, C).

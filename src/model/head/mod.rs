@@ -29,26 +29,28 @@ pub fn loss(hidden: &Tensor, head: &Tensor, targets: &Tensor, weights: &Tensor) 
                 .iter()
                 .sum();
         }
-        let mut total = 0.0;
+        let mut total = zero(head);
         for (hidden, targets, weights) in rows.chunks(head) {
             let logits = hidden.mm(&head.tr()).to_kind(Kind::Float); // (n, V)
             let picked = logits.gather(1, &targets, false).squeeze_dim(1);
             let nll = logits.logsumexp([1i64].as_slice(), false) - picked; // (n,)
-            total += (nll * weights.squeeze_dim(1)).sum(Kind::Double).double_value(&[]);
+            let _ = total.g_add_(&(nll * weights.squeeze_dim(1)).sum(Kind::Double));
         }
-        total
+        total.double_value(&[0])
     })
 }
 
-/// [`loss`], and its gradients: the hidden states' is returned (shape and type of `hidden`), the head's is added to
-/// `head_grad` (V, C) fp32.
+/// [`loss`], (1,) fp64, and its gradients: the hidden states' is returned (shape and type of `hidden`), the head's is added
+/// to `head_grad` (V, C) fp32.
+///
+/// The loss is a tensor because a number would have to wait for a GPU, which the backward pass need not.
 pub fn loss_and_gradients(
     hidden: &Tensor,
     head: &Tensor,
     targets: &Tensor,
     weights: &Tensor,
     head_grad: &mut Tensor,
-) -> (f64, Tensor) {
+) -> (Tensor, Tensor) {
     no_grad(|| {
         let rows = Rows::counted(hidden, targets, weights);
         let (loss, grads) = if runs_on_cores(&rows, head) {
@@ -57,7 +59,8 @@ pub fn loss_and_gradients(
             for share in &done {
                 let _ = head_grad.g_add_(&share.head_grad);
             }
-            (done.iter().map(|share| share.loss).sum(), done.into_iter().map(|share| share.grad).collect())
+            let loss: f64 = done.iter().map(|share| share.loss).sum();
+            (Tensor::from_slice(&[loss]), done.into_iter().map(|share| share.grad).collect())
         } else {
             on_device(&rows, head, head_grad)
         };
@@ -66,8 +69,8 @@ pub fn loss_and_gradients(
 }
 
 /// The loss and each chunk's gradient (n, C), by LibTorch's kernels.
-fn on_device(rows: &Rows, head: &Tensor, head_grad: &mut Tensor) -> (f64, Vec<Tensor>) {
-    let mut total = Tensor::zeros([1], (Kind::Double, head.device()));
+fn on_device(rows: &Rows, head: &Tensor, head_grad: &mut Tensor) -> (Tensor, Vec<Tensor>) {
+    let mut total = zero(head);
     let mut grads = Vec::new();
     for (hidden, targets, weights) in rows.chunks(head) {
         let mut logits = hidden.mm(&head.tr()).to_kind(Kind::Float); // (n, V)
@@ -88,7 +91,12 @@ fn on_device(rows: &Rows, head: &Tensor, head_grad: &mut Tensor) -> (f64, Vec<Te
         }
         grads.push(dlogits.mm(head)); // (n, C)
     }
-    (total.double_value(&[0]), grads)
+    (total, grads)
+}
+
+/// (1,) fp64, to add up losses.
+fn zero(head: &Tensor) -> Tensor {
+    Tensor::zeros([1], (Kind::Double, head.device()))
 }
 
 fn runs_on_cores(rows: &Rows, head: &Tensor) -> bool {
@@ -178,7 +186,12 @@ impl Rows {
     fn counted(hidden: &Tensor, targets: &Tensor, weights: &Tensor) -> Self {
         let width = hidden.size().last().copied().unwrap_or(1);
         let hidden = hidden.reshape([-1, width]);
+        // One number seen everywhere: every row counts, and a GPU need not be asked and waited for.
+        let one = weights.size().iter().zip(weights.stride()).all(|(&length, stride)| stride == 0 || length == 1);
         let (targets, weights) = (targets.reshape([-1, 1]), weights.reshape([-1, 1]));
+        if one {
+            return Self { hidden, targets, weights, counted: None };
+        }
         let counted = weights.reshape([-1]).nonzero().reshape([-1]);
         if counted.size() == [hidden.size()[0]] {
             return Self { hidden, targets, weights, counted: None };
