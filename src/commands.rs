@@ -221,7 +221,9 @@ struct RankLog(Option<File>);
 
 impl RankLog {
     fn open(path: &Path) -> Self {
-        Self(File::options().create(true).append(true).open(path).ok())
+        // A link could lead out of the run directory.
+        let linked = path.is_symlink() || path.parent().is_some_and(Path::is_symlink);
+        Self(if linked { None } else { File::options().create(true).append(true).open(path).ok() })
     }
 }
 
@@ -354,7 +356,7 @@ fn load(run: &Run, world_size: usize, local_rank: usize) -> Result<Loaded> {
     let state = checkpoint::verify(&path)
         .and_then(|()| checkpoint::load_state(&path))
         .map_err(|e| e.context("the checkpoint cannot be used; --checkpoint latest takes the newest good one"))?;
-    let mut config = Config::load(&dir.config(), &[])?;
+    let mut config = dir.load_config()?;
     // How a finished model is used need not divide as its training did.
     config.data.batch_size = config.data.batch_size.div_ceil(world_size) * world_size;
     config.data.micro_batch = crate::config::Auto::Auto;

@@ -200,12 +200,16 @@ fn line(row: &impl Serialize) -> Result<Vec<u8>> {
 /// # Errors
 /// Storage, where the file cannot be written.
 pub fn replace(path: &Path, content: &[u8]) -> Result<()> {
-    if fs::read(path).is_ok_and(|found| found == content) {
+    // A link is replaced, whatever it leads to: nothing is written outside of the folder.
+    if !path.is_symlink() && fs::read(path).is_ok_and(|found| found == content) {
         return Ok(());
     }
     let mut temporary = path.as_os_str().to_owned();
     temporary.push(".tmp");
     let write = || {
+        if Path::new(&temporary).is_symlink() {
+            fs::remove_file(&temporary)?;
+        }
         let mut file = File::create(&temporary)?;
         file.write_all(content)?;
         file.sync_all()?;
@@ -224,28 +228,36 @@ fn read<R: Row>(path: &Path, bytes: &[u8]) -> Result<Vec<R>> {
     if whole == 0 {
         return Ok(Vec::new());
     }
-    let mut reader = csv::Reader::from_reader(&bytes[..whole]);
-    let header = reader.headers().map_err(|e| Error::Storage(format!("{}: {e}", path.display())))?.clone();
-    if header.iter().ne(R::COLUMNS.iter().copied()) {
+    let (header, rest) = bytes[..whole].split_at(bytes.iter().position(|&b| b == b'\n').map_or(0, |end| end + 1));
+    let expected = R::COLUMNS.join(",");
+    if header.trim_ascii_end() != expected.as_bytes() {
+        let found: String = String::from_utf8_lossy(&header[..header.len().min(300)]).trim_end().into();
         return Err(Error::Storage(format!(
-            "{} does not have the columns of this log: expected {}, found {}; move it away or use another --run-dir",
+            "{} does not have the columns of this log: expected {expected}, found {}; move it away or use another \
+             --run-dir",
             path.display(),
-            R::COLUMNS.join(","),
-            header.iter().collect::<Vec<_>>().join(",")
+            found.escape_debug()
         ))
         .into());
     }
-    let rows: Vec<std::result::Result<R, csv::Error>> = reader.deserialize().collect();
-    let good = rows.iter().take_while(|row| row.is_ok()).count();
-    if rows[good..].iter().any(std::result::Result::is_ok) {
+    // No cell of ours has a comma or is quoted: damage stays within its line.
+    let parse = |line: &[u8]| -> Option<R> {
+        let line = std::str::from_utf8(line).ok()?;
+        let cells: Vec<&str> = line.split(',').take(R::COLUMNS.len() + 1).collect();
+        let whole = cells.len() == R::COLUMNS.len();
+        whole.then(|| csv::StringRecord::from(cells).deserialize(None).ok()).flatten()
+    };
+    let mut lines = rest.split_inclusive(|&b| b == b'\n').map(|line| parse(line.trim_ascii_end()));
+    let rows: Vec<R> = lines.by_ref().map_while(|row| row).collect();
+    if lines.any(|row| row.is_some()) {
         return Err(Error::Storage(format!(
             "{}, line {}: this is no row of the log, and rows follow it; repair the line or move the file away",
             path.display(),
-            good + 2
+            rows.len() + 2
         ))
         .into());
     }
-    Ok(rows.into_iter().flatten().collect())
+    Ok(rows)
 }
 
 /// A measured number as a CSV shows it: three decimals.
@@ -295,6 +307,9 @@ mod tests {
         fs::write(&path, whole.replace("\n2,valid", "\n2,va\0\0,x")).unwrap();
         let error = Log::open::<EvalRow>(&path, 3).err().unwrap().to_string();
         assert!(error.contains("line 3"), "{error}");
+        // One flipped bit makes a 2 a quote; the rows that follow are not in it.
+        fs::write(&path, whole.replace("\n2,valid", "\n\",valid")).unwrap();
+        assert!(Log::open::<EvalRow>(&path, 3).is_err());
         fs::write(&path, whole.replace("\n3,valid", "\nx,valid")).unwrap();
         assert_eq!(Log::open::<EvalRow>(&path, 3).unwrap().1.len(), 2);
     }

@@ -7,7 +7,7 @@
 
 mod tensors;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -27,9 +27,13 @@ use crate::train::optimizer::AdamW;
 
 const MODEL: &str = "model.safetensors";
 const OPTIMIZER: &str = "optimizer";
+/// The optimizer's file where it is not spread over ranks.
+const WHOLE: &str = "optimizer.safetensors";
 const STATE: &str = "state.json";
 const MANIFEST: &str = "MANIFEST.json";
 const TEMPORARY: &str = ".tmp";
+/// No larger JSON file is read; a hundred thousand ranks' manifest has 13 MB.
+const MAX_JSON: u64 = 16 << 20;
 
 /// What a run needs beside the tensors in order to go on, and what must be equal for it to go on bit for bit.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -97,6 +101,26 @@ struct Entry {
     sha256: String,
 }
 
+impl Manifest {
+    /// Reads a checkpoint's manifest; it must name the files of a checkpoint, each once and no other.
+    fn read(checkpoint: &Path) -> Result<Self> {
+        let path = checkpoint.join(MANIFEST);
+        let manifest: Self = read_json(&path)?;
+        let parts = manifest.files.len().saturating_sub(2);
+        let mut expected: BTreeSet<String> = (0..parts).map(|rank| name_of_part(rank, parts)).collect();
+        if manifest.files.contains_key(WHOLE) {
+            expected = BTreeSet::from([WHOLE.into()]);
+        }
+        expected.extend([MODEL.into(), STATE.into()]);
+        if parts == 0 || !manifest.files.keys().eq(&expected) {
+            let found: Vec<&String> = manifest.files.keys().take(4).collect();
+            let what = format!("does not name {MODEL}, {STATE} and the optimizer's files, and no other: {found:?}");
+            return damaged(&path, &what);
+        }
+        Ok(manifest)
+    }
+}
+
 impl Entry {
     /// As the ranks send it to rank 0: the size, and the digest's letters. Each is exact in a float.
     fn as_numbers(&self) -> Vec<f64> {
@@ -136,7 +160,7 @@ impl Saving {
         if root {
             clear_temporaries(checkpoints);
         }
-        let mut optimizer_file = format!("{OPTIMIZER}.safetensors");
+        let mut optimizer_file = WHOLE.to_string();
         if let Some(comm) = ranks {
             comm.barrier(comm.deadlines.save)?; // nobody writes before the old is cleared
             optimizer_file = name_of_part(comm.rank, comm.world_size);
@@ -221,7 +245,7 @@ fn publish(
     sync(&path)?;
     sync(temporary)?;
     may_publish()?;
-    if target.exists() {
+    if target.symlink_metadata().is_ok() {
         // A folder of that name without a manifest, which is no checkpoint.
         fs::remove_dir_all(target).map_err(|e| Error::write(target, e))?;
     }
@@ -274,21 +298,17 @@ pub fn latest(checkpoints: &Path) -> Result<Option<PathBuf>> {
 /// # Errors
 /// Storage: the file, what was expected and what was found.
 pub fn verify(checkpoint: &Path) -> Result<()> {
-    let manifest: Manifest = read_json(&checkpoint.join(MANIFEST))?;
-    let named = |wanted: &dyn Fn(&str) -> bool| manifest.files.keys().any(|name| wanted(name));
-    let manifest_path = checkpoint.join(MANIFEST);
-    if !(named(&|name| name == MODEL) && named(&|name| name == STATE) && named(&is_optimizer)) {
-        return damaged(&manifest_path, &format!("does not name {MODEL}, {STATE} and an optimizer's file"));
-    }
-    if let Some(name) = manifest.files.keys().find(|name| name.contains('/') || name.as_str() == "..") {
-        return damaged(&manifest_path, &format!("names `{name}`, which is no file of this folder"));
-    }
-    for (name, expected) in &manifest.files {
+    for (name, expected) in &Manifest::read(checkpoint)?.files {
         let path = checkpoint.join(name);
-        let found = digest(&path).map_err(|e| Error::Storage(format!("cannot read {}: {e}", path.display())))?;
-        if found.size != expected.size {
-            return damaged(&path, &format!("has {} bytes, {} were written", found.size, expected.size));
+        let unreadable = |e| Error::Storage(format!("cannot read {}: {e}", path.display()));
+        let found = path.metadata().map_err(unreadable)?;
+        if !found.is_file() {
+            return damaged(&path, "is no file"); // and might never end
         }
+        if found.len() != expected.size {
+            return damaged(&path, &format!("has {} bytes, {} were written", found.len(), expected.size));
+        }
+        let found = digest(&path).map_err(unreadable)?;
         if found.sha256 != expected.sha256 {
             return damaged(&path, &format!("has SHA-256 {}, {} was written", found.sha256, expected.sha256));
         }
@@ -301,8 +321,7 @@ pub fn verify(checkpoint: &Path) -> Result<()> {
 /// # Errors
 /// Storage, where the manifest is not what this version writes.
 pub fn tensor_files(checkpoint: &Path) -> Result<Vec<String>> {
-    let manifest: Manifest = read_json(&checkpoint.join(MANIFEST))?;
-    Ok(manifest.files.into_keys().filter(|name| name == MODEL || is_optimizer(name)).collect())
+    Ok(Manifest::read(checkpoint)?.files.into_keys().filter(|name| name != STATE).collect())
 }
 
 /// Reads a verified checkpoint's state.
@@ -310,7 +329,18 @@ pub fn tensor_files(checkpoint: &Path) -> Result<Vec<String>> {
 /// # Errors
 /// Storage, where the file is not what this version writes.
 pub fn load_state(checkpoint: &Path) -> Result<State> {
-    read_json(&checkpoint.join(STATE))
+    let path = checkpoint.join(STATE);
+    let state: State = read_json(&path)?;
+    // Ranks tell each other these numbers as floats.
+    let exact = |number: u64| number < 1 << 53;
+    if !exact(state.step as u64) || !exact(state.tokens) || state.elapsed_s < 0.0 {
+        let State { step, tokens, elapsed_s, .. } = state;
+        return damaged(
+            &path,
+            &format!("has step {step}, tokens {tokens} and elapsed_s {elapsed_s}: no run got there"),
+        );
+    }
+    Ok(state)
 }
 
 /// Removes all complete checkpoints but the newest `keep` and those of the steps to `spare`.
@@ -360,13 +390,20 @@ fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<()> {
 
 /// Reads a JSON file of this format version. The version is looked at first: another's fields may have other names.
 fn read_json<T: for<'a> Deserialize<'a>>(path: &Path) -> Result<T> {
-    let fail = |e: serde_json::Error| Error::Storage(format!("{}: {e}", path.display()));
-    let value: serde_json::Value = serde_json::from_slice(&read(path)?).map_err(fail)?;
-    match value["format_version"].as_u64() {
-        Some(version) if version != u64::from(FORMAT_VERSION) => {
+    #[derive(Deserialize)]
+    struct Versioned {
+        format_version: u64,
+    }
+    let size = path.metadata().map_or(0, |found| found.len());
+    if size > MAX_JSON {
+        return damaged(path, &format!("has {size} bytes, expected at most {MAX_JSON}"));
+    }
+    let text = read(path)?;
+    match serde_json::from_slice(&text) {
+        Ok(Versioned { format_version: version }) if version != u64::from(FORMAT_VERSION) => {
             damaged(path, &format!("is of format version {version}, this binary reads {FORMAT_VERSION}"))
         }
-        _ => Ok(serde_json::from_value(value).map_err(fail)?),
+        _ => serde_json::from_slice(&text).map_err(|e| Error::Storage(format!("{}: {e}", path.display())).into()),
     }
 }
 

@@ -2,16 +2,17 @@
 
 use std::borrow::Cow;
 use std::collections::HashMap;
+use std::fmt::Display;
 use std::fs;
 use std::ops::Range;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use safetensors::tensor::TensorView;
+use safetensors::tensor::{Metadata, TensorView};
 use safetensors::{Dtype, SafeTensors, View};
 use tch::{no_grad, Device, Kind, Tensor};
 
-use super::{damaged, digest, is_optimizer, read, read_json, sync, Entry, Manifest, MANIFEST, MODEL};
+use super::{damaged, digest, is_optimizer, read, sync, Entry, Manifest, MODEL};
 use crate::error::{Error, Result};
 use crate::model::parameters::Parameters;
 use crate::train::optimizer::AdamW;
@@ -20,6 +21,8 @@ use crate::train::optimizer::AdamW;
 pub const MOMENTS: [&str; 2] = ["exp_avg", "exp_avg_sq"];
 /// Where an optimizer file's elements lie in the flat buffer: `0..4096,8192..12288`.
 const RANGES: &str = "flat_range";
+/// No longer header is read: a thousand layers' has 2 MB.
+const MAX_HEADER: u64 = 8 << 20;
 const ANOTHER_MODEL: &str = "it is of another model or vocabulary; give the configuration and data it was trained with";
 
 /// Tensors copied to host memory, and what their file says about them.
@@ -101,13 +104,12 @@ impl OptimizerFiles {
     /// # Errors
     /// Storage, naming the file that does not fit.
     pub fn open(checkpoint: &Path, numel: i64) -> Result<Self> {
-        let manifest: Manifest = read_json(&checkpoint.join(MANIFEST))?;
+        let manifest = Manifest::read(checkpoint)?;
         let mut files = Vec::new();
         for name in manifest.files.keys().filter(|name| is_optimizer(name)) {
             let path = checkpoint.join(name);
             let bytes = read(&path)?;
-            let header = SafeTensors::read_metadata(&bytes);
-            let (_, header) = header.map_err(|e| Error::Storage(format!("{}: {e}", path.display())))?;
+            let (_, header) = read_header(&path, &bytes)?;
             let text =
                 header.metadata().as_ref().and_then(|metadata| metadata.get(RANGES)).cloned().unwrap_or_default();
             let Some(ranges) = parse_ranges(&text) else {
@@ -216,6 +218,19 @@ fn checked<'a>(path: &Path, tensors: &SafeTensors<'a>, name: &str, expected: &[u
 }
 
 fn parse<'a>(path: &Path, bytes: &'a [u8]) -> Result<SafeTensors<'a>> {
-    SafeTensors::deserialize(bytes)
-        .map_err(|e| Error::Storage(format!("{} is not a safetensors file: {e}", path.display())).into())
+    read_header(path, bytes)?;
+    SafeTensors::deserialize(bytes).map_err(|e| not_tensors(path, e))
+}
+
+/// Reads a file's header, which says where each tensor lies; the library checks shapes, offsets and the file's size.
+fn read_header(path: &Path, bytes: &[u8]) -> Result<(usize, Metadata)> {
+    let length = bytes.first_chunk().map_or(0, |length| u64::from_le_bytes(*length));
+    if length > MAX_HEADER {
+        return Err(not_tensors(path, format!("its header has {length} bytes, expected at most {MAX_HEADER}")));
+    }
+    SafeTensors::read_metadata(bytes).map_err(|e| not_tensors(path, e))
+}
+
+fn not_tensors(path: &Path, reason: impl Display) -> anyhow::Error {
+    Error::Storage(format!("{} is not a safetensors file: {reason}", path.display())).into()
 }

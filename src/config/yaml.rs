@@ -1,12 +1,17 @@
 //! YAML in and out: overrides, unknown keys, and what a resumed run may change.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io::Read;
 use std::path::Path;
 
 use serde_yaml::{Mapping, Value};
 
 use super::{usage, Config, Model, Train};
 use crate::error::{Error, Result};
+
+/// No longer configuration is read.
+const MAX_BYTES: usize = 64 << 10;
 
 /// Keys that do not change what is learnt, so that a resumed run may change them without asking.
 const FREE_ON_RESUME: [&str; 16] = [
@@ -34,15 +39,17 @@ impl Config {
     /// # Errors
     /// Usage: a file that cannot be read or is not YAML, a key that does not exist, a value of the wrong type.
     pub fn load(path: &Path, overrides: &[String]) -> Result<Self> {
-        let text = std::fs::read_to_string(path)
+        let mut text = String::new();
+        File::open(path)
+            .and_then(|file| file.take(MAX_BYTES as u64 + 1).read_to_string(&mut text))
             .map_err(|e| Error::Usage(format!("cannot read the configuration {}: {e}", path.display())))?;
         Self::parse(&text, overrides).map_err(|e| e.context(format!("in {}", path.display())))
     }
 
     /// Parses YAML text and applies `key=value` overrides to it; errors as [`Config::load`].
     pub fn parse(text: &str, overrides: &[String]) -> Result<Self> {
-        let mut root: Value =
-            serde_yaml::from_str(text).map_err(|e| Error::Usage(format!("this is not a YAML configuration: {e}")))?;
+        let mut root =
+            read_value(text).map_err(|reason| Error::Usage(format!("this is not a YAML configuration: {reason}")))?;
         if root.is_null() {
             root = Value::Mapping(Mapping::new());
         }
@@ -51,8 +58,8 @@ impl Config {
             let (key, value) = item
                 .split_once('=')
                 .ok_or_else(|| Error::Usage(format!("--set {item}: expected key=value, for example optim.lr=3e-4")))?;
-            let value = serde_yaml::from_str(value)
-                .map_err(|e| Error::Usage(format!("--set {item}: the value is not YAML: {e}")))?;
+            let value =
+                read_value(value).map_err(|e| Error::Usage(format!("--set {item}: the value is not YAML: {e}")))?;
             set(&mut root, key, value)?;
         }
         let paths: Vec<String> = leaves(&known, "").into_iter().map(|(path, _)| path).collect();
@@ -120,6 +127,23 @@ impl Config {
     pub fn to_yaml(&self) -> Result<String> {
         Ok(serde_yaml::to_string(self)?)
     }
+}
+
+/// Parses YAML, but for aliases: a few lines of them can stand for more than any memory holds.
+fn read_value(text: &str) -> std::result::Result<Value, String> {
+    if text.len() > MAX_BYTES {
+        return Err(format!("it has more than {MAX_BYTES} bytes"));
+    }
+    let marked = |mark: char| {
+        let names = text.split(|c: char| c.is_whitespace() || "[]{},:?\"'".contains(c));
+        let names = names.filter_map(move |word| word.strip_prefix(mark));
+        let end = |c: char| !c.is_ascii_alphanumeric() && !"-_".contains(c);
+        names.filter_map(move |name| name.split(end).next()).filter(|name| !name.is_empty()).collect::<BTreeSet<_>>()
+    };
+    if let Some(name) = marked('*').intersection(&marked('&')).next() {
+        return Err(format!("`*{name}` stands for what `&{name}` marks; write it out where it is meant"));
+    }
+    serde_yaml::from_str(text).map_err(|e| e.to_string())
 }
 
 fn set(root: &mut Value, path: &str, value: Value) -> Result<()> {

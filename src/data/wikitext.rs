@@ -22,6 +22,8 @@ const CHUNK: u64 = 16 << 20;
 const MAX_TEXT: u64 = 2 << 30;
 /// WikiText's author serves the archives here; the first home, at S3, answers 403 now.
 const MIRROR: &str = "https://wikitext.smerity.com";
+/// An archive's longest line: a few bytes of an archive can stand for any number of them, and lines are read whole.
+const MAX_LINE: u64 = 64 << 20;
 /// Names and SHA-256 of the archives NAME-v1.zip.
 const PUBLISHED: [(&str, &str); 4] = [
     ("wikitext-2", "92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c"),
@@ -273,21 +275,21 @@ impl Text {
     /// Those of `each`; Data where the text cannot be read or is not UTF-8.
     pub fn for_each_chunk(&self, each: impl FnMut(&str) -> Result<()>) -> Result<u64> {
         match self {
-            Self::Embedded(_, text) => self.chunks(text.as_bytes(), each),
+            Self::Embedded(_, text) => self.chunks(text.as_bytes(), u64::MAX, each),
             Self::File(path) => {
                 let file = File::open(path).map_err(|e| Error::read(path, e))?;
-                self.chunks(file, each)
+                self.chunks(file, u64::MAX, each)
             }
             Self::Entry { archive, name } => {
                 let mut zip = open_zip(archive)?;
                 // The library holds the entry to its CRC and to no more than its declared size.
                 let entry = zip.by_name(name).map_err(|e| self.unreadable(e))?;
-                self.chunks(entry, each)
+                self.chunks(entry, MAX_LINE, each)
             }
         }
     }
 
-    fn chunks(&self, mut reader: impl Read, mut each: impl FnMut(&str) -> Result<()>) -> Result<u64> {
+    fn chunks(&self, mut reader: impl Read, max_line: u64, mut each: impl FnMut(&str) -> Result<()>) -> Result<u64> {
         let mut buffer = Vec::new();
         // Bytes before the buffer.
         let mut before = 0;
@@ -298,6 +300,9 @@ impl Text {
             let end = match buffer[held..].iter().rposition(|&byte| byte == b'\n') {
                 _ if read == 0 => buffer.len(),
                 Some(newline) => held + newline + 1,
+                None if buffer.len() as u64 > max_line => {
+                    return Err(self.unreadable(format!("a line has more than {max_line} bytes")));
+                }
                 None => continue,
             };
             let text = std::str::from_utf8(&buffer[..end]).map_err(|e| {

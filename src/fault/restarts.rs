@@ -65,4 +65,12 @@ mod tests {
         assert_eq!(now_at(Some(further.clone()), "8".into(), 20, 5).since, 5);
         assert_eq!(start(20, 1, &Some(further)).since, 1);
     }
+
+    #[test]
+    fn half_a_note_is_none() {
+        let whole = serde_json::to_vec_pretty(&now_at(None, "7".into(), 20, 3)).unwrap();
+        for cut in 0..whole.len() {
+            assert!(serde_json::from_slice::<Start>(&whole[..cut]).is_err(), "cut at byte {cut}");
+        }
+    }
 }

@@ -131,9 +131,11 @@ mod tests {
             };
             log.append(&row).unwrap();
         }
+        let names = ["model.safetensors", "optimizer.safetensors", "state.json"];
+        let entries = names.map(|name| format!(r#""{name}": {{"size": 1, "sha256": ""}}"#)).join(", ");
+        fs::write(last.join("MANIFEST.json"), format!(r#"{{"format_version": 1, "files": {{{entries}}}}}"#)).unwrap();
         fs::write(last.join("model.safetensors"), weights).unwrap();
-        let manifest = r#"{"format_version": 1, "files": {"model.safetensors": {"size": 1, "sha256": ""}}}"#;
-        fs::write(last.join("MANIFEST.json"), manifest).unwrap();
+        fs::write(last.join("optimizer.safetensors"), "o").unwrap();
         dir
     }
 
@@ -142,7 +144,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let straight = run(folder.path(), "straight", 1, 1.5, "w");
         let same = run(folder.path(), "same", 3, 1.5, "w");
-        assert_eq!(compare(&straight, &same, 2, 4).unwrap().len(), 2);
+        assert_eq!(compare(&straight, &same, 2, 4).unwrap().len(), 3);
         let fails = |other: &RunDir| {
             let error = compare(&straight, other, 2, 4).unwrap_err();
             assert_eq!(crate::error::exit_code(&error), 4);

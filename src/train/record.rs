@@ -16,6 +16,9 @@ use crate::fault::lease::Lease;
 use crate::fault::watchdog::Stragglers;
 use crate::metrics::{replace, rounded, EvalRow, Log, RankRow, TrainRow};
 
+/// YAML's mark of a document's end: a configuration that was cut short may be a configuration still.
+const END_OF_CONFIG: &str = "...\n";
+
 /// The places in a run directory.
 #[derive(Debug, Clone)]
 pub struct RunDir(pub PathBuf);
@@ -58,13 +61,38 @@ impl RunDir {
     pub fn claim(&self, config: &Config, tokenizer: &Path) -> Result<()> {
         let make = |folder: &Path| fs::create_dir_all(folder).map_err(|e| Error::write(folder, e));
         for folder in ["checkpoints", "logs", "samples"] {
-            make(&self.0.join(folder))?;
+            let folder = self.0.join(folder);
+            if folder.is_symlink() {
+                let message = "is a link; a run writes into its own folder only: link the whole run directory instead";
+                return Err(Error::Storage(format!("{} {message}", folder.display())).into());
+            }
+            make(&folder)?;
         }
-        replace(&self.config(), config.to_yaml()?.as_bytes())?;
+        replace(&self.config(), (config.to_yaml()? + END_OF_CONFIG).as_bytes())?;
         replace(&self.tokenizer(), &fs::read(tokenizer).map_err(|e| Error::read(tokenizer, e))?)?;
         // An earlier job's heartbeats are not mistaken for this one's.
         let _ = fs::remove_dir_all(self.heartbeats());
         make(&self.heartbeats())
+    }
+
+    /// The configuration that the run was last started with.
+    ///
+    /// # Errors
+    /// Storage, where the file is not whole; usage, as [`Config::load`].
+    pub fn load_config(&self) -> Result<Config> {
+        let path = self.config();
+        let config = Config::load(&path, &[])?;
+        let text = fs::read_to_string(&path).unwrap_or_default();
+        if !text.trim_end().ends_with(END_OF_CONFIG.trim_end()) {
+            return Err(Error::Storage(format!(
+                "{} is cut short: its last line is not `{}`; restore it, or remove it and let `lockstep train --config` \
+                 write it again",
+                path.display(),
+                END_OF_CONFIG.trim_end()
+            ))
+            .into());
+        }
+        Ok(config)
     }
 
     /// Refuses logs that reach further than a run without a checkpoint can have come: its checkpoints are missing.
@@ -102,7 +130,7 @@ impl RunDir {
             .into());
         }
         if self.config().exists() {
-            let older = Config::load(&self.config(), &[])?;
+            let older = self.load_config()?;
             let changes: Vec<String> = config
                 .changes_since(&older)?
                 .into_iter()
