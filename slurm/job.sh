@@ -84,23 +84,40 @@ choose_launcher() {
   fi
 }
 
+# Hands a request to stop on to the ranks, again and again until they end: they ignore it until they listen.
+# shellcheck disable=SC2154 # start sets pid and repeater
+ask() {
+  kill -USR1 "$pid" 2>/dev/null || true
+  if [[ -n $repeater ]]; then return; fi
+  while sleep 1 && kill -USR1 "$pid" 2>/dev/null; do :; done &
+  repeater=$!
+}
+
 # start RANKS ARGUMENT...: runs `lockstep ARGUMENT...` as so many ranks. Sets code to their exit code. USR1, which
 # Slurm sends to this shell before the time is up, goes to the ranks: srun and mpirun hand it on.
 start() {
-  local ranks=$1 pid seen
+  local ranks=$1 pid seen began repeater=''
   shift
   choose_launcher "$ranks"
   code=75
   if ((signals)); then return; fi
   printf '%s: %s starts %s x lockstep %s, at most %s on a node, CPUs for each: %s\n' \
     "$job" "${launcher[0]##*/}" "$ranks" "$1" "$per_node" "$cpus" >&2
-  "${launcher[@]}" "$root/launch/rank" "$@" </dev/null &
+  began=$(mktemp)
+  LOCKSTEP_BEGAN=$began "${launcher[@]}" "$root/launch/rank" "$@" </dev/null &
   pid=$!
-  trap 'signals=$((signals + 1)); kill -USR1 "$pid" 2>/dev/null || true' USR1
+  trap 'signals=$((signals + 1)); ask' USR1
   while true; do
     seen=$signals code=0
     wait "$pid" || code=$?
     # A signal interrupts the waiting, and gives a code that is not the ranks'.
     if ((signals == seen)); then break; fi
   done
+  if [[ -n $repeater ]]; then kill "$repeater" 2>/dev/null || true; fi
+  # srun ends with 0 where it cannot start the ranks, since a node has just died, for one.
+  if ((code == 0)) && [[ ! -s $began ]]; then
+    printf '%s: no rank was started\n' "$job" >&2
+    code=6
+  fi
+  rm -f -- "$began"
 }

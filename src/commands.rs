@@ -41,6 +41,7 @@ use crate::train::{self, Resume};
 pub fn run(cli: &Cli) -> Result<()> {
     // Those wait until they know their rank.
     if !matches!(cli.verb, Verb::Train { .. } | Verb::Checkpoint { action: CheckpointAction::Prove { .. } }) {
+        StopRequest::end_at_once()?;
         start_log(cli, None, true);
     }
     match &cli.verb {

@@ -4,14 +4,16 @@ import argparse
 import csv
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 
+import faults_cluster
 import faults_ranks
 import faults_storage
 from fault_lab import BINARY, Row, table
 
-DRILLS = [*faults_storage.DRILLS, *faults_ranks.DRILLS]
+DRILLS = [*faults_storage.DRILLS, *faults_ranks.DRILLS, *faults_cluster.DRILLS]
 
 
 def main():
@@ -44,6 +46,8 @@ def main():
                 writer = csv.DictWriter(file, [field.name for field in fields(Row)])
                 writer.writeheader()
                 writer.writerows(map(asdict, rows))
+    with suppress(OSError):
+        folder.rmdir()  # unless a drill has kept something in it
     print(table(rows))
     return int(any(row.result == "FAIL" for row in rows))
 

@@ -13,14 +13,29 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # Says what it was given. On USR1 it saves for longer than mpirun lets its ranks live after TERM.
-STAND_IN = """#!/usr/bin/env bash
-rank=${OMPI_COMM_WORLD_RANK:-${PMI_RANK:-0}}
-printf '%s\\n' "$*" >"$OUT/arguments-$rank"
-printf '%s\\n' "$OMP_NUM_THREADS" >"$OUT/threads-$rank"
-trap 'sleep 1.5; touch "$OUT/saved-$rank"; exit 75' USR1
-if [[ $1 == exit ]]; then exit "$2"; fi
-printf '%s\\n' $$ >"$OUT/ready-$rank"
-for _ in {1..300}; do sleep 0.1; done
+STAND_IN = f"""#!{sys.executable}
+import os, signal, sys, time
+
+out, words = os.environ["OUT"], sys.argv[1:]
+rank = os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", "0"))
+
+def write(name, text):
+    with open(f"{{out}}/{{name}}-{{rank}}", "w") as file:
+        print(text, file=file)
+
+def save(*_):
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    time.sleep(1.5)
+    write("saved", "")
+    sys.exit(75)
+
+write("arguments", " ".join(words))
+write("threads", os.environ["OMP_NUM_THREADS"])
+signal.signal(signal.SIGUSR1, save)
+if words[0] == "exit":
+    sys.exit(int(words[1]))
+write("ready", os.getpid())
+time.sleep(30)
 """
 
 

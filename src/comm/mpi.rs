@@ -31,6 +31,10 @@ const CHUNK: usize = 1 << 22;
 /// The exit code of a lost peer: `Error::Communication`'s.
 const LOST: u8 = 6;
 
+/// From the end of this rank's `MPI_Init` to its first message. Open MPI 5.0 crashes in a rank that receives one while it
+/// is still leaving `MPI_Init`'s last barrier (open-mpi/ompi, issue 11438).
+const SETTLING: Duration = Duration::from_millis(200);
+
 /// How long a peer that is asked to end the job may take for it.
 const ABORT_GRACE: Duration = Duration::from_secs(10);
 
@@ -68,6 +72,7 @@ impl World {
         let seen = shared.clone();
         let serve = move || {
             let Some((universe, _)) = mpi::initialize_with_threading(Threading::Funneled) else { return };
+            thread::sleep(SETTLING);
             let world = universe.world();
             end_with_6_on_error(&world);
             let local = world.split_shared(world.rank());

@@ -35,12 +35,26 @@ impl StopRequest {
             }
             Ok(())
         };
-        register().map_err(|e| Error::Usage(format!("cannot handle signals: {e}")))?;
+        register().map_err(refused)?;
         Ok(Self(raised))
+    }
+
+    /// Lets SIGUSR1 end the process, for what has nothing to save: `launch/rank` begins with it ignored.
+    ///
+    /// # Errors
+    /// Usage, where the system refuses signal handlers.
+    pub fn end_at_once() -> Result<()> {
+        let always = Arc::new(AtomicBool::new(true));
+        flag::register_conditional_shutdown(SIGUSR1, 128 + SIGUSR1, always).map_err(refused)?;
+        Ok(())
     }
 
     /// Whether a signal has come.
     pub fn raised(&self) -> bool {
         self.0.load(Ordering::Relaxed)
     }
+}
+
+fn refused(e: std::io::Error) -> Error {
+    Error::Usage(format!("cannot handle signals: {e}"))
 }

@@ -11,6 +11,9 @@ const SLOW: f64 = 1.5;
 /// ... and by at least this many milliseconds: what an operating system takes from a process now and then is no fault ...
 const LEAST_MS: f64 = 5.0;
 
+/// ... and has been so for as many steps: an overloaded machine holds up one rank for a while, and then another ...
+const LASTING: usize = 8;
+
 /// ... until it is below this multiple again.
 const RECOVERED: f64 = 1.25;
 
@@ -36,15 +39,15 @@ impl Straggler {
 #[derive(Default)]
 pub struct Stragglers {
     windows: Vec<VecDeque<f64>>,
-    /// Whether a rank was named and has not recovered.
-    named: Vec<bool>,
+    /// For how many steps a rank has been slow; from [`LASTING`] on it is named, and stays so until it has recovered.
+    slow_for: Vec<usize>,
 }
 
 impl Stragglers {
     /// Takes each rank's milliseconds of a step. Returns the ranks that are slow now and were not before.
     pub fn step(&mut self, times: &[f64]) -> Vec<Straggler> {
         self.windows.resize_with(times.len(), VecDeque::new);
-        self.named.resize(times.len(), false);
+        self.slow_for.resize(times.len(), 0);
         for (window, &time) in self.windows.iter_mut().zip(times) {
             window.truncate(WINDOW - 1);
             window.push_front(time);
@@ -55,12 +58,13 @@ impl Stragglers {
         let medians: Vec<f64> = self.windows.iter().map(|window| median(window.iter().copied())).collect();
         let median_ms = median(medians.iter().copied());
         let mut found = Vec::new();
-        for (rank, (&compute_ms, named)) in medians.iter().zip(&mut self.named).enumerate() {
+        for (rank, (&compute_ms, slow_for)) in medians.iter().zip(&mut self.slow_for).enumerate() {
             let slow = compute_ms >= SLOW * median_ms && compute_ms >= median_ms + LEAST_MS;
-            if slow && !*named {
+            let recovering = *slow_for >= LASTING && compute_ms >= RECOVERED * median_ms;
+            *slow_for = if slow || recovering { *slow_for + 1 } else { 0 };
+            if *slow_for == LASTING {
                 found.push(Straggler { rank, compute_ms, median_ms });
             }
-            *named = slow || (*named && compute_ms >= RECOVERED * median_ms);
         }
         found
     }

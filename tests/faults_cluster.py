@@ -1,0 +1,440 @@
+"""Drills on a real Slurm of several nodes on this machine, through slurm/train.sbatch as it is.
+
+No job is submitted twice: whatever befalls it, it has to queue itself again, or Slurm does.
+"""
+
+import json
+import os
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from fault_lab import BINARY, ROOT, Broken, Drill, Lab, NotRun
+from virtual_cluster import Cluster
+
+# Of a cluster of launch/cluster's.
+KILL_WAIT_S = 5
+# The nodes send so slowly that a step takes a third of a second and yet hardly any of the cores.
+SLOW = "4mbit"
+# Before the first start.
+NONE = (-1, 0)
+TRAIN = {"steps": 1200, "save_every": 10, "eval_every": 50, "sample_every": 70}
+
+
+class Site:
+    """A cluster, and a lab in the folder that jobs are submitted from."""
+
+    def __init__(self, folder, nodes):
+        self.cluster = Cluster(folder, nodes)
+        self.lab = Lab(self.cluster.work)
+        self.cluster.environment |= dict([self.lab.mark.split("=")])
+
+    def submit(self, run, *options):
+        arguments = [f"{run.name}.yaml", "--run-dir", run.name]
+        return Job(self, run, self.cluster.submit(*options, arguments=arguments))
+
+    def slurmd(self, node, signal_number):
+        """Sends a signal to a node's slurmd; what it has started does not notice."""
+        daemon = f"slurmd -D -N n{node} -f {self.cluster.state}/etc/slurm.conf".split()
+        for entry in Path("/proc").glob("[0-9]*/cmdline"):
+            with suppress(OSError):
+                if entry.read_bytes().decode(errors="replace").split("\0")[:-1] == daemon:
+                    os.kill(int(entry.parent.name), signal_number)
+
+
+@contextmanager
+def site(nodes):
+    """A cluster in a folder that its nodes see, too, which is kept where something broke."""
+    if not (ROOT / "launch/cluster").exists() or not shutil.which("slurmctld"):
+        raise NotRun("there is no Slurm here")
+    (ROOT / "target").mkdir(exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="faults-cluster-", dir=ROOT / "target"))
+    here = Site(folder, nodes)
+    try:
+        if here.cluster.started.returncode == 2:
+            raise NotRun(f"no cluster: {here.cluster.started.stderr.strip()}")
+        if here.cluster.started.returncode:
+            raise Broken(f"no cluster: {here.cluster.started.stderr.strip()}")
+        yield here
+    except (AssertionError, Broken) as broken:
+        raise Broken(f"{broken}; the runs are in {folder}") from None
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        here.cluster.close()
+        here.lab.end_all()
+        if here.cluster.started.returncode == 2:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+class Job:
+    """A job that trains a run, and is started again and again under one number."""
+
+    def __init__(self, place, run, number):
+        self.site, self.cluster, self.run, self.number = place, place.cluster, run, number
+
+    def facts(self):
+        return self.cluster.facts(self.number)
+
+    def restarts(self):
+        return int(self.facts()["Restarts"])
+
+    def said(self):
+        return self.cluster.output(self.number)
+
+    def starts(self):
+        """{start: {rank: process id}} of all that lives, on all nodes.
+
+        A start is how often Slurm had queued the job again, and the step's number within the job.
+        """
+        found = {}
+        for pid in self.site.lab.processes():
+            with suppress(OSError, KeyError):
+                variables = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+                known = dict(variable.split("=", 1) for variable in variables if "=" in variable)
+                if Path(f"/proc/{pid}/exe").resolve() != BINARY.resolve():
+                    continue
+                if known["SLURM_JOB_ID"] == self.number:
+                    start = int(known.get("SLURM_RESTART_COUNT", 0)), int(known["SLURM_STEP_ID"])
+                    found.setdefault(start, {})[int(known["SLURM_PROCID"])] = pid
+        return found
+
+    def ranks(self, start):
+        """The process ids of a start's ranks, by rank."""
+        return self.starts().get(start, {})
+
+    def newest(self):
+        """The latest start that lives."""
+        return max(self.starts(), default=NONE)
+
+    def nodes(self):
+        """The numbers of the nodes that it has."""
+        names = self.cluster.call("scontrol", "show", "hostnames", self.facts()["NodeList"])
+        return [int(name[1:]) for name in names.split()]
+
+    def until(self, what, condition, within=90):
+        """Waits for something while the job goes on; returns what came out true."""
+        deadline = time.monotonic() + within
+        while not (found := condition()):
+            if time.monotonic() > deadline:
+                raise Broken(f"waited {within} s for {what}\n{self.cluster.situation()[-4000:]}")
+            time.sleep(0.02)
+        return found
+
+    def until_going_on(self, after=NONE):
+        """Waits for a start after another, until it trains; returns it."""
+
+        def found():
+            start, ranks = max(self.starts().items(), default=(NONE, {}))
+            beat = self.beat(0)
+            # A start before may have left the beat.
+            mine = beat and 0 in ranks and beat["pid"] == _pid_on_its_node(ranks[0])
+            return mine and start > after and beat["phase"] != "start-up" and start
+
+        return self.until("a new start and its first step", found)
+
+    def beat(self, rank):
+        """What a rank says that it is doing; None where it says nothing."""
+        with suppress(OSError, ValueError):
+            return json.loads((self.run.dir / f"heartbeats/rank-{rank:04}.json").read_text())
+        return None
+
+    def goes_on_for(self, steps):
+        """Waits for some more steps and a new checkpoint."""
+        first, saved = self.run.step(), max(self.run.checkpoints(), default=0)
+        self.until(f"{steps} steps after {first}", lambda: self.run.step() >= first + steps)
+        self.until("a checkpoint", lambda: max(self.run.checkpoints(), default=0) > saved)
+
+    def ends(self, state="COMPLETED", within=240):
+        self.cluster.wait(self.number, within)
+        if self.facts()["JobState"] != state:
+            raise Broken(f"the job ended as {self.facts()['JobState']}: {self.said()[-3000:]}")
+
+    def same_as(self, expected):
+        """Lets the job end, at full speed; its result must be that of a run left in peace."""
+        self.cluster.launch("shape", "off")
+        self.ends()
+        self.run.verify()
+        self.run.same_as(expected)
+
+
+def _pid_on_its_node(pid):
+    """What a process calls itself: each node counts its own."""
+    with suppress(OSError):
+        status = Path(f"/proc/{pid}/status").read_text()
+        return int(status.split("NSpid:")[1].split("\n")[0].split()[-1])
+    return None
+
+
+def kill_in_each_phase(_, times):
+    """Kills each rank in each phase; Slurm and the others end the start, and the job goes on."""
+    slowest = 0.0
+    with site(2) as here:
+        # At full speed, or ranks would do nothing but exchange.
+        train = TRAIN | {"eval_every": 5}
+        expected = here.lab.undisturbed(2, train=train)
+        run = here.lab.run("killed", 2, train=train)
+        job = here.submit(run, "--nodes=2")
+        phases = ["start-up", "step", "exchange", "evaluation", "save"]
+        victims = [(phase, rank) for phase in phases for rank in (0, 1)]
+        start = NONE
+        for number in range(times):
+            phase, rank = victims[number % len(victims)]
+            if phase == "start-up":
+                job.until("a new start", lambda before=start: job.newest() > before)
+                start = job.newest()
+            else:
+                start = job.until_going_on(start)
+                job.goes_on_for(3)
+            pid = await_phase(job, start, rank, phase)
+            os.kill(pid, signal.SIGKILL)
+            begun = time.monotonic()
+            job.until("the end of all", lambda s=start: not job.ranks(s), KILL_WAIT_S + 10)
+            slowest = max(slowest, time.monotonic() - begun)
+        job.until_going_on(start)
+        job.same_as(expected)
+        queued = job.restarts()
+    return (
+        f"{times} kills, everyone gone within {slowest:.1f} s, started again each time; "
+        f"{queued} times in the queue again; result identical"
+    )
+
+
+def await_phase(job, start, rank, phase):
+    """Waits until a rank of a start is in a phase; its process id."""
+
+    def process():
+        return job.ranks(start).get(rank)
+
+    if phase == "start-up":
+        return job.until("a rank", process)
+    pid = process()
+    if phase == "save":
+        # Rank 0 writes meanwhile.
+        job.until("a save", lambda: any((job.run.dir / "checkpoints").glob("step-*.tmp")))
+        return pid
+    if phase == "exchange":
+        # For certain: the other rank stands still.
+        other = job.ranks(start)[1 - rank]
+        os.kill(other, signal.SIGSTOP)
+        job.until(phase, lambda: job.beat(rank)["phase"] == phase)
+        os.kill(other, signal.SIGCONT)
+        return pid
+    job.until(phase, lambda: (job.beat(rank) or {}).get("phase") == phase)
+    return pid
+
+
+def requeue_while_the_old_dies(_, times):
+    """The job is started anew while its old start dies slowly, or lives where Slurm lost sight."""
+    with site(2) as here:
+        # On one node: where Slurm loses all of several nodes at once, it may hold the job.
+        train = {"steps": 3000, "save_every": 50, "eval_every": 500, "sample_every": 500}
+        expected = here.lab.undisturbed(2, train=train)
+        for number in range(times):
+            run = here.lab.run(f"requeued-{number}", 2, train=train)
+            job = here.submit(run, "--nodes=1", "--ntasks=2")
+            start = job.until_going_on()
+            job.goes_on_for(5)
+            old, [node] = job.ranks(start), job.nodes()
+            kind = ("stopped", "out of sight", "out of sight and stopped")[number % 3]
+            if kind != "out of sight":
+                for pid in old.values():
+                    os.kill(pid, signal.SIGSTOP)
+            if kind == "stopped":
+                here.cluster.call("scontrol", "requeue", job.number)
+            else:
+                # The node does not answer, and Slurm starts the job on the other.
+                here.slurmd(node, signal.SIGSTOP)
+            job.until_going_on(start)
+            if kind != "stopped" and not takes_over(job):
+                raise Broken(f"the new start did not take over: {job.said()[-3000:]}")
+            if kind == "out of sight and stopped":
+                job.goes_on_for(20)
+                for pid in old.values():
+                    os.kill(pid, signal.SIGCONT)
+            job.until("the end of the old", lambda s=start, j=job: not j.ranks(s), 60)
+            job.goes_on_for(5)
+            here.slurmd(node, signal.SIGCONT)
+            job.same_as(expected)
+            if job.restarts() != 1:
+                again = f"queued {job.restarts()} times again, not once"
+                raise Broken(f"{again}: {job.said()[-3000:]}")
+    return f"{times} times taken over, the old start wrote nothing more; result identical"
+
+
+def takes_over(job):
+    return "it is an earlier start of this job, which was queued again" in job.said()
+
+
+def two_jobs_in_one_place(_, times):
+    """The second job is refused, with the number of the first, which does not notice."""
+    with site(2) as here:
+        expected = here.lab.undisturbed(train=TRAIN | {"steps": 400})
+        run = here.lab.run("shared", train=TRAIN | {"steps": 400})
+        job = here.submit(run, "--nodes=1")
+        job.until_going_on()
+        for _ in range(times):
+            second = here.submit(run, "--nodes=1")
+            second.ends("FAILED", 60)
+            facts = second.facts()
+            if (facts["ExitCode"], facts["Restarts"]) != ("2:0", "0"):
+                raise Broken(f"the second job ended with {facts['ExitCode']}: {second.said()}")
+            if f"is in use: {run.name}/lease.json names job {job.number}, " not in second.said():
+                raise Broken(f"the first job is not named: {second.said()[-3000:]}")
+        job.same_as(expected)
+    return f"{times} refused, exit code 2, the other job named; its result identical"
+
+
+def preemptions_and_a_dead_node(_, times):
+    """Each time five preemptions of all kinds, and a node that dies between them."""
+    with site(3) as here:
+        expected = here.lab.undisturbed(2, train=TRAIN)
+        for number in range(times):
+            here.cluster.launch("shape", SLOW, "0ms")
+            run = here.lab.run(f"preempted-{number}", 2, train=TRAIN)
+            job = here.submit(run, "--nodes=2")
+            start = NONE
+            for preempt in (usr1, requeue, time_limit, dead_node, term, usr1):
+                start = job.until_going_on(start)
+                job.goes_on_for(here.lab.random.randint(1, 15))
+                preempt(job)
+            job.until_going_on(start)
+            job.same_as(expected)
+    return f"{times} x (2 x USR1, TERM, requeue, time limit, a dead node); result identical"
+
+
+def usr1(job):
+    job.cluster.call("scancel", "--batch", "--signal=USR1", job.number)
+
+
+def term(job):
+    job.cluster.call("scancel", "--signal=TERM", job.number)
+
+
+def requeue(job):
+    job.cluster.call("scontrol", "requeue", job.number)
+
+
+def time_limit(job):
+    """The limit comes near, and is lifted again once the job has saved and ended."""
+    before = job.restarts()
+    job.cluster.call("scontrol", "update", f"JobId={job.number}", "TimeLimit=1")
+    job.until("the limit to strike", lambda: job.restarts() > before)
+    job.cluster.call("scontrol", "update", f"JobId={job.number}", "TimeLimit=UNLIMITED")
+
+
+def dead_node(job):
+    """A node of the job's dies, and is there again after a while, when the job has others."""
+    before = job.restarts()
+    node = job.site.lab.random.choice(job.nodes())
+    job.cluster.launch("kill", node)
+    job.until("Slurm to queue the job again", lambda: job.restarts() > before)
+    job.cluster.launch("start", node)
+
+
+def kill_a_rank(job):
+    ranks = job.ranks(job.newest())
+    os.kill(ranks[job.site.lab.random.choice(sorted(ranks))], signal.SIGKILL)
+
+
+def stop_a_rank(job):
+    """A rank stands still, for longer than the others bear it."""
+    ranks = job.ranks(job.newest())
+    os.kill(ranks[job.site.lab.random.choice(sorted(ranks))], signal.SIGSTOP)
+
+
+def damage(job):
+    """A byte of the newest checkpoint is another one, which shows once it is needed."""
+    while True:
+        with suppress(OSError):  # it may just be cleared away
+            newest = job.run.dir / "checkpoints" / f"step-{job.run.checkpoints()[-1]:08}"
+            file = job.site.lab.random.choice(sorted(newest.iterdir()))
+            place = job.site.lab.random.randrange(file.stat().st_size)
+            with file.open("r+b") as opened:
+                opened.seek(place)
+                byte = opened.read(1)[0]
+                opened.seek(place)
+                opened.write(bytes([byte ^ 1 << job.site.lab.random.randrange(8)]))
+            break
+    kill_a_rank(job)
+
+
+# Seconds from a start of the soak to its next fault, on average. A fault costs about ten, mostly
+# for Slurm's queue and for the deadline; where hours lie between faults, next to nothing is lost.
+BETWEEN_S = 150
+
+
+def soak(_, times):
+    """Faults of all kinds at random, in one job that nobody helps.
+
+    Useful is the time of the steps that stand in train.csv in the end, each once; the whole is the
+    time in which the job had its nodes. So what is lost are starts, steps done again, the finding
+    of the dead, and also evaluations, samples and saves.
+    """
+    kinds = [kill_a_rank, usr1, term, stop_a_rank, requeue, dead_node, damage]
+    with site(3) as here:
+        train = {"steps": times * BETWEEN_S * 4, "save_every": 15}
+        train |= {"eval_every": 300, "sample_every": 300}
+        sections = {"train": train, "fault": {"step_deadline_s": 8}}
+        run = here.lab.run("soaked", 2, **sections)
+        here.cluster.launch("shape", SLOW, "0ms")
+        job = here.submit(run, "--nodes=2")
+        start, done = NONE, []
+        with Clock(job) as clock:
+            for _ in range(times):
+                start = job.until_going_on(start)
+                time.sleep(here.lab.random.uniform(0.2, 1.8) * BETWEEN_S)
+                job.until("a checkpoint", run.checkpoints)
+                done.append(here.lab.random.choice(kinds))
+                print(f"    {time.strftime('%X')} step {run.step()}: {done[-1].__name__}")
+                done[-1](job)
+            start = job.until_going_on(start)
+            time.sleep(BETWEEN_S)
+            useful = sum(float(ms) for (ms,) in run.rows("train.csv", ("step_ms",))) / 1000
+            whole = clock.seconds
+        counts = ", ".join(f"{done.count(kind)} x {kind.__name__}" for kind in kinds)
+        share = f"{useful:.0f} of {whole:.0f} s ({useful / whole:.1%}) useful"
+        here.cluster.launch("shape", "off")
+        job.ends(within=3600)
+        job.same_as(here.lab.undisturbed(2, **sections))
+    if useful < 0.9 * whole:
+        raise Broken(f"only {share}, {counts}")
+    return f"{times} faults ({counts}); {share}; result identical"
+
+
+class Clock:
+    """Counts the seconds in which a job has its nodes."""
+
+    def __init__(self, job):
+        self.job, self.seconds, self.over = job, 0.0, threading.Event()
+        self.thread = threading.Thread(target=self.count, daemon=True)
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.over.set()
+        self.thread.join()
+
+    def count(self):
+        before = time.monotonic()
+        while not self.over.wait(0.3):
+            state = self.job.cluster.call("squeue", "-h", "-o", "%T", "-j", self.job.number).strip()
+            now = time.monotonic()
+            # The time in which Slurm ends a start counts, too.
+            self.seconds += (now - before) * (state in ("RUNNING", "COMPLETING"))
+            before = now
+
+
+DRILLS = [
+    Drill("Slurm: kill -9 of each rank in each phase", 1, 10, kill_in_each_phase),
+    Drill("Slurm: requeued while the old start lives", 0, 6, requeue_while_the_old_dies),
+    Drill("Slurm: two jobs on one run directory", 1, 3, two_jobs_in_one_place),
+    Drill("Slurm: five preemptions and a dead node", 0, 1, preemptions_and_a_dead_node),
+    Drill("Slurm: soak", 0, 50, soak),
+]
