@@ -39,13 +39,16 @@ impl Error {
         Self::Data(format!("cannot read {}: {reason}", path.display())).into()
     }
 
-    /// A storage error (exit 4) about a file: "cannot write PATH: REASON", with the usual remedy.
+    /// A storage error (exit 4) about a file: "cannot write PATH: REASON", with the remedy for that reason.
     pub fn write(path: &Path, reason: impl Display) -> anyhow::Error {
-        Self::Storage(format!(
-            "cannot write {}: {reason}; free space or name a folder that you may write to",
-            path.display()
-        ))
-        .into()
+        let reason = reason.to_string();
+        let remedy = match &reason {
+            quota if quota.contains("quota exceeded") => "remove files of yours, ask for a larger quota,",
+            disk if disk.contains("Input/output error") => "have the disk or the file server looked at",
+            _ => "free space",
+        };
+        let path = path.display();
+        Self::Storage(format!("cannot write {path}: {reason}; {remedy} or name a folder that you may write to")).into()
     }
 
     /// The error of a process that was ours and ended with this code: the same class, so that this one ends as it did.

@@ -195,7 +195,7 @@ fn line(row: &impl Serialize) -> Result<Vec<u8>> {
 }
 
 /// Gives a file this content: under another name first, made durable, and renamed, so that whatever happens, the old
-/// content or the new is there whole. A file that has it already is left alone.
+/// content or the new is there whole, and after the return the new. A file that has it already is left alone.
 ///
 /// # Errors
 /// Storage, where the file cannot be written.
@@ -213,12 +213,22 @@ pub fn replace(path: &Path, content: &[u8]) -> Result<()> {
         let mut file = File::create(&temporary)?;
         file.write_all(content)?;
         file.sync_all()?;
-        fs::rename(&temporary, path)
+        fs::rename(&temporary, path)?;
+        sync_folder(path)
     };
     write().map_err(|e| {
         let _ = fs::remove_file(&temporary);
         Error::write(path, e)
     })
+}
+
+/// Makes the name of a file or folder durable, which is an entry of the folder above.
+///
+/// # Errors
+/// The system's, where that folder cannot be opened or synchronised.
+pub fn sync_folder(path: &Path) -> std::io::Result<()> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    File::open(folder)?.sync_all()
 }
 
 /// The rows of a file. An end that does not parse, or has no newline, is what a crash left: it is dropped. A header of

@@ -343,10 +343,12 @@ pub fn load_state(checkpoint: &Path) -> Result<State> {
     Ok(state)
 }
 
-/// Removes all complete checkpoints but the newest `keep` and those of the steps to `spare`.
+/// Removes all complete checkpoints but the newest `keep` and those of the steps to `spare`, and what interrupted saves and
+/// removals left; to be called while no save is under way.
 ///
-/// Each is renamed first, so that an interrupted removal leaves nothing that looks complete, and the next save clears it.
+/// Each is renamed first, so that an interrupted removal leaves nothing that looks complete, and the next one clears it.
 pub fn purge(checkpoints: &Path, keep: usize, spare: Option<usize>) -> Result<()> {
+    clear_temporaries(checkpoints);
     let found = list(checkpoints);
     for (step, path) in found.iter().rev().skip(keep) {
         if Some(*step) != spare {

@@ -14,7 +14,7 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::fault::lease::Lease;
 use crate::fault::watchdog::Stragglers;
-use crate::metrics::{replace, rounded, EvalRow, Log, RankRow, TrainRow};
+use crate::metrics::{replace, rounded, sync_folder, EvalRow, Log, RankRow, TrainRow};
 
 /// YAML's mark of a document's end: a configuration that was cut short may be a configuration still.
 const END_OF_CONFIG: &str = "...\n";
@@ -68,6 +68,9 @@ impl RunDir {
             }
             make(&folder)?;
         }
+        // What is durable in a folder without a durable name is lost. The folder above may be one that nobody may read.
+        let _ = sync_folder(&self.0);
+        sync_folder(&self.checkpoints()).map_err(|e| Error::write(&self.checkpoints(), e))?;
         replace(&self.config(), (config.to_yaml()? + END_OF_CONFIG).as_bytes())?;
         replace(&self.tokenizer(), &fs::read(tokenizer).map_err(|e| Error::read(tokenizer, e))?)?;
         // An earlier job's heartbeats are not mistaken for this one's.
