@@ -273,8 +273,10 @@ def takes_over(job):
 def two_jobs_in_one_place(_, times):
     """The second job is refused, with the number of the first, which does not notice."""
     with site(2) as here:
-        expected = here.lab.undisturbed(train=TRAIN | {"steps": 400})
-        run = here.lab.run("shared", train=TRAIN | {"steps": 400})
+        # Some seconds for each other job that comes meanwhile, on a fast machine, too.
+        train = TRAIN | {"steps": 2500 * times}
+        expected = here.lab.undisturbed(train=train)
+        run = here.lab.run("shared", train=train)
         job = here.submit(run, "--nodes=1")
         job.until_going_on()
         for _ in range(times):
