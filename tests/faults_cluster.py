@@ -351,6 +351,7 @@ def stop_a_rank(job):
 
 def damage(job):
     """A byte of the newest checkpoint is another one, which shows once it is needed."""
+    job.until("an older checkpoint", lambda: len(job.run.checkpoints()) > 1)
     while True:
         with suppress(OSError):  # it may just be cleared away
             newest = job.run.dir / "checkpoints" / f"step-{job.run.checkpoints()[-1]:08}"
