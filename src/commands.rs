@@ -67,11 +67,7 @@ pub fn run(cli: &Cli) -> Result<()> {
                 "never" => Resume::Never,
                 path => Resume::From(path.into()),
             };
-            let parsed = Config::load(config, overrides)?;
-            if parsed.deterministic {
-                // Before MPI's thread exists.
-                device::ask_for_deterministic_cublas();
-            }
+            let parsed = training_config(config, overrides)?;
             on_every_rank(deadlines(&parsed.fault), |comm| {
                 let plan = parsed.validate(comm.world_size);
                 let plan = plan.map_err(|e| e.context(format!("in {}", config.display())))?;
@@ -126,11 +122,7 @@ pub fn run(cli: &Cli) -> Result<()> {
         }
         Verb::Checkpoint { action: CheckpointAction::Prove { config, overrides, steps } } => {
             let stop = StopRequest::install()?;
-            let parsed = Config::load(config, overrides)?;
-            if parsed.deterministic {
-                // Before MPI's thread exists.
-                device::ask_for_deterministic_cublas();
-            }
+            let parsed = training_config(config, overrides)?;
             on_every_rank(deadlines(&parsed.fault), |comm| {
                 start_log(cli, None, comm.is_root());
                 let folder = Path::new("runs").join(format!("{}-proof", parsed.name));
@@ -146,6 +138,15 @@ pub fn run(cli: &Cli) -> Result<()> {
             io::stdout().write_all(&script).map_err(stdout_failed)
         }
     }
+}
+
+/// Reads the configuration of a training, and does for it what must be done before MPI's thread exists.
+fn training_config(path: &Path, overrides: &[String]) -> Result<Config> {
+    let config = Config::load(path, overrides)?;
+    if config.deterministic {
+        device::ask_for_deterministic_cublas();
+    }
+    Ok(config)
 }
 
 fn deadlines(fault: &Fault) -> Deadlines {

@@ -9,6 +9,8 @@ use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
+use crate::device;
+
 /// The content of `lease.json`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Holder {
@@ -50,7 +52,7 @@ impl Holder {
             job: of_slurm("SLURM_JOB_ID"),
             array,
             restart_count: of_slurm("SLURM_RESTART_COUNT").and_then(|count| count.parse().ok()).unwrap_or(0),
-            host: fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned(),
+            host: device::host(),
             machine: machine(),
             pid,
             started: started(pid).ok().flatten(),
