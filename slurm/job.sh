@@ -54,6 +54,30 @@ lay_out() {
   cpus=$((cpus > 0 ? cpus : 1))
 }
 
+# Uses up step numbers until the next is one under which no node of this job has died. A job that was queued again counts
+# its steps from 0 again; a node that died amid a step keeps the socket of Slurm's PMIx, and some Slurms (22.05) then refuse
+# to start ranks there under the step's number.
+skip_dead_steps() {
+  local spool said next
+  ((${SLURM_RESTART_COUNT:-0})) || return 0
+  spool=$(scontrol show config | sed -n 's/^SlurmdSpoolDir *= *//p')
+  # Each node says the number of this step, and of each whose socket it has. One that does not answer is found out when
+  # the ranks are started.
+  # shellcheck disable=SC2016 # for the nodes' shells
+  said=$(timeout 60 srun --overlap --mpi=none --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 bash -c '
+    host=$(uname -n)
+    spool=${1//%n/$SLURMD_NODENAME}
+    spool=${spool//%h/${host%%.*}}
+    printf "step %s\n" "$SLURM_STEP_ID"
+    for socket in "$spool/stepd.slurm.pmix.$SLURM_JOB_ID".*; do printf "dead %s\n" "${socket##*.}"; done
+  ' bash "$spool") || return 0
+  next=$(($(awk '$1 == "step" { print $2; exit }' <<<"$said") + 1))
+  while grep -qx "dead $next" <<<"$said"; do
+    timeout 60 srun --overlap --mpi=none --nodes=1 --ntasks=1 true || return 0
+    next=$((next + 1))
+  done
+}
+
 # Sets launcher to the command that starts $1 ranks: srun, or mpirun where srun does not know how MPI's ranks
 # find each other.
 choose_launcher() {
@@ -69,6 +93,7 @@ choose_launcher() {
   if [[ -n ${SLURM_MPI_TYPE:-} ]]; then return; fi # the site knows better, and srun reads it
   if [[ -n $pmi ]]; then
     launcher+=(--mpi="$pmi")
+    skip_dead_steps
     return
   fi
   if [[ -n ${MPICC:-} ]]; then mpirun=$(dirname -- "$MPICC")/mpirun; fi

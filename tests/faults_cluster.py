@@ -3,6 +3,7 @@
 No job is submitted twice: whatever befalls it, it has to queue itself again, or Slurm does.
 """
 
+import csv
 import json
 import os
 import shutil
@@ -366,9 +367,9 @@ def damage(job):
     kill_a_rank(job)
 
 
-# Seconds from a start of the soak to its next fault, on average. A fault costs about ten, mostly
-# for Slurm's queue and for the deadline; where hours lie between faults, next to nothing is lost.
-BETWEEN_S = 150
+# Seconds from a start of the soak to its next fault, on average. A fault costs some seconds, mostly
+# for what is done again and for deadlines; where hours lie between faults, next to nothing is lost.
+BETWEEN_S = 110
 
 
 def soak(_, times):
@@ -380,7 +381,7 @@ def soak(_, times):
     """
     kinds = [kill_a_rank, usr1, term, stop_a_rank, requeue, dead_node, damage]
     with site(3) as here:
-        train = {"steps": times * BETWEEN_S * 4, "save_every": 15}
+        train = {"steps": times * BETWEEN_S * 4, "save_every": 10}
         train |= {"eval_every": 300, "sample_every": 300}
         sections = {"train": train, "fault": {"step_deadline_s": 8}}
         run = here.lab.run("soaked", 2, **sections)
@@ -393,12 +394,12 @@ def soak(_, times):
                 time.sleep(here.lab.random.uniform(0.2, 1.8) * BETWEEN_S)
                 job.until("a checkpoint", run.checkpoints)
                 done.append(here.lab.random.choice(kinds))
-                print(f"    {time.strftime('%X')} step {run.step()}: {done[-1].__name__}")
+                so_far = f"{useful_s(run):.0f} of {clock.seconds:.0f} s useful"
+                print(f"    {time.strftime('%X')} {so_far}: {done[-1].__name__}", flush=True)
                 done[-1](job)
             start = job.until_going_on(start)
             time.sleep(BETWEEN_S)
-            useful = sum(float(ms) for (ms,) in run.rows("train.csv", ("step_ms",))) / 1000
-            whole = clock.seconds
+            useful, whole = useful_s(run), clock.seconds
         counts = ", ".join(f"{done.count(kind)} x {kind.__name__}" for kind in kinds)
         share = f"{useful:.0f} of {whole:.0f} s ({useful / whole:.1%}) useful"
         here.cluster.launch("shape", "off")
@@ -407,6 +408,12 @@ def soak(_, times):
     if useful < 0.9 * whole:
         raise Broken(f"only {share}, {counts}")
     return f"{times} faults ({counts}); {share}; result identical"
+
+
+def useful_s(run):
+    """Seconds of the steps in a run's log, whose last row may be on its way."""
+    whole = (run.dir / "train.csv").read_text().rpartition("\n")[0]
+    return sum(float(row["step_ms"]) for row in csv.DictReader(whole.splitlines())) / 1000
 
 
 class Clock:

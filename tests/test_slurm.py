@@ -127,6 +127,25 @@ def test_a_node_dies(cluster, undisturbed):
     assert losses == cluster.losses("runs/undisturbed")[: len(losses)]
 
 
+def test_nodes_that_died_before(cluster):
+    """What their PMIx leaves behind does not keep a job from being started there again."""
+    run = "runs/haunted"
+    job = cluster.submit("--nodes=2", arguments=[cluster.config("haunted", 150), "--run-dir", run])
+    wait_until(lambda: len(cluster.rows(run)) > 10, 60, cluster.situation)
+    cluster.call("scontrol", "requeuehold", job)
+    wait_until(lambda: cluster.facts(job)["JobState"] == "PENDING", 60, cluster.situation)
+    wait_until(lambda: not cluster.call("squeue", "-h", "-t", "CG"), 60, cluster.situation)
+    for spool in (cluster.state / "spool").glob("n?"):
+        for step in range(9):
+            with socket.socket(socket.AF_UNIX) as left_behind:
+                left_behind.bind(str(spool / f"stepd.slurm.pmix.{job}.{step}"))
+    cluster.call("scontrol", "release", job)
+    facts = cluster.wait(job)
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), cluster.output(job)
+    assert cluster.output(job).count("starts 2 x lockstep train") == 2
+    assert len(cluster.losses(run)) == 150
+
+
 def test_an_array_over_configurations(cluster):
     for name in ("first", "second"):
         cluster.config(name, 3)
