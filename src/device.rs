@@ -1,6 +1,7 @@
 //! Where the tensors live, how many threads compute, and how fast this machine multiplies.
 #![allow(unsafe_code)]
 
+use std::ffi::{c_char, c_int, c_void, CStr};
 use std::path::Path;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
@@ -118,7 +119,7 @@ pub fn gpu(index: usize) -> std::result::Result<Gpu, String> {
 /// halved the time of a training step. The loader takes this function for MKL's own of the same name because the
 /// executable exports it (build.rs); where LibTorch has no MKL, nobody calls it.
 #[no_mangle]
-pub extern "C" fn mkl_serv_intel_cpu_true() -> std::ffi::c_int {
+pub extern "C" fn mkl_serv_intel_cpu_true() -> c_int {
     1
 }
 
@@ -148,8 +149,58 @@ pub fn set_threads(threads: Option<usize>) -> usize {
 extern "C" {
     // src/libtorch.cpp
     fn lockstep_use_deterministic_algorithms();
-    fn lockstep_peak_device_bytes(device: std::ffi::c_int) -> i64;
-    fn lockstep_forget_device_memory(device: std::ffi::c_int);
+    fn lockstep_peak_device_bytes(device: c_int) -> i64;
+    fn lockstep_forget_device_memory(device: c_int);
+    fn lockstep_fused_adamw(
+        tensors: *const *const c_void,
+        n: usize,
+        step: *const c_void,
+        lr: f64,
+        beta1: f64,
+        beta2: f64,
+        weight_decay: f64,
+        eps: f64,
+        scale: *const c_void,
+        skip: *const c_void,
+    ) -> *const c_char;
+}
+
+/// The numbers of an AdamW update.
+pub struct AdamWNumbers {
+    /// Learning rate.
+    pub lr: f64,
+    /// Decay rates of the two moments.
+    pub betas: [f64; 2],
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// Added to the denominator.
+    pub eps: f64,
+}
+
+/// One AdamW update in one pass, by LibTorch's fused kernel, which `tch` lacks.
+///
+/// A part is its weights, their gradient and its two moments, (n,) fp32 each. `step` (), fp32, counts from 1. The gradient is
+/// divided by `scale` (); where `skip` () is 1, nothing is changed: both are fp32 on the parts' device, and the host does not
+/// wait for them.
+///
+/// # Panics
+/// With LibTorch's message where the kernel cannot be run, as `tch` does.
+pub fn fused_adamw(parts: &[[Tensor; 4]], step: &Tensor, numbers: &AdamWNumbers, scale: &Tensor, skip: &Tensor) {
+    if parts.is_empty() {
+        return;
+    }
+    let address = |tensor: &Tensor| tensor.as_ptr().cast::<c_void>();
+    let tensors: Vec<_> = parts.iter().flatten().map(address).collect();
+    let AdamWNumbers { lr, betas: [beta1, beta2], weight_decay, eps } = *numbers;
+    let (n, step, scale, skip) = (parts.len(), address(step), address(scale), address(skip));
+    // SAFETY: a tch tensor's address is that of a C++ at::Tensor, alive as long as it; `tensors` holds four for each of the
+    // n parts. LibTorch checks their shapes, types and devices; every C++ exception is caught.
+    let error =
+        unsafe { lockstep_fused_adamw(tensors.as_ptr(), n, step, lr, beta1, beta2, weight_decay, eps, scale, skip) };
+    if !error.is_null() {
+        // SAFETY: a text that ends in zero and stays until this thread's next call.
+        panic!("{}", unsafe { CStr::from_ptr(error) }.to_string_lossy());
+    }
 }
 
 /// Asks cuBLAS for sums that have an order, by the variable that it reads when it is first used, and on which LibTorch
@@ -175,7 +226,7 @@ pub fn peak_memory_mib(device: Device) -> Option<f64> {
         Device::Cuda(index) => {
             // SAFETY: asks LibTorch's allocator, which was made when the first tensor went to this GPU, and catches
             // every C++ exception.
-            let bytes = unsafe { lockstep_peak_device_bytes(index as std::ffi::c_int) };
+            let bytes = unsafe { lockstep_peak_device_bytes(index as c_int) };
             (bytes >= 0).then_some(bytes as f64 / 1048576.0)
         }
         _ => peak_resident_mib(),
@@ -214,7 +265,7 @@ pub fn measure_peak(device: Device, kind: Kind) -> f64 {
     drop((a, b, product));
     if let Device::Cuda(index) = device {
         // SAFETY: asks LibTorch's allocator, which had these matrices, and catches every C++ exception.
-        unsafe { lockstep_forget_device_memory(index as std::ffi::c_int) };
+        unsafe { lockstep_forget_device_memory(index as c_int) };
     }
     f64::from(products) * 2.0 * (n as f64).powi(3) / best
 }

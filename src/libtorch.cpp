@@ -1,6 +1,11 @@
-// What LibTorch offers in C++ only: the switch for deterministic kernels, and its CUDA allocator's statistics.
+// What LibTorch offers in C++ only: the switch for deterministic kernels, its CUDA allocator's statistics, and AdamW in one
+// kernel.
+
+#include <string>
+#include <vector>
 
 #include <ATen/Context.h>
+#include <ATen/ops/_fused_adamw.h>
 #include <c10/core/CachingDeviceAllocator.h>
 
 extern "C" void lockstep_use_deterministic_algorithms() {
@@ -26,5 +31,24 @@ extern "C" void lockstep_forget_device_memory(int device) {
     allocator->resetPeakStats(static_cast<c10::DeviceIndex>(device));
   } catch (...) {
     // The figure is then too high by a measurement's matrices.
+  }
+}
+
+// Updates `n` parts, each of which is four of `tensors`: weights, gradient, and both moments. The gradient is divided by
+// `scale`; nothing changes where `skip` is 1. Returns what went wrong, or null.
+extern "C" const char* lockstep_fused_adamw(at::Tensor* const* tensors, size_t n, const at::Tensor* step, double lr,
+                                            double beta1, double beta2, double weight_decay, double eps,
+                                            const at::Tensor* scale, const at::Tensor* skip) {
+  thread_local std::string error;
+  try {
+    std::vector<at::Tensor> lists[4];
+    for (size_t i = 0; i < 4 * n; i++) lists[i % 4].push_back(*tensors[i]);
+    std::vector<at::Tensor> steps(n, *step);
+    at::_fused_adamw_(lists[0], lists[1], lists[2], lists[3], /*max_exp_avg_sqs=*/{}, steps, lr, beta1, beta2,
+                      weight_decay, eps, /*amsgrad=*/false, /*maximize=*/false, *scale, *skip);
+    return nullptr;
+  } catch (const std::exception& e) {
+    error = e.what();
+    return error.c_str();
   }
 }

@@ -369,7 +369,7 @@ def damage(job):
 
 # Seconds from a start of the soak to its next fault, on average. A fault costs some seconds, mostly
 # for what is done again and for deadlines; where hours lie between faults, next to nothing is lost.
-BETWEEN_S = 110
+BETWEEN_S = 105
 
 
 def soak(_, times):
@@ -381,9 +381,9 @@ def soak(_, times):
     """
     kinds = [kill_a_rank, usr1, term, stop_a_rank, requeue, dead_node, damage]
     with site(3) as here:
-        train = {"steps": times * BETWEEN_S * 4, "save_every": 10}
-        train |= {"eval_every": 300, "sample_every": 300}
-        sections = {"train": train, "fault": {"step_deadline_s": 8}}
+        train = {"steps": times * BETWEEN_S * 4, "save_every": 4}
+        train |= {"eval_every": 500, "sample_every": 500}
+        sections = {"train": train, "fault": {"step_deadline_s": 5}}
         run = here.lab.run("soaked", 2, **sections)
         here.cluster.launch("shape", SLOW, "0ms")
         job = here.submit(run, "--nodes=2")

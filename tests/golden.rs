@@ -8,7 +8,7 @@ use std::path::Path;
 
 use lockstep::config::{Activation, Norm, Optim};
 use lockstep::model::{Gpt, GptConfig};
-use lockstep::train::optimizer::{clip, squares, AdamW};
+use lockstep::train::optimizer::{self, squares, AdamW};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use tch::{Device, Kind, Tensor};
@@ -155,11 +155,10 @@ fn check_gradients(case: &str, golden: &Golden, model: &Gpt, times: f64) {
 
 /// Clips, updates, and returns the gradient's norm before that.
 fn update(model: &mut Gpt, optimizer: &mut AdamW, optim: &Optim, step: usize) -> f64 {
-    let norm = squares(&model.parameters, &optimizer.ranges).iter().sum::<f64>().sqrt();
-    clip(&mut model.parameters, &optimizer.ranges, norm, optim.grad_clip);
-    optimizer.step(&mut model.parameters, step, optim.lr);
+    let norm = optimizer::norm(&squares(&model.parameters, &optimizer.ranges));
+    optimizer.step(&mut model.parameters, step, optim.lr, &norm);
     model.parameters.publish();
-    norm
+    norm.double_value(&[0])
 }
 
 /// One range: all parameters.

@@ -185,3 +185,29 @@ fn initialisation_has_gpt2s_deviations() {
         assert!((deviation / expected - 1.0).abs() < 0.06, "{}: {deviation}", spec.name);
     }
 }
+
+/// A score of minus infinity for the right token, which alone makes the loss infinite: every gradient that follows from it is
+/// finite.
+#[test]
+fn a_loss_that_is_not_finite_makes_the_gradient_so() {
+    let _turn = generator();
+    let mut model = Gpt::new(GptConfig { n_layer: 1, tied_head: false, ..SMALL }, Device::Cpu, Kind::Float);
+    model.initialize(5);
+    let (token, target) = (ids([1, 1]), 7);
+    let hidden = model.hidden(&token, None).view([-1]);
+    let view = |model: &Gpt, name: &str, all: &Tensor| {
+        model.parameters.specs.iter().find(|spec| spec.name == name).unwrap().view(all)
+    };
+    tch::no_grad(|| {
+        view(&model, "lm_head.weight", &model.parameters.flat).get(target).copy_(&(hidden.sign() * -3e38));
+        for name in ["transformer.h.0.attn.c_proj.weight", "transformer.h.0.mlp.c_proj.weight"] {
+            let _ = view(&model, name, &model.parameters.flat).zero_();
+        }
+    });
+    let targets = Tensor::from_slice(&[target]).view([1, 1]);
+    let weights = Tensor::full([1, 1], 1e-6, (Kind::Float, Device::Cpu));
+    let loss = model.forward_backward(&token, &targets, &weights, 0, &mut |_, _| ());
+    assert_eq!(loss, f64::INFINITY);
+    let bad = model.parameters.grad.isfinite().logical_not().nonzero();
+    assert_eq!(Vec::<i64>::try_from(bad.view([-1])).unwrap(), [0]);
+}

@@ -307,6 +307,21 @@ impl Comm {
         Ok(totals)
     }
 
+    /// The sums of a few numbers, (n,) fp64, over all ranks, alike on every rank and on the numbers' device: by NCCL on a GPU,
+    /// elsewhere as [`Comm::sum`].
+    ///
+    /// # Errors
+    /// As [`Comm::begin_all_reduce`].
+    pub fn add_up(&self, numbers: &Tensor) -> Result<Tensor> {
+        if numbers.device().is_cuda() {
+            let mut sums = numbers.copy();
+            self.all_reduce(&mut sums)?;
+            return Ok(sums);
+        }
+        let numbers: Vec<f64> = numbers.try_into()?;
+        Ok(Tensor::from_slice(&self.sum(&numbers)?))
+    }
+
     /// Whether any rank says so.
     ///
     /// # Errors

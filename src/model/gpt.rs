@@ -257,7 +257,8 @@ impl Gpt {
     /// `inputs` and `targets` are (B, T) int64, `weights` (B, T) fp32; the objective is the sum over tokens of weight
     /// times negative log-likelihood. `seed` fixes dropout's draws. The graph is cut at every block's border, so that a
     /// block's activations are freed, and its gradients final, as soon as the backward pass has left it: `finished` is
-    /// then told the flat gradient, and up to which element it will not change any more.
+    /// then told the flat gradient, and up to which element it will not change any more. Where the loss is not finite, the
+    /// gradient is not either.
     pub fn forward_backward(
         &mut self,
         inputs: &Tensor,
@@ -283,6 +284,8 @@ impl Gpt {
 
         let (loss, mut grad) = head::loss_and_gradients(&x, &self.head, targets, weights, &mut self.head_grad);
         drop(x);
+        // Whether an update may be made is seen from the gradient's norm, by every rank, since the ranks add it up.
+        let _ = no_grad(|| self.parameters.grad.narrow(0, 0, 1).g_add_(&(&loss * 0.0)));
         let mut end = if self.config.tied_head { 0 } else { self.parameters.end_of(HEAD) };
         finished(&self.parameters.grad, end);
 

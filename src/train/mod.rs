@@ -17,7 +17,7 @@ use tracing::{debug, info};
 
 use self::evaluate::Evaluation;
 use self::gradients::Gradients;
-use self::optimizer::{clip, squares, AdamW};
+use self::optimizer::{norm, squares, AdamW};
 use self::record::{Recorder, RunDir};
 use self::schedule::learning_rate;
 use crate::checkpoint::{self, Saving, State};
@@ -250,28 +250,29 @@ impl<'a> Trainer<'a> {
         self.gradients.finish(self.comm, &mut self.model.parameters.grad)?;
         laps.end(COMM_EXPOSED);
         let mut squares = squares(&self.model.parameters, &self.optimizer.ranges);
-        laps.end(OPTIMIZER);
+        if self.gradients.is_sharded() {
+            laps.end(OPTIMIZER);
+            squares = self.comm.add_up(&squares)?;
+            laps.end(COMM_EXPOSED);
+        }
+        self.watchdog.enter(Phase::Step, step);
+        let norm = norm(&squares);
+        let lr = learning_rate(&self.plan.config.optim, step, self.plan.config.train.steps);
+        self.update(step, lr, &norm, &mut laps)?;
+
+        let grad_norm = norm.double_value(&[0]);
         let memory = device::peak_memory_mib(self.device).unwrap_or(0.0);
         let written = self.saving.as_ref().is_none_or(Saving::is_written);
         let [stop, written] = [self.stop.raised(), written].map(|flag| f64::from(u8::from(flag)));
-        let mut mine = vec![loss, stop, memory, written, laps.times[COMPUTE]];
-        let numbers = mine.len();
-        if self.gradients.is_sharded() {
-            mine.append(&mut squares);
-        }
-        let ranks = self.comm.gather(&mine)?;
+        self.watchdog.enter(Phase::Exchange, step);
+        let ranks = self.comm.gather(&[loss, stop, memory, written, laps.times[COMPUTE]])?;
         self.watchdog.enter(Phase::Step, step);
         laps.end(COMM_EXPOSED);
-
         let total = |column: usize| ranks.iter().map(|rank| rank[column]).sum::<f64>();
-        squares.extend((numbers..mine.len()).map(total));
-        let grad_norm = squares.iter().sum::<f64>().sqrt();
-        let lr = learning_rate(&self.plan.config.optim, step, self.plan.config.train.steps);
-        if !total(0).is_finite() || !grad_norm.is_finite() {
-            self.not_finite(step, global, total(0), grad_norm)?;
-        } else {
+        if grad_norm.is_finite() {
             self.skipped = 0;
-            self.update(step, lr, grad_norm, &mut laps)?;
+        } else {
+            self.not_finite(step, global, total(0), grad_norm)?;
         }
         Ok(StepReport {
             loss: total(0),
@@ -285,11 +286,11 @@ impl<'a> Trainer<'a> {
         })
     }
 
-    /// Changes the weights by the summed gradient, each rank its part of them, and hands them round.
-    fn update(&mut self, step: usize, lr: f64, grad_norm: f64, laps: &mut Laps) -> Result<()> {
+    /// Changes the weights by the summed gradient, each rank its part of them, and hands them round; not at all where the
+    /// gradient's norm is not finite, which it is not where a loss is not ([`Gpt::forward_backward`]).
+    fn update(&mut self, step: usize, lr: f64, norm: &Tensor, laps: &mut Laps) -> Result<()> {
         let parameters = &mut self.model.parameters;
-        clip(parameters, &self.optimizer.ranges, grad_norm, self.plan.config.optim.grad_clip);
-        self.optimizer.step(parameters, step, lr);
+        self.optimizer.step(parameters, step, lr, norm);
         self.comm.finish_compute(self.device)?;
         laps.end(OPTIMIZER);
         self.watchdog.enter(Phase::Exchange, step);

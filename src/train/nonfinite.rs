@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 const MOST_IN_A_ROW: usize = 10;
 
 impl Trainer<'_> {
-    /// Every rank calls this together, before any has changed its weights: says which rank's numbers are not finite, for
+    /// Every rank calls this together, after an update that changed nothing: says which rank's numbers are not finite, for
     /// which samples, and in which parameters' gradients first. Returns where the batch may be skipped.
     ///
     /// # Errors
