@@ -160,6 +160,7 @@ class Checks:
         ):
             run = self.bind(self.fault, number, recover)
             yield Check("fault", f"{what}: until all are gone", "s", GONE_S, run, mpirun=True)
+        yield Check("fault", "losses that are not finite", "exit code", 5, self.not_finite)
         for program in ("lockstep", "pytorch", "pytorch-compiled"):
             for column in ("step_ms", "tokens_per_s", "mfu", "memory_mib"):
                 if program == "lockstep" or column != "mfu":  # PyTorch knows no mfu
@@ -296,6 +297,21 @@ class Checks:
         elif code == 0:
             raise Failed("it ended with exit code 0, as if no rank were lost", job)
         return seconds, f"mpirun's exit code {code}; step deadline {DEADLINE_S} s"
+
+    def not_finite(self):
+        """A rate that throws the weights away: later losses are not finite and change nothing."""
+        settings = {"train.steps": 20, "train.save_every": 1, "train.keep_last": 20}
+        settings |= {"optim.lr": "1e30", "fault.nonfinite": "skip"}
+        arguments, folder = self.session.arguments("not-finite", settings)
+        with self.session.lockstep("not-finite", arguments) as job:
+            code = job.wait(90)
+        first, *later = sorted((folder / "checkpoints").glob("step-*")) or [folder]
+        if code != 5 or not later:
+            said = f"it ended with exit code {code} after {len(later)} batches were skipped"
+            raise Failed(f"{said}; expected 5, and some", job)
+        for checkpoint in later:
+            compare_files(first, checkpoint, "*.safetensors")
+        return code, f"{len(later)} batches skipped, the tensors' bits as they were"
 
     def speed(self, program, column):
         """The median of a column of train.csv, without the first steps."""
