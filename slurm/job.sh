@@ -60,11 +60,11 @@ lay_out() {
 skip_dead_steps() {
   local spool said next
   ((${SLURM_RESTART_COUNT:-0})) || return 0
-  spool=$(scontrol show config | sed -n 's/^SlurmdSpoolDir *= *//p')
+  spool=$(scontrol show config | sed -n 's/^SlurmdSpoolDir *= *//p') || return 0
   # Each node says the number of this step, and of each whose socket it has. One that does not answer is found out when
   # the ranks are started.
   # shellcheck disable=SC2016 # for the nodes' shells
-  said=$(timeout 60 srun --overlap --mpi=none --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 bash -c '
+  said=$(timeout -k 5 20 srun --overlap --mpi=none --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 bash -c '
     host=$(uname -n)
     spool=${1//%n/$SLURMD_NODENAME}
     spool=${spool//%h/${host%%.*}}
@@ -73,7 +73,7 @@ skip_dead_steps() {
   ' bash "$spool") || return 0
   next=$(($(awk '$1 == "step" { print $2; exit }' <<<"$said") + 1))
   while grep -qx "dead $next" <<<"$said"; do
-    timeout 60 srun --overlap --mpi=none --nodes=1 --ntasks=1 true || return 0
+    timeout -k 5 20 srun --overlap --mpi=none --nodes=1 --ntasks=1 true || return 0
     next=$((next + 1))
   done
 }
@@ -90,10 +90,10 @@ choose_launcher() {
     --cpu-bind=cores --kill-on-bad-exit=1 --export=ALL)
   # Its name for PMIx may bear a version: pmix_v4.
   pmi=$(srun --mpi=list 2>&1 | grep -oE '\bpmix(_v[0-9]+)?\b' | sort | head -n 1 || true)
-  if [[ -n ${SLURM_MPI_TYPE:-} ]]; then return; fi # the site knows better, and srun reads it
-  if [[ -n $pmi ]]; then
-    launcher+=(--mpi="$pmi")
-    skip_dead_steps
+  # Where the site knows better, srun reads it.
+  if [[ -z ${SLURM_MPI_TYPE:-} && -n $pmi ]]; then launcher+=(--mpi="$pmi"); fi
+  if [[ -n ${SLURM_MPI_TYPE:-$pmi} ]]; then
+    if [[ ${SLURM_MPI_TYPE:-$pmi} == pmix* ]]; then skip_dead_steps; fi
     return
   fi
   if [[ -n ${MPICC:-} ]]; then mpirun=$(dirname -- "$MPICC")/mpirun; fi
@@ -138,6 +138,7 @@ start() {
     # A signal interrupts the waiting, and gives a code that is not the ranks'.
     if ((signals == seen)); then break; fi
   done
+  trap 'signals=$((signals + 1))' USR1
   if [[ -n $repeater ]]; then kill "$repeater" 2>/dev/null || true; fi
   # srun ends with 0 where it cannot start the ranks, since a node has just died, for one.
   if ((code == 0)) && [[ ! -s $began ]]; then

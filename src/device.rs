@@ -179,9 +179,9 @@ pub struct AdamWNumbers {
 
 /// One AdamW update in one pass, by LibTorch's fused kernel, which `tch` lacks.
 ///
-/// A part is its weights, their gradient and its two moments, (n,) fp32 each. `step` (), fp32, counts from 1. The gradient is
-/// divided by `scale` (); where `skip` () is 1, nothing is changed: both are fp32 on the parts' device, and the host does not
-/// wait for them.
+/// A part is its weights, their gradient and its two moments, (n,) fp32 each. `step` counts from 1. The gradient is divided
+/// by `scale`; where `skip` is 1, nothing is changed. These three are single fp32 numbers on the parts' device, for which the
+/// host does not wait.
 ///
 /// # Panics
 /// With LibTorch's message where the kernel cannot be run, as `tch` does.

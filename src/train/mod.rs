@@ -251,6 +251,7 @@ impl<'a> Trainer<'a> {
         laps.end(COMM_EXPOSED);
         let mut squares = squares(&self.model.parameters, &self.optimizer.ranges);
         if self.gradients.is_sharded() {
+            self.comm.finish_compute(self.device)?;
             laps.end(OPTIMIZER);
             squares = self.comm.add_up(&squares)?;
             laps.end(COMM_EXPOSED);
@@ -258,9 +259,8 @@ impl<'a> Trainer<'a> {
         self.watchdog.enter(Phase::Step, step);
         let norm = norm(&squares);
         let lr = learning_rate(&self.plan.config.optim, step, self.plan.config.train.steps);
-        self.update(step, lr, &norm, &mut laps)?;
+        let grad_norm = self.update(step, lr, &norm, &mut laps)?;
 
-        let grad_norm = norm.double_value(&[0]);
         let memory = device::peak_memory_mib(self.device).unwrap_or(0.0);
         let written = self.saving.as_ref().is_none_or(Saving::is_written);
         let [stop, written] = [self.stop.raised(), written].map(|flag| f64::from(u8::from(flag)));
@@ -287,12 +287,16 @@ impl<'a> Trainer<'a> {
     }
 
     /// Changes the weights by the summed gradient, each rank its part of them, and hands them round; not at all where the
-    /// gradient's norm is not finite, which it is not where a loss is not ([`Gpt::forward_backward`]).
-    fn update(&mut self, step: usize, lr: f64, norm: &Tensor, laps: &mut Laps) -> Result<()> {
+    /// gradient's norm is not finite, which it is not where a loss is not ([`Gpt::forward_backward`]). Returns the norm.
+    fn update(&mut self, step: usize, lr: f64, norm: &Tensor, laps: &mut Laps) -> Result<f64> {
         let parameters = &mut self.model.parameters;
         self.optimizer.step(parameters, step, lr, norm);
         self.comm.finish_compute(self.device)?;
         laps.end(OPTIMIZER);
+        let norm = norm.double_value(&[0]);
+        if !norm.is_finite() {
+            return Ok(norm); // nor are weights handed round, which might hide whose are bad
+        }
         self.watchdog.enter(Phase::Exchange, step);
         self.gradients.gather_weights(self.comm, &parameters.flat)?;
         self.watchdog.enter(Phase::Step, step);
@@ -300,7 +304,7 @@ impl<'a> Trainer<'a> {
         parameters.publish();
         self.comm.finish_compute(self.device)?;
         laps.end(OPTIMIZER);
-        Ok(())
+        Ok(norm)
     }
 
     /// Dropout draws the same, whenever and however often a micro-step is computed.

@@ -1,6 +1,6 @@
 //! When a loss or a gradient is not finite: whose fault it is, and whether the run goes on without that batch.
 
-use tch::Tensor;
+use tch::{no_grad, Tensor};
 use tracing::warn;
 
 use super::Trainer;
@@ -76,6 +76,10 @@ impl Trainer<'_> {
             loss += self.model.forward_backward(inputs, targets, weights, seed, &mut |_, _| ());
         }
         let parameters = &self.model.parameters;
+        if !loss.is_finite() {
+            // The loss has made this element so ([`Gpt::forward_backward`]), whatever its gradient.
+            let _ = no_grad(|| parameters.grad.narrow(0, 0, 1).zero_());
+        }
         let finite = |tensor: &Tensor| tensor.isfinite().all().int64_value(&[]) == 1;
         let bad = parameters.specs.iter().filter(|spec| !finite(&spec.view(&parameters.grad)));
         (loss, bad.map(|spec| spec.name.clone()).collect())
