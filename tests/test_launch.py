@@ -164,6 +164,46 @@ def test_a_second_signal_ends_the_ranks_at_once(ranks):
     assert not list(folder.glob("saved-*"))
 
 
+# What the job scripts ask of Slurm; `srun` starts what it is given after its own options.
+SLURM = {
+    "srun": """#!/bin/bash
+if [[ $* == --mpi=list ]]; then echo pmix; exit; fi
+while [[ $1 == --* ]]; do shift; done
+printf 'begun\\n' >"${LOCKSTEP_BEGAN:-/dev/null}"
+exec "$@"
+""",
+    "scontrol": "#!/bin/bash\nexit ${SCONTROL:-0}\n",
+}
+
+
+def in_a_job(folder, commands, **environment):
+    """What bash says to commands in a job script, after its preparations."""
+    for name, text in SLURM.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    script = f"set -euo pipefail\nroot='{folder}' nodes=1 per_node=1 cpus=1\n"
+    script += f". '{ROOT}/slurm/job.sh'\n{commands}\n"
+    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", **environment}
+    return subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True)
+
+
+def test_a_request_to_stop_between_two_starts_of_a_job(tmp_path):
+    (tmp_path / "launch").mkdir()
+    rank = tmp_path / "launch/rank"
+    rank.write_text("#!/bin/bash\nexit 6\n")
+    rank.chmod(0o755)
+    commands = 'start 1 train; echo "$code"; kill -USR1 $$; start 1 train; echo "$code"'
+    done = in_a_job(tmp_path, commands)
+    assert (done.returncode, done.stdout) == (0, "6\n75\n"), done.stderr
+
+
+def test_a_job_queued_again_starts_though_slurm_does_not_answer(tmp_path):
+    commands = 'choose_launcher 1; echo "${launcher[@]}"'
+    done = in_a_job(tmp_path, commands, SLURM_RESTART_COUNT="1", SCONTROL="1")
+    assert done.returncode == 0, done.stderr
+    assert "--mpi=pmix" in done.stdout
+
+
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv, of util-linux")
 def test_ranks_do_not_outlive_a_killed_local(ranks):
     local, pids = start_two_ranks(ranks)
