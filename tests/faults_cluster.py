@@ -386,6 +386,7 @@ def soak(_, times):
         train = {"steps": times * BETWEEN_S * 4, "save_every": 4}
         train |= {"eval_every": 500, "sample_every": 500}
         sections = {"train": train, "fault": {"step_deadline_s": 5}}
+        expected = here.lab.undisturbed(2, **sections)
         run = here.lab.run("soaked", 2, **sections)
         here.cluster.launch("shape", SLOW, "0ms")
         job = here.submit(run, "--nodes=2")
@@ -406,7 +407,7 @@ def soak(_, times):
         share = f"{useful:.0f} of {whole:.0f} s ({useful / whole:.1%}) useful"
         here.cluster.launch("shape", "off")
         job.ends(within=3600)
-        job.same_as(here.lab.undisturbed(2, **sections))
+        job.same_as(expected)
     if useful < 0.9 * whole:
         raise Broken(f"only {share}, {counts}")
     return f"{times} faults ({counts}); {share}; result identical"

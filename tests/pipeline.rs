@@ -107,8 +107,9 @@ fn unknown_is_an_empty_cell_and_rows_follow_log_every() {
 #[test]
 fn eval_prints_the_row_that_the_run_wrote() {
     let work = Workspace::new();
-    // A rate at which the second evaluation is worse than the first.
-    work.train("run", "--set optim.lr=1 --set train.keep_last=2").ok();
+    // After the first evaluation a rate that throws the weights away, so that it stays the best.
+    work.train("run", "--set train.steps=4").ok();
+    work.train("run", "--set optim.lr=30 --allow-config-change optim.lr --set train.keep_last=2").ok();
     let (_, written) = table(&fs::read_to_string(work.path("run/eval.csv")).unwrap());
     let evaluate = |more: &str| {
         let (columns, mut rows) = table(&work.lockstep(&format!("eval --run-dir run {more}")).ok().stdout);
