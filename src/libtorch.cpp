@@ -50,5 +50,7 @@ extern "C" const char* lockstep_fused_adamw(at::Tensor* const* tensors, size_t n
   } catch (const std::exception& e) {
     error = e.what();
     return error.c_str();
+  } catch (...) {
+    return "LibTorch's fused AdamW failed, and does not say why";
   }
 }

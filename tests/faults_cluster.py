@@ -386,6 +386,7 @@ def soak(_, times):
         train = {"steps": times * BETWEEN_S * 4, "save_every": 4}
         train |= {"eval_every": 500, "sample_every": 500}
         sections = {"train": train, "fault": {"step_deadline_s": 5}}
+        # First: it ends when no process of the lab is left, and a revived node's daemon is one.
         expected = here.lab.undisturbed(2, **sections)
         run = here.lab.run("soaked", 2, **sections)
         here.cluster.launch("shape", SLOW, "0ms")
