@@ -168,7 +168,7 @@ fn a_rank_waits_for_one_that_sleeps() {
     }
     // The other comes late after all, and both leave in order.
     if comm.rank == 1 {
-        comm.barrier(comm.deadlines.step).unwrap();
+        comm.barrier(comm.deadlines.startup).unwrap();
     }
 }
 

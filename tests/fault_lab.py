@@ -31,6 +31,9 @@ CONFIG = {
     "train": {"steps": 60, "eval_every": 14, "save_every": 6, "sample_every": 9, "keep_last": 3},
     "fault": {"step_deadline_s": 20},
 }
+# Seconds in which all of a run must be gone: far more than it takes, since a killed process that
+# waits for a disk is gone only then. The seconds that it took are reported.
+GONE_S = 60
 # What a disturbed run's logs have in common with an undisturbed one's; the other columns are times.
 CURVE = ("step", "tokens", "loss", "ppl", "lr", "grad_norm", "world_size")
 EVALUATION = ("step", "split", "loss", "ppl", "word_ppl", "tokens")
@@ -102,7 +105,7 @@ class Lab:
             env=self.environment | environment,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,
         )
         if done.returncode != code:
             raise Broken(
@@ -199,7 +202,7 @@ class Run:
         """What the last start said so far."""
         return self.log.read_text(errors="replace")
 
-    def ends(self, *codes, within=120):
+    def ends(self, *codes, within=600):
         """Waits for its end, after which no process of it may be left; returns the exit code."""
         begun = time.monotonic()
         try:
@@ -225,7 +228,7 @@ class Run:
             return int((self.dir / "train.csv").read_text().rsplit("\n", 2)[-2].split(",")[0])
         return 0
 
-    def reaches(self, step, within=60):
+    def reaches(self, step, within=600):
         """Waits for a step; False where the run ended before."""
         until = time.monotonic() + within
         while self.step() < step:

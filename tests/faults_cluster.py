@@ -14,11 +14,9 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fault_lab import BINARY, ROOT, Broken, Drill, Lab, NotRun
+from fault_lab import BINARY, GONE_S, ROOT, Broken, Drill, Lab, NotRun
 from virtual_cluster import Cluster
 
-# Of a cluster of launch/cluster's.
-KILL_WAIT_S = 5
 # The nodes send so slowly that a step takes a third of a second and yet hardly any of the cores.
 SLOW = "4mbit"
 # Before the first start.
@@ -117,7 +115,7 @@ class Job:
         names = self.cluster.call("scontrol", "show", "hostnames", self.facts()["NodeList"])
         return [int(name[1:]) for name in names.split()]
 
-    def until(self, what, condition, within=90):
+    def until(self, what, condition, within=600):
         """Waits for something while the job goes on; returns what came out true."""
         deadline = time.monotonic() + within
         while not (found := condition()):
@@ -150,7 +148,7 @@ class Job:
         self.until(f"{steps} steps after {first}", lambda: self.run.step() >= first + steps)
         self.until("a checkpoint", lambda: max(self.run.checkpoints(), default=0) > saved)
 
-    def ends(self, state="COMPLETED", within=240):
+    def ends(self, state="COMPLETED", within=3600):
         self.cluster.wait(self.number, within)
         if self.facts()["JobState"] != state:
             raise Broken(f"the job ended as {self.facts()['JobState']}: {self.said()[-3000:]}")
@@ -176,9 +174,10 @@ def kill_in_each_phase(_, times):
     slowest = 0.0
     with site(2) as here:
         # At full speed, or ranks would do nothing but exchange.
-        train = TRAIN | {"eval_every": 5}
-        expected = here.lab.undisturbed(2, train=train)
-        run = here.lab.run("killed", 2, train=train)
+        # And no deadline that would end who is to be ended by Slurm.
+        sections = {"train": TRAIN | {"eval_every": 5}, "fault": {"step_deadline_s": 2 * GONE_S}}
+        expected = here.lab.undisturbed(2, **sections)
+        run = here.lab.run("killed", 2, **sections)
         job = here.submit(run, "--nodes=2")
         phases = ["start-up", "step", "exchange", "evaluation", "save"]
         victims = [(phase, rank) for phase in phases for rank in (0, 1)]
@@ -194,7 +193,7 @@ def kill_in_each_phase(_, times):
             pid = await_phase(job, start, rank, phase)
             os.kill(pid, signal.SIGKILL)
             begun = time.monotonic()
-            job.until("the end of all", lambda s=start: not job.ranks(s), KILL_WAIT_S + 10)
+            job.until("the end of all", lambda s=start: not job.ranks(s), GONE_S)
             slowest = max(slowest, time.monotonic() - begun)
         job.until_going_on(start)
         job.same_as(expected)
@@ -259,7 +258,7 @@ def requeue_while_the_old_dies(_, times):
                 job.goes_on_for(20)
                 for pid in old.values():
                     os.kill(pid, signal.SIGCONT)
-            job.until("the end of the old", lambda s=start, j=job: not j.ranks(s), 60)
+            job.until("the end of the old", lambda s=start, j=job: not j.ranks(s))
             job.goes_on_for(5)
             here.slurmd(node, signal.SIGCONT)
             job.same_as(expected)
@@ -284,7 +283,7 @@ def two_jobs_in_one_place(_, times):
         job.until_going_on()
         for _ in range(times):
             second = here.submit(run, "--nodes=1")
-            second.ends("FAILED", 60)
+            second.ends("FAILED")
             facts = second.facts()
             if (facts["ExitCode"], facts["Restarts"]) != ("2:0", "0"):
                 raise Broken(f"the second job ended with {facts['ExitCode']}: {second.said()}")
@@ -407,7 +406,7 @@ def soak(_, times):
         counts = ", ".join(f"{done.count(kind)} x {kind.__name__}" for kind in kinds)
         share = f"{useful:.0f} of {whole:.0f} s ({useful / whole:.1%}) useful"
         here.cluster.launch("shape", "off")
-        job.ends(within=3600)
+        job.ends()
         job.same_as(expected)
     if useful < 0.9 * whole:
         raise Broken(f"only {share}, {counts}")

@@ -13,10 +13,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
-from fault_lab import CURVE, Broken, Drill, NotRun, Run
+from fault_lab import CURVE, GONE_S, Broken, Drill, NotRun, Run
 
-# Steps long enough to be struck in.
-SLOWER = {"data": {"batch_size": 64}, "train": {"steps": 100}}
+# Steps long enough to be struck in, and no deadline that would end who is to be ended by others.
+SLOWER = {
+    "data": {"batch_size": 64},
+    "train": {"steps": 100},
+    "fault": {"step_deadline_s": 2 * GONE_S},
+}
 PHASES = ("start", "step", "all-reduce", "evaluation", "save")
 ASKING = (signal.SIGUSR1, signal.SIGTERM)
 
@@ -41,7 +45,7 @@ def kill_at_random(lab, times):
     return f"{kills} kills, each resumed; logs and tensors identical"
 
 
-def wait_for(run, sign, within=60):
+def wait_for(run, sign, within=600):
     """Waits until `sign` gives something; False where the run ended before."""
     until = time.monotonic() + within
     while not (found := sign()):
@@ -84,7 +88,7 @@ def strike(lab, run, where, rank):
         peer = lab.rank((rank + 1) % run.ranks)
         os.kill(peer, signal.SIGSTOP)
         time.sleep(1.2)
-        if not wait_for(run, lambda: phase(run, rank) == "exchange", within=10):
+        if not wait_for(run, lambda: phase(run, rank) == "exchange"):
             return None
         os.kill(victim, signal.SIGKILL)
         os.kill(peer, signal.SIGCONT)
@@ -115,7 +119,7 @@ def kill_each_rank(lab, times):
     while kills < times:
         where, rank = places[kills % len(places)]
         begun = strike(lab, run.start(), where, rank)
-        code = run.ends(within=10 if begun else 60)
+        code = run.ends(within=GONE_S if begun else 600)
         if code == 0:
             # It was done first: another time.
             run.same_as(expected)
@@ -144,13 +148,15 @@ def stop_a_rank(lab, times):
     """A rank that stands still, each in turn, is named, and the job ends with 6."""
     deadline, longest = 3, 0.0
     for number in range(times):
-        endless = {"train": {"steps": 100000}, "fault": {"step_deadline_s": deadline}}
-        run = lab.run(f"stopped-{number}", 2, **endless).start()
+        # Nothing but steps: whoever waits for a save has its deadline.
+        train = {"steps": 100000, "eval_every": 0, "save_every": 0, "sample_every": 0}
+        fault = {"step_deadline_s": deadline}
+        run = lab.run(f"stopped-{number}", 2, train=train, fault=fault).start()
         run.reaches(5)
         victim = lab.rank(number % 2)
         begun = time.monotonic()
         os.kill(victim, signal.SIGSTOP)
-        run.ends(6, within=deadline + 10)
+        run.ends(6, within=deadline + GONE_S)
         longest = max(longest, time.monotonic() - begun)
         if f"(process {victim}) has stopped" not in run.said():
             raise Broken(f"the stopped rank is not named: {run.said()[-2000:]}")
@@ -277,7 +283,7 @@ def poison_a_rank(lab, times):
         os.kill(victim, signal.SIGCONT)
         if not count:
             raise Broken("the weights were not found in the rank's memory")
-        run.ends(5, within=30)
+        run.ends(5)
         last = run.steps()
         parts = [
             rf"rank {rank}: step {last + 1}: its loss is NaN; first gradients that are not "
@@ -378,7 +384,7 @@ def insist(lab, times):
             raise Broken(f"one {what.name} ended it: {run.said()[-2000:]}")
         begun = time.monotonic()
         os.kill(pid, what)
-        run.ends(143 if to is None else 128 + what, within=10)
+        run.ends(143 if to is None else 128 + what, within=GONE_S)
         longest = max(longest, time.monotonic() - begun)
         fifo.unlink()
         run.start().ends(0)
@@ -405,7 +411,7 @@ def two_jobs(lab, times):
         held.reaches(5)
         second = twin(held, "second")
         second.ranks = 2
-        code = second.start().process.wait(60)
+        code = second.start().process.wait(600)
         named = f"process {held.process.pid} on"
         if code != 2 or named not in second.said() or "which is alive" not in second.said():
             raise Broken(f"a second job ended with {code}: {second.said()[-2000:]}")
@@ -417,12 +423,12 @@ def two_jobs(lab, times):
         old = lab.run(f"queued-{number}", **long)
         old.start(SLURM_JOB_ID="77", SLURM_RESTART_COUNT="0").reaches(5)
         # Further than the earlier start will come.
-        until = ("--set", f"train.steps={old.step() + 80}")
+        until = ("--set", f"train.steps={old.step() + 200}")
         new = twin(old, "new").start(*until, SLURM_JOB_ID="77", SLURM_RESTART_COUNT="1")
         time.sleep(lab.random.uniform(0, 1))
         if lab.random.random() < 0.5:
             old.process.terminate()
-        code = old.process.wait(60)
+        code = old.process.wait(600)
         if code not in (6, 75) or (code == 6 and "writes nothing more" not in old.said()):
             raise Broken(f"the earlier start ended with {code}: {old.said()[-2000:]}")
         ends[code] += 1

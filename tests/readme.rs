@@ -89,7 +89,7 @@ fn every_command_runs() {
         let run = substituted(command);
         let start = std::time::Instant::now();
         let output = std::process::Command::new("timeout")
-            .args(["--kill-after=5", "300", "bash", "-euo", "pipefail", "-c", &run])
+            .args(["--kill-after=5", "1200", "bash", "-euo", "pipefail", "-c", &run])
             .current_dir(&clone)
             .env("LOCKSTEP_BIN", binary)
             // Threads that wait would rob those of other processes on a machine with much to do.

@@ -81,6 +81,8 @@ fn two_ranks_killed_and_resumed() {
 fn stopped_and_resumed(ranks: usize, threads: usize, signal: &str) {
     let folder = tempfile::tempdir().unwrap();
     let config = CONFIG.replace("MICRO", &(16 / ranks).to_string()).replace("save_every: 6", "save_every: 0");
+    // So many that no request comes too late.
+    let config = config.replace("steps: 100", "steps: 300");
     let straight = Run { threads, ..Run::new(folder.path(), "straight", &config, ranks) };
     assert!(straight.start(&[]).success());
     let broken = Run { threads, ..Run::new(folder.path(), "broken", &config, ranks) };
@@ -101,7 +103,7 @@ fn stopped_and_resumed(ranks: usize, threads: usize, signal: &str) {
         columns(&straight.dir.join("eval.csv"), &evaluation)
     );
     for file in
-        ["checkpoints/step-00000100/model.safetensors", "checkpoints/step-00000100/optimizer.safetensors", "best.json"]
+        ["checkpoints/step-00000300/model.safetensors", "checkpoints/step-00000300/optimizer.safetensors", "best.json"]
     {
         let bytes = |run: &Run| std::fs::read(run.dir.join(file)).unwrap();
         assert!(bytes(&broken) == bytes(&straight), "{file} differs");

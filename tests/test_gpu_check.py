@@ -359,7 +359,7 @@ def binary(capsys):
 def test_it_passes_on_cpu_ranks(binary, tmp_path):
     record = tmp_path / "record.csv"
     only = [word for name in ("resume", "devices", "one-rank") for word in ("--only", name)]
-    result = launch(str(binary), "--cpu", *only, "--out", str(record))
+    result = launch(str(binary), "--cpu", *only, "--budget", "1800", "--out", str(record))
     assert result.returncode == 0, result.stdout + result.stderr
     rows = pd.read_csv(record)
     expected = {"resume": "PASS", "devices": "NOT RUN", "one-rank": "PASS"}

@@ -18,6 +18,7 @@ import os, signal, sys, time
 
 out, words = os.environ["OUT"], sys.argv[1:]
 rank = os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", "0"))
+world_size = int(os.environ.get("OMPI_COMM_WORLD_SIZE", os.environ.get("PMI_SIZE", "1")))
 
 def write(name, text):
     with open(f"{{out}}/{{name}}-{{rank}}", "w") as file:
@@ -25,8 +26,12 @@ def write(name, text):
 
 def save(*_):
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    time.sleep(1.5)
+    time.sleep(float(os.environ.get("SAVE_S", 1.5)))
     write("saved", "")
+    # Together: mpirun ends the others once one has left with another code than 0.
+    others = [f"{{out}}/saved-{{other}}" for other in range(world_size)]
+    while not all(map(os.path.exists, others)):
+        time.sleep(0.01)
     sys.exit(75)
 
 write("arguments", " ".join(words))
@@ -35,7 +40,7 @@ signal.signal(signal.SIGUSR1, save)
 if words[0] == "exit":
     sys.exit(int(words[1]))
 write("ready", os.getpid())
-time.sleep(30)
+time.sleep(1000)
 """
 
 
@@ -51,7 +56,7 @@ def ranks(tmp_path):
     return tmp_path, environment
 
 
-def wait_until(condition, seconds=30):
+def wait_until(condition, seconds=300):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -146,7 +151,7 @@ def test_local_lets_the_ranks_save_before_they_stop(ranks, stop):
     local, pids = start_two_ranks(ranks)
     # The whole process group, as a terminal's Ctrl-C or `timeout` does it.
     os.killpg(local.pid, stop)
-    assert local.wait(timeout=30) == 75
+    assert local.wait(timeout=300) == 75
     folder, _ = ranks
     assert (folder / "saved-0").exists()
     assert (folder / "saved-1").exists()
@@ -154,11 +159,12 @@ def test_local_lets_the_ranks_save_before_they_stop(ranks, stop):
 
 
 def test_a_second_signal_ends_the_ranks_at_once(ranks):
+    ranks[1]["SAVE_S"] = "1000"
     local, pids = start_two_ranks(ranks)
     os.kill(local.pid, signal.SIGTERM)
     time.sleep(0.3)
     os.kill(local.pid, signal.SIGTERM)
-    assert local.wait(timeout=30) == 143
+    assert local.wait(timeout=300) == 143
     wait_until(lambda: not any(map(is_running, pids)))
     folder, _ = ranks
     assert not list(folder.glob("saved-*"))

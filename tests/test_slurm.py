@@ -27,6 +27,26 @@ exec {srun} "$@"
 """
 
 
+# 4 MiB over a link, and an answer to the last byte.
+RECEIVE = """
+import socket
+server = socket.create_server(("", 9000))
+print("listening", flush=True)
+link = server.accept()[0]
+link.makefile("rb").read()
+link.sendall(b".")
+"""
+SEND = """
+import socket, sys, time
+link = socket.create_connection((sys.argv[1], 9000))
+begin = time.monotonic()
+link.sendall(bytes(4 << 20))
+link.shutdown(socket.SHUT_WR)
+link.recv(1)
+print(time.monotonic() - begin)
+"""
+
+
 @pytest.fixture(scope="module")
 def folder():
     (ROOT / "target").mkdir(exist_ok=True)
@@ -60,12 +80,13 @@ def alone(cluster):
 def undisturbed(cluster, alone):
     """A configuration, its number of steps, and the job that trains it undisturbed, on one node.
 
-    The steps take 45 seconds while another job runs beside it.
+    The steps take a minute while another job runs beside it; there are more of them than the tests
+    wait for.
     """
     step_s = statistics.median(float(row["step_ms"]) for row in alone) / 1000
     # Two jobs of two ranks want four cores.
     step_s *= max(1, 4 / len(os.sched_getaffinity(0))) / 2
-    steps = round(45 / step_s)
+    steps = max(120, round(60 / step_s))
     config = cluster.config("undisturbed", steps, save_every=50)
     options = ["--nodes=1", "--ntasks=2", "--nodelist=n3"]
     return config, steps, cluster.submit(*options, arguments=[config])
@@ -94,25 +115,25 @@ def test_the_time_limit_strikes(cluster, undisturbed):
     # A limit of a minute, and the signal 25 seconds before it or up to 30 seconds earlier.
     options = ["--nodes=2", "--time=1", "--signal=B:USR1@25"]
     job = cluster.submit(*options, arguments=[config, "--run-dir", run])
-    facts = cluster.wait(job, 240)
+    facts = cluster.wait(job)
     assert facts["JobState"] == "COMPLETED", cluster.output(job)
     assert int(facts["Restarts"]) >= 1, "the limit did not strike"
     said = cluster.output(job)
     assert "stopped on request" in said
     assert "queueing the job again, to go on from step-" in said
     assert "resuming from" in said
-    assert cluster.wait(reference, 240)["JobState"] == "COMPLETED", cluster.output(reference)
+    assert cluster.wait(reference)["JobState"] == "COMPLETED", cluster.output(reference)
     assert len(cluster.losses(run)) == steps
     assert cluster.losses(run) == cluster.losses("runs/undisturbed")
 
 
 def test_a_node_dies(cluster, undisturbed):
     _, steps, reference = undisturbed
-    cluster.wait(reference, 240)
+    cluster.wait(reference)
     run = "runs/bereaved"
     config = cluster.config("bereaved", min(steps, 400), save_every=50)
     job = cluster.submit("--nodes=2", arguments=[config, "--run-dir", run])
-    wait_until(lambda: len(cluster.rows(run)) > 70, 60, cluster.situation)
+    wait_until(lambda: len(cluster.rows(run)) > 70, explain=cluster.situation)
     assert cluster.facts(job)["NodeList"] == "n[1-2]"
     try:
         assert cluster.launch("kill", 2).returncode == 0
@@ -131,10 +152,10 @@ def test_nodes_that_died_before(cluster):
     """What their PMIx leaves behind does not keep a job from being started there again."""
     run = "runs/haunted"
     job = cluster.submit("--nodes=2", arguments=[cluster.config("haunted", 150), "--run-dir", run])
-    wait_until(lambda: len(cluster.rows(run)) > 10, 60, cluster.situation)
+    wait_until(lambda: len(cluster.rows(run)) > 10, explain=cluster.situation)
     cluster.call("scontrol", "requeuehold", job)
-    wait_until(lambda: cluster.facts(job)["JobState"] == "PENDING", 60, cluster.situation)
-    wait_until(lambda: not cluster.call("squeue", "-h", "-t", "CG"), 60, cluster.situation)
+    wait_until(lambda: cluster.facts(job)["JobState"] == "PENDING", explain=cluster.situation)
+    wait_until(lambda: not cluster.call("squeue", "-h", "-t", "CG"), explain=cluster.situation)
     for spool in (cluster.state / "spool").glob("n?"):
         for step in range(9):
             with socket.socket(socket.AF_UNIX) as left_behind:
@@ -168,9 +189,9 @@ def test_an_array_over_seeds(cluster):
 
 
 def test_a_job_stopped_in_an_array_goes_on(cluster):
-    arguments = [cluster.config("element", 150), "--run-dir", "runs/element-%a"]
+    arguments = [cluster.config("element", 400), "--run-dir", "runs/element-%a"]
     job = cluster.submit("--array=1-2", "--nodes=1", arguments=arguments)
-    wait_until(lambda: len(cluster.rows("runs/element-2")) > 10, 60, cluster.situation)
+    wait_until(lambda: len(cluster.rows("runs/element-2")) > 10, explain=cluster.situation)
     cluster.call("scancel", "--batch", "--signal=USR1", f"{job}_2")
     cluster.wait(job)
     assert cluster.losses("runs/element-1") == cluster.losses("runs/element-2")
@@ -216,17 +237,17 @@ def test_mpirun_where_srun_has_no_pmix(cluster, alone):
     """And a site's own file, and a clone in another place."""
     path = script(cluster.folder / "no-pmix/srun", NO_PMIX.format(srun=shutil.which("srun"))).parent
     clone = cluster.clone("a clone", site=f"export PATH='{path}':$PATH\n")
-    config = cluster.config("mpirun", 50)
+    config = cluster.config("mpirun", 300)
     options = ["--nodes=2", "--ntasks=3"]
     job = cluster.submit(*options, script=clone / "slurm/train.sbatch", arguments=[config])
     # It stops and goes on here, too: mpirun hands the signal on.
-    wait_until(lambda: cluster.rows("runs/mpirun"), 60, cluster.situation)
+    wait_until(lambda: cluster.rows("runs/mpirun"), explain=cluster.situation)
     cluster.call("scancel", "--batch", "--signal=USR1", job)
     cluster.wait(job)
     assert "mpirun starts 3 x lockstep train, at most 2 on a node" in cluster.output(job)
     assert "resuming from" in cluster.output(job)
     assert {row["world_size"] for row in cluster.rows("runs/mpirun")} == {"3"}
-    for found, expected in zip(cluster.losses("runs/mpirun"), alone, strict=True):
+    for found, expected in zip(cluster.losses("runs/mpirun")[:50], alone, strict=True):
         assert float(found) == pytest.approx(float(expected["loss"]), rel=1e-5)
 
 
@@ -346,19 +367,15 @@ def test_shaped_links(cluster):
         return time.monotonic() - begin
 
     def megabytes_per_s():
-        """From one node to another."""
-        receive = "socket.create_server(('', 9000)).accept()[0].makefile('rb').read()"
-        send = f"socket.create_connection(('10.77.{number}.12', 9000)).sendall(bytes(4 << 20))"
+        """From one node to another, by the sender's clock, from its connection to the answer."""
         inside = ["ip", "netns", "exec"]
-        python = [sys.executable, "-c"]
-        listener = subprocess.Popen(
-            [*inside, f"lockstep{number}-n2", *python, f"import socket; {receive}"]
-        )
-        time.sleep(0.5)
-        begin = time.monotonic()
-        cluster.call(*inside, f"lockstep{number}-n1", *python, f"import socket; {send}")
-        assert listener.wait(30) == 0
-        return 4 / (time.monotonic() - begin)
+        receiver = [*inside, f"lockstep{number}-n2", sys.executable, "-c", RECEIVE]
+        with subprocess.Popen(receiver, stdout=subprocess.PIPE, text=True) as listener:
+            assert listener.stdout.readline() == "listening\n"
+            sender = [*inside, f"lockstep{number}-n1", sys.executable, "-c", SEND]
+            seconds = float(cluster.call(*sender, f"10.77.{number}.12"))
+            assert listener.wait(300) == 0
+        return 4 / seconds
 
     refused = cluster.launch("shape", "fast", "0ms")
     assert refused.returncode == 2
@@ -379,7 +396,7 @@ def test_shaped_links(cluster):
 
 def test_a_cancelled_job_stays_cancelled(cluster):
     job = cluster.submit(arguments=[cluster.config("cancelled", 5000)])
-    wait_until(lambda: cluster.rows("runs/cancelled"), 60, cluster.situation)
+    wait_until(lambda: cluster.rows("runs/cancelled"), explain=cluster.situation)
     cluster.call("scancel", job)
     facts = cluster.wait(job)
     assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0"), cluster.output(job)

@@ -49,13 +49,18 @@ class Cluster:
         shutil.rmtree(self.state, ignore_errors=True)
 
     def call(self, *command):
-        done = subprocess.run(
-            list(map(str, command)),
-            cwd=self.work,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-        )
+        """What a command prints. A question that a busy Slurm leaves unanswered is asked again."""
+        command = list(map(str, command))
+        deadline = time.monotonic() + 60
+        while True:
+            done = subprocess.run(
+                command, cwd=self.work, env=self.environment, capture_output=True, text=True
+            )
+            asks = command[0] == "squeue" or command[:2] == ["scontrol", "show"]
+            silent = "Unable to contact" in done.stderr or "timed out" in done.stderr
+            if not (done.returncode and asks and silent and time.monotonic() < deadline):
+                break
+            time.sleep(1)
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout
 
@@ -78,7 +83,7 @@ class Cluster:
         words = self.call("scontrol", "show", "--oneliner", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait(self, job, seconds=120):
+    def wait(self, job, seconds=900):
         """Waits until the job is over; returns what Slurm knows of it."""
         wait_until(
             lambda: not self.call("squeue", "-h", "-j", job).strip(), seconds, self.situation
@@ -118,7 +123,7 @@ class Cluster:
         return clone
 
 
-def wait_until(condition, seconds, explain=lambda: ""):
+def wait_until(condition, seconds=300, explain=lambda: ""):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds} s in vain\n{explain()}"

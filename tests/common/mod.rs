@@ -70,7 +70,7 @@ impl Workspace {
     /// The command that runs `lockstep` in the folder; one that hangs is stopped and fails.
     pub fn command(&self, arguments: &[impl AsRef<OsStr>]) -> Command {
         let mut command = Command::new("timeout");
-        command.arg("100").arg(binary()).args(arguments);
+        command.arg("600").arg(binary()).args(arguments);
         command.current_dir(self.folder.path()).env("OMP_NUM_THREADS", "1").stdin(Stdio::null());
         command
     }
@@ -80,7 +80,7 @@ impl Workspace {
     pub fn with_mounts(&self, script: &str) -> Option<Output> {
         let unshare = |script: &str| {
             let mut command = Command::new("timeout");
-            command.args(["100", "unshare", "--mount"]);
+            command.args(["600", "unshare", "--mount"]);
             // Root needs no user namespace; others become root in one.
             if !is_root() {
                 command.args(["--user", "--map-root-user"]);
