@@ -276,7 +276,7 @@ def two_jobs_in_one_place(_, times):
     """The second job is refused, with the number of the first, which does not notice."""
     with site(2) as here:
         # Some seconds for each other job that comes meanwhile, on a fast machine, too.
-        train = TRAIN | {"steps": 2500 * times}
+        train = TRAIN | {"steps": 2500 * times, "save_every": 50}
         expected = here.lab.undisturbed(train=train)
         run = here.lab.run("shared", train=train)
         job = here.submit(run, "--nodes=1")
