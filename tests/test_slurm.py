@@ -189,7 +189,7 @@ def test_an_array_over_seeds(cluster):
 
 
 def test_a_job_stopped_in_an_array_goes_on(cluster):
-    arguments = [cluster.config("element", 400), "--run-dir", "runs/element-%a"]
+    arguments = [cluster.config("element", 250), "--run-dir", "runs/element-%a"]
     job = cluster.submit("--array=1-2", "--nodes=1", arguments=arguments)
     wait_until(lambda: len(cluster.rows("runs/element-2")) > 10, explain=cluster.situation)
     cluster.call("scancel", "--batch", "--signal=USR1", f"{job}_2")
@@ -237,7 +237,7 @@ def test_mpirun_where_srun_has_no_pmix(cluster, alone):
     """And a site's own file, and a clone in another place."""
     path = script(cluster.folder / "no-pmix/srun", NO_PMIX.format(srun=shutil.which("srun"))).parent
     clone = cluster.clone("a clone", site=f"export PATH='{path}':$PATH\n")
-    config = cluster.config("mpirun", 300)
+    config = cluster.config("mpirun", 150)
     options = ["--nodes=2", "--ntasks=3"]
     job = cluster.submit(*options, script=clone / "slurm/train.sbatch", arguments=[config])
     # It stops and goes on here, too: mpirun hands the signal on.
