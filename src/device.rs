@@ -14,6 +14,10 @@ use tch::{Cuda, Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
 
+mod mark;
+
+pub use mark::{Mark, Marks};
+
 /// The device that `device: cpu|cuda|auto` means for this rank.
 ///
 /// `cuda` takes the only visible GPU, else the one with the number of the rank on its node; `auto` takes

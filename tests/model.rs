@@ -122,7 +122,7 @@ fn recomputed_blocks_draw_the_same_dropout() {
     let [inputs, targets, weights] = batch([2, 12]);
     let gradient = |recompute, seed| {
         let mut model = model(GptConfig { dropout: 0.3, recompute, ..SMALL });
-        let loss = model.forward_backward(&inputs, &targets, &weights, seed, &mut |_, _| ());
+        let loss = model.forward_backward(&inputs, &targets, &weights, None, seed, &mut |_, _| ()).double_value(&[0]);
         (loss, model.parameters.grad)
     };
     let (loss, kept) = gradient(false, 1);
@@ -137,13 +137,18 @@ fn padding_changes_neither_loss_nor_gradient() {
     let _turn = generator();
     let [inputs, targets, weights] = batch([2, 9]);
     let mut plain = model(SMALL);
-    let expected = plain.forward_backward(&inputs, &targets, &weights, 0, &mut |_, _| ());
+    let expected = plain.forward_backward(&inputs, &targets, &weights, None, 0, &mut |_, _| ()).double_value(&[0]);
     let pad = |tensor: &Tensor, value: f64| tensor.f_pad([0, 3], "constant", value).unwrap();
-    let mut padded = model(SMALL);
-    let found =
-        padded.forward_backward(&pad(&inputs, 39.0), &pad(&targets, 0.0), &pad(&weights, 0.0), 0, &mut |_, _| ());
-    assert!((found / expected - 1.0).abs() < 1e-6);
-    assert_close(&padded.parameters.grad, &plain.parameters.grad, 1e-5);
+    let (ids, goals, weights) = (pad(&inputs, 39.0), pad(&targets, 0.0), pad(&weights, 0.0));
+    let counted = weights.reshape([-1]).nonzero().reshape([-1]);
+    // Left out of the head, or computed there with a weight of 0.
+    for counted in [Some(&counted), None] {
+        let mut padded = model(SMALL);
+        let found = padded.forward_backward(&ids, &goals, &weights, counted, 0, &mut |_, _| ()).double_value(&[0]);
+        assert!((found / expected - 1.0).abs() < 1e-6);
+        assert_close(&padded.parameters.grad, &plain.parameters.grad, 1e-5);
+        assert!((padded.loss(&ids, &goals, &weights, counted) / expected - 1.0).abs() < 1e-6);
+    }
 }
 
 #[test]
@@ -154,8 +159,12 @@ fn a_weight_seen_everywhere_is_that_weight_at_each_target() {
         let computed = |weights: &Tensor| {
             let mut model = Gpt::new(SMALL, Device::Cpu, kind);
             model.initialize(1);
-            let loss = model.loss(&inputs, &targets, weights);
-            (loss, model.forward_backward(&inputs, &targets, weights, 0, &mut |_, _| ()), model.parameters.grad)
+            let loss = model.loss(&inputs, &targets, weights, None);
+            (
+                loss,
+                model.forward_backward(&inputs, &targets, weights, None, 0, &mut |_, _| ()).double_value(&[0]),
+                model.parameters.grad,
+            )
         };
         let one = Tensor::full([1, 1], 0.125, (Kind::Float, Device::Cpu)).expand([2, 9], false);
         let (loss, objective, grad) = computed(&one.copy());
@@ -206,7 +215,7 @@ fn a_loss_that_is_not_finite_makes_the_gradient_so() {
     });
     let targets = Tensor::from_slice(&[target]).view([1, 1]);
     let weights = Tensor::full([1, 1], 1e-6, (Kind::Float, Device::Cpu));
-    let loss = model.forward_backward(&token, &targets, &weights, 0, &mut |_, _| ());
+    let loss = model.forward_backward(&token, &targets, &weights, None, 0, &mut |_, _| ()).double_value(&[0]);
     assert_eq!(loss, f64::INFINITY);
     let bad = model.parameters.grad.isfinite().logical_not().nonzero();
     assert_eq!(Vec::<i64>::try_from(bad.view([-1])).unwrap(), [0]);

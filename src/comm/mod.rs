@@ -7,10 +7,12 @@
 //! A collective on a tensor is begun, and all that was begun is finished together, so that sums travel while the backward
 //! pass goes on. No wait is longer than the deadline that [`Comm`] was given.
 
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use tch::{Device, Tensor};
 
+use crate::device::{Mark, Marks};
 use crate::error::{Error, Result};
 
 #[cfg(feature = "mpi")]
@@ -186,10 +188,11 @@ impl Comm {
         self.begin(tensor, |gpus| gpus.begin_all_gather(tensor, bounds), |world| world.begin_all_gather(tensor, bounds))
     }
 
-    /// Waits until every collective begun is done.
+    /// What is computed next comes after every collective begun: a CPU waits for them, a GPU will, and the host goes on
+    /// ([`Comm::wait_for`] is where it waits).
     ///
     /// # Errors
-    /// Communication, where a peer does not answer in time.
+    /// Communication, if a peer does not answer in time.
     pub fn finish(&self) -> Result<()> {
         match (&self.gpus, &self.world) {
             (Some(gpus), _) => gpus.finish(),
@@ -198,19 +201,27 @@ impl Comm {
         }
     }
 
-    /// Waits until this rank's GPU has computed what it was given, but not for collectives; nothing on a CPU, which
-    /// computes at once.
+    /// Waits until this rank's device has reached a mark, and so the collectives that it was to wait for are done.
     ///
     /// # Errors
-    /// Communication, where the GPU fails.
-    pub fn finish_compute(&self, device: Device) -> Result<()> {
-        match &self.gpus {
-            Some(gpus) => gpus.finish_compute(),
-            None => {
-                crate::device::synchronize(device);
-                Ok(())
+    /// Communication, if the GPU or a collective fails, or a step's deadline passes among several ranks.
+    pub fn wait_for(&self, mark: &Mark) -> Result<()> {
+        let start = Instant::now();
+        while !mark.is_reached()? {
+            if let Some(gpus) = &self.gpus {
+                gpus.check(start.elapsed())?;
             }
+            thread::yield_now();
         }
+        Ok(())
+    }
+
+    /// Waits until this rank's device has done all that it was given.
+    ///
+    /// # Errors
+    /// As [`Comm::wait_for`].
+    pub fn wait(&self, device: Device) -> Result<()> {
+        self.wait_for(&Marks::on(device)?.mark()?)
     }
 
     /// Replaces a tensor by its sum over all ranks.

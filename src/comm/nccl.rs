@@ -15,15 +15,16 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use cudarc::driver::result::stream::get_priority_range;
-use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError};
+use cudarc::driver::{CudaContext, CudaStream, DriverError};
 use cudarc::nccl::result::{self as nccl, NcclError, NcclStatus};
 use cudarc::nccl::sys;
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
 
-/// How long NCCL may take to let go of a communicator.
-const GRACE: Duration = Duration::from_secs(5);
+/// How long NCCL may take to let go of a communicator: less than by how much the watchdog is more patient than `comm`, whose
+/// error says more.
+const GRACE: Duration = Duration::from_secs(3);
 
 /// What names a group of ranks: made on rank 0, sent to the others by MPI.
 pub type UniqueId = [u8; 128];
@@ -154,17 +155,21 @@ impl Group {
         self.settle("ncclBroadcast", begun, self.deadline)
     }
 
-    /// Waits until all that was begun is done. What LibTorch is given next comes after it on the GPU as well.
+    /// LibTorch's stream waits for all that was begun; the host does not.
     pub fn finish(&self) -> Result<()> {
-        let done = self.stream.record_event(None).map_err(|e| failed("recording an event", &e))?;
-        self.compute.wait(&done).map_err(|e| failed("ordering the streams", &e))?;
-        self.wait_for(&done, "summing over the ranks")
+        self.compute.join(&self.stream).map_err(|e| failed("ordering the streams", &e))
     }
 
-    /// Waits until LibTorch has computed what it was given so far, and not for what travels meanwhile.
-    pub fn finish_compute(&self) -> Result<()> {
-        let done = self.compute.record_event(None).map_err(|e| failed("recording an event", &e))?;
-        self.wait_for(&done, "computing")
+    /// Whether what was begun still goes its way, for a host that has waited for it for so long.
+    pub fn check(&self, waited: Duration) -> Result<()> {
+        // After a failed collective the computation still ends; the failure is told by whoever began it.
+        if !self.aborted.get() {
+            self.in_progress("summing over the ranks")?;
+        }
+        if waited > self.deadline {
+            return Err(self.late("summing over the ranks", self.deadline));
+        }
+        Ok(())
     }
 
     /// One call a part that is not empty, as one group. A group's calls do not wait for each other.
@@ -232,27 +237,12 @@ impl Group {
 
     fn in_progress(&self, what: &str) -> Result<bool> {
         let mut state = sys::ncclResult_t::ncclSuccess;
-        // SAFETY: `comm` is this group's, which was not aborted (`begin`, `wait_for`), and `state` outlives the call.
+        // SAFETY: `comm` is this group's, which was not aborted (`begin`, `check`), and `state` outlives the call.
         let asked = unsafe { sys::ncclCommGetAsyncError(self.comm, &mut state) }.result();
         match asked.and_then(|_| state.result()) {
             Ok(status) => Ok(status == NcclStatus::InProgress),
             Err(error) => Err(self.abort(what, &error)),
         }
-    }
-
-    fn wait_for(&self, done: &CudaEvent, what: &str) -> Result<()> {
-        let start = Instant::now();
-        while !done.try_is_complete().map_err(|e| failed(what, &e))? {
-            // After a failed collective the computation still ends; the failure is told by whoever began it.
-            if !self.aborted.get() {
-                self.in_progress(what)?;
-            }
-            if start.elapsed() > self.deadline {
-                return Err(self.late(what, self.deadline));
-            }
-            thread::yield_now();
-        }
-        Ok(())
     }
 
     fn late(&self, what: &str, deadline: Duration) -> anyhow::Error {

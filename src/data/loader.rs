@@ -20,6 +20,9 @@ pub struct Batch {
     pub targets: Tensor,
     /// (B, T) fp32: what each target's loss counts; 0 at padding. On a GPU one number with strides of 0, where all are equal.
     pub weights: Tensor,
+    /// (N,) int64: the positions of the flattened (B T,) targets that count; `None` if all do. The host knows, and a device
+    /// need not be asked and waited for.
+    pub counted: Option<Tensor>,
 }
 
 /// One split cut into samples: runs of tokens, each the input of the next.
@@ -134,6 +137,8 @@ impl Samples {
             targets[place.clone()].copy_from_slice(&tokens[1..]);
             weights[place].fill(weight(n));
         }
+        let counted: Vec<i64> = (0..size as i64).filter(|&place| weights[place as usize] > 0.0).collect();
+        let counted = (counted.len() < size).then(|| send(Tensor::from_slice(&counted), device));
         let shape = [samples.len() as i64, width as i64];
         let ids = send(Tensor::from_slice(&ids), device).view([2, shape[0], shape[1]]);
         let weights = match weights.first() {
@@ -142,7 +147,7 @@ impl Samples {
             }
             _ => send(Tensor::from_slice(&weights), device).view(shape),
         };
-        Batch { inputs: ids.get(0), targets: ids.get(1), weights }
+        Batch { inputs: ids.get(0), targets: ids.get(1), weights, counted }
     }
 }
 

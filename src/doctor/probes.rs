@@ -297,9 +297,10 @@ fn median_time(comm: &Comm, size: usize, kind: Kind, device: Device) -> Result<f
     let mut times = Vec::new();
     for _ in 0..TRIES {
         comm.barrier(comm.deadlines.step)?;
-        comm.finish_compute(device)?;
+        comm.wait(device)?;
         let start = Instant::now();
         comm.all_reduce(&mut tensor)?;
+        comm.wait(device)?;
         times.push(start.elapsed().as_secs_f64());
     }
     times.sort_by(f64::total_cmp);

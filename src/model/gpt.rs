@@ -7,7 +7,7 @@
 use tch::{no_grad, Device, Kind, Tensor};
 
 use super::cache::Cache;
-use super::head;
+use super::head::{self, Targets};
 use super::parameters::Parameters;
 use crate::config::{Activation, Norm, Plan};
 use crate::random::mix;
@@ -246,16 +246,18 @@ impl Gpt {
         no_grad(|| hidden.linear(&self.head, None::<&Tensor>).to_kind(Kind::Float))
     }
 
-    /// The negative log-likelihood of (B, T) targets, summed with (B, T) weights: an evaluation's numerator.
-    pub fn loss(&self, inputs: &Tensor, targets: &Tensor, weights: &Tensor) -> f64 {
+    /// The negative log-likelihood of (B, T) targets, summed with (B, T) weights: an evaluation's numerator. `counted` as in
+    /// [`Gpt::forward_backward`].
+    pub fn loss(&self, inputs: &Tensor, targets: &Tensor, weights: &Tensor, counted: Option<&Tensor>) -> f64 {
         let hidden = self.hidden(inputs, None);
-        head::loss(&hidden, &self.head, targets, weights)
+        head::loss(&hidden, &self.head, &Targets { ids: targets, weights, counted })
     }
 
-    /// One micro-step: the weighted loss of a batch, its gradients added to the flat gradient.
+    /// One micro-step: the weighted loss of a batch, (1,) fp64 on the model's device, its gradients added to the flat gradient.
     ///
     /// `inputs` and `targets` are (B, T) int64, `weights` (B, T) fp32; the objective is the sum over tokens of weight
-    /// times negative log-likelihood. `seed` fixes dropout's draws. The graph is cut at every block's border, so that a
+    /// times negative log-likelihood. `counted`, (N,) int64, names the positions of the flattened targets whose weight is not
+    /// 0, if not all count; the others then cost nothing in the head. Nothing waits for a GPU. `seed` fixes dropout's draws. The graph is cut at every block's border, so that a
     /// block's activations are freed, and its gradients final, as soon as the backward pass has left it: `finished` is
     /// then told the flat gradient, and up to which element it will not change any more. Where the loss is not finite, the
     /// gradient is not either.
@@ -264,9 +266,10 @@ impl Gpt {
         inputs: &Tensor,
         targets: &Tensor,
         weights: &Tensor,
+        counted: Option<&Tensor>,
         seed: u64,
         finished: &mut dyn FnMut(&Tensor, i64),
-    ) -> f64 {
+    ) -> Tensor {
         let mut tape: Vec<(Tensor, Option<Tensor>)> = Vec::with_capacity(self.blocks.len() + 2);
         let mut x = no_grad(|| self.embed(inputs, 0));
         for stage in 0..self.stages() {
@@ -282,7 +285,8 @@ impl Gpt {
             tape.push((input, output));
         }
 
-        let (loss, mut grad) = head::loss_and_gradients(&x, &self.head, targets, weights, &mut self.head_grad);
+        let targets = Targets { ids: targets, weights, counted };
+        let (loss, mut grad) = head::loss_and_gradients(&x, &self.head, &targets, &mut self.head_grad);
         drop(x);
         // Whether an update may be made is seen from the gradient's norm, by every rank, since the ranks add it up.
         let _ = no_grad(|| self.parameters.grad.narrow(0, 0, 1).g_add_(&(&loss * 0.0)));
@@ -305,7 +309,7 @@ impl Gpt {
             let _ = self.wte_grad.index_add_(0, &rows, &grad.reshape([-1, self.config.n_embd]));
         });
         finished(&self.parameters.grad, self.parameters.numel());
-        loss.double_value(&[0])
+        loss
     }
 
     /// (B, T) tokens at positions `start`.. to (B, T, C).

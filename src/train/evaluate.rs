@@ -40,7 +40,7 @@ impl Evaluation {
         for samples in all.chunks(self.micro_batch).skip(comm.rank).step_by(comm.world_size) {
             enter(Phase::Evaluation);
             let batch = self.samples.batch(samples, self.padding, device, |_| 1.0);
-            nll += model.loss(&batch.inputs, &batch.targets, &batch.weights);
+            nll += model.loss(&batch.inputs, &batch.targets, &batch.weights, batch.counted.as_ref());
             tokens += samples.iter().map(|&sample| self.samples.targets(sample)).sum::<usize>();
         }
         enter(Phase::Exchange);

@@ -2,6 +2,7 @@
 
 pub mod evaluate;
 mod gradients;
+mod laps;
 mod nonfinite;
 pub mod optimizer;
 pub mod prove;
@@ -17,6 +18,7 @@ use tracing::{debug, info};
 
 use self::evaluate::Evaluation;
 use self::gradients::Gradients;
+use self::laps::{Laps, Part};
 use self::optimizer::{norm, squares, AdamW};
 use self::record::{Recorder, RunDir};
 use self::schedule::learning_rate;
@@ -24,7 +26,7 @@ use crate::checkpoint::{self, Saving, State};
 use crate::comm::{Comm, Deadlines};
 use crate::config::{Plan, Precision};
 use crate::data::loader::{Batch, Loader};
-use crate::device;
+use crate::device::{self, Marks};
 use crate::error::{Error, Result};
 use crate::fault::watchdog::{Phase, Watchdog};
 use crate::fault::StopRequest;
@@ -85,6 +87,7 @@ struct Trainer<'a> {
     plan: Plan,
     dir: RunDir,
     device: Device,
+    marks: Marks,
     tokenizer: Tokenizer,
     tokenizer_file: PathBuf,
     loader: Loader,
@@ -223,15 +226,17 @@ impl<'a> Trainer<'a> {
         Ok(())
     }
 
-    /// One optimizer step: this rank's micro-batches, the sum over ranks, the update.
+    /// One optimizer step: this rank's micro-batches, the sum over ranks, the update. A GPU is given all of it, and waited for
+    /// once.
     fn step(&mut self, step: usize, global: &[usize], start: Instant) -> Result<StepReport> {
-        let mut laps = Laps { last: start, times: [0.0; 4] };
+        let mut laps = Laps::begin(&self.marks, start)?;
         self.model.parameters.zero_grad();
-        let mut loss = 0.0;
+        let mut loss = Tensor::zeros([1], (Kind::Double, self.device));
         for micro_step in 0..self.plan.accumulation {
+            laps.wait_for_compute(self.comm, 1)?;
             self.watchdog.enter(Phase::Step, step);
             let batch = self.loader.micro_batch(global, micro_step, self.device);
-            laps.end(DATA);
+            laps.end(Part::Data)?;
             let seed = self.dropout_seed(step, micro_step);
             // Only the last micro-step makes the gradients whole.
             let last = micro_step + 1 == self.plan.accumulation;
@@ -240,34 +245,28 @@ impl<'a> Trainer<'a> {
                     self.gradients.ready(self.comm, grad, end);
                 }
             };
-            let Batch { inputs, targets, weights } = &batch;
-            loss += self.model.forward_backward(inputs, targets, weights, seed, &mut finished);
-            self.comm.finish_compute(self.device)?;
+            let Batch { inputs, targets, weights, counted } = &batch;
+            let counted = counted.as_ref();
+            loss += self.model.forward_backward(inputs, targets, weights, counted, seed, &mut finished);
             self.sequences += batch.inputs.size()[0] as usize;
-            laps.end(COMPUTE);
+            laps.end(Part::Compute)?;
         }
-        self.watchdog.enter(Phase::Exchange, step);
-        self.gradients.finish(self.comm, &mut self.model.parameters.grad)?;
-        laps.end(COMM_EXPOSED);
-        let mut squares = squares(&self.model.parameters, &self.optimizer.ranges);
-        if self.gradients.is_sharded() {
-            self.comm.finish_compute(self.device)?;
-            laps.end(OPTIMIZER);
-            squares = self.comm.add_up(&squares)?;
-            laps.end(COMM_EXPOSED);
-        }
-        self.watchdog.enter(Phase::Step, step);
-        let norm = norm(&squares);
         let lr = learning_rate(&self.plan.config.optim, step, self.plan.config.train.steps);
-        let grad_norm = self.update(step, lr, &norm, &mut laps)?;
+        let norm = self.update(step, lr, &mut laps)?;
+        let numbers = Tensor::cat(&[loss, norm], 0);
+        laps.wait_for_compute(self.comm, 0)?;
+        self.watchdog.enter(Phase::Exchange, step);
+        let mut times = laps.finish(self.comm)?;
+        let exchange = Instant::now();
+        let numbers: Vec<f64> = numbers.try_into()?;
+        let (loss, grad_norm) = (numbers[0], numbers[1]);
 
         let memory = device::peak_memory_mib(self.device).unwrap_or(0.0);
         let written = self.saving.as_ref().is_none_or(Saving::is_written);
         let [stop, written] = [self.stop.raised(), written].map(|flag| f64::from(u8::from(flag)));
-        self.watchdog.enter(Phase::Exchange, step);
-        let ranks = self.comm.gather(&[loss, stop, memory, written, laps.times[COMPUTE]])?;
+        let ranks = self.comm.gather(&[loss, stop, memory, written, times[Part::Compute as usize]])?;
         self.watchdog.enter(Phase::Step, step);
-        laps.end(COMM_EXPOSED);
+        times[Part::CommExposed as usize] += exchange.elapsed().as_secs_f64() * 1000.0;
         let total = |column: usize| ranks.iter().map(|rank| rank[column]).sum::<f64>();
         if grad_norm.is_finite() {
             self.skipped = 0;
@@ -282,28 +281,38 @@ impl<'a> Trainer<'a> {
             written: total(3) as usize == self.comm.world_size,
             memory_mib: ranks.iter().map(|rank| rank[2]).fold(0.0, f64::max),
             compute_ms: ranks.iter().map(|rank| rank[4]).collect(),
-            laps: laps.times,
+            laps: times,
         })
     }
 
-    /// Changes the weights by the summed gradient, each rank its part of them, and hands them round; not at all where the
-    /// gradient's norm is not finite, which it is not where a loss is not ([`Gpt::forward_backward`]). Returns the norm.
-    fn update(&mut self, step: usize, lr: f64, norm: &Tensor, laps: &mut Laps) -> Result<f64> {
-        let parameters = &mut self.model.parameters;
-        self.optimizer.step(parameters, step, lr, norm);
-        self.comm.finish_compute(self.device)?;
-        laps.end(OPTIMIZER);
-        let norm = norm.double_value(&[0]);
-        if !norm.is_finite() {
-            return Ok(norm); // nor are weights handed round, which might hide whose are bad
-        }
+    /// Sums the gradient over the ranks, changes the weights by it, each rank its part of them, and hands them round; nothing
+    /// changes if the gradient's norm is not finite, which it is not if a loss is not ([`Gpt::forward_backward`]). Returns the
+    /// norm, (1,) fp64.
+    fn update(&mut self, step: usize, lr: f64, laps: &mut Laps) -> Result<Tensor> {
         self.watchdog.enter(Phase::Exchange, step);
-        self.gradients.gather_weights(self.comm, &parameters.flat)?;
+        let parameters = &mut self.model.parameters;
+        self.gradients.finish(self.comm, &mut parameters.grad)?;
+        laps.end(Part::CommExposed)?;
+        let mut squares = squares(parameters, &self.optimizer.ranges);
+        if self.gradients.is_sharded() {
+            laps.end(Part::Optimizer)?;
+            squares = self.comm.add_up(&squares)?;
+            laps.end(Part::CommExposed)?;
+        }
         self.watchdog.enter(Phase::Step, step);
-        laps.end(COMM_EXPOSED);
-        parameters.publish();
-        self.comm.finish_compute(self.device)?;
-        laps.end(OPTIMIZER);
+        let norm = norm(&squares);
+        self.optimizer.step(parameters, step, lr, &norm);
+        laps.end(Part::Optimizer)?;
+        // Bad weights are not handed round, which might hide whose they are. A GPU's host does not know yet; there the masked
+        // update hands round what was there before.
+        if parameters.flat.device().is_cuda() || norm.double_value(&[0]).is_finite() {
+            self.watchdog.enter(Phase::Exchange, step);
+            self.gradients.gather_weights(self.comm, &parameters.flat)?;
+            self.watchdog.enter(Phase::Step, step);
+            laps.end(Part::CommExposed)?;
+            parameters.publish();
+            laps.end(Part::Optimizer)?;
+        }
         Ok(norm)
     }
 
@@ -406,25 +415,6 @@ impl<'a> Trainer<'a> {
 
     fn mfu(&self, tokens_per_s: f64) -> f64 {
         self.model.config.flop_per_token() * tokens_per_s / (self.comm.world_size as f64 * self.peak)
-    }
-}
-
-const DATA: usize = 0;
-const COMPUTE: usize = 1;
-const COMM_EXPOSED: usize = 2;
-const OPTIMIZER: usize = 3;
-
-/// A step's time, cut where one part ends and the next begins, so that the parts add up to the whole.
-struct Laps {
-    last: Instant,
-    times: [f64; 4],
-}
-
-impl Laps {
-    fn end(&mut self, part: usize) {
-        let now = Instant::now();
-        self.times[part] += (now - self.last).as_secs_f64() * 1000.0;
-        self.last = now;
     }
 }
 

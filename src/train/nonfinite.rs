@@ -71,9 +71,11 @@ impl Trainer<'_> {
         let mut loss = 0.0;
         for micro_step in 0..self.plan.accumulation {
             let batch = self.loader.micro_batch(global, micro_step, self.device);
-            let Batch { inputs, targets, weights } = &batch;
+            let Batch { inputs, targets, weights, counted } = &batch;
             let seed = self.dropout_seed(step, micro_step);
-            loss += self.model.forward_backward(inputs, targets, weights, seed, &mut |_, _| ());
+            let counted = counted.as_ref();
+            let mine = self.model.forward_backward(inputs, targets, weights, counted, seed, &mut |_, _| ());
+            loss += mine.double_value(&[0]);
         }
         let parameters = &self.model.parameters;
         if !loss.is_finite() {

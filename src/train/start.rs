@@ -17,7 +17,7 @@ use crate::config::{Auto, Config, Plan};
 use crate::data::loader::{Loader, Samples};
 use crate::data::prepare::DataDir;
 use crate::data::shard::hex;
-use crate::device;
+use crate::device::{self, Marks};
 use crate::error::{Error, Result};
 use crate::fault::lease::Lease;
 use crate::fault::watchdog::{Phase, Watchdog};
@@ -86,6 +86,7 @@ impl<'a> Trainer<'a> {
             watchdog,
             dir: RunDir(run_dir.to_path_buf()),
             device,
+            marks: Marks::on(device)?,
             tokenizer,
             tokenizer_file: data.tokenizer,
             loader,
@@ -124,6 +125,7 @@ impl<'a> Trainer<'a> {
         }
         self.enter(Phase::StartUp);
         self.comm.broadcast(&mut self.model.parameters.flat)?;
+        self.comm.wait(self.device)?;
         self.model.parameters.publish();
         if numbers[3] > 0.0 {
             self.take_up_moments(found.as_deref())?;

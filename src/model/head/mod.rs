@@ -13,12 +13,20 @@ mod softmax;
 use rayon::prelude::*;
 use tch::{no_grad, Device, Kind, Tensor};
 
-/// The sum over rows of weight times negative log-likelihood.
-///
-/// `hidden` (..., C), `head` (V, C), `targets` (...) int64, `weights` (...) fp32.
-pub fn loss(hidden: &Tensor, head: &Tensor, targets: &Tensor, weights: &Tensor) -> f64 {
+/// What the hidden states are to predict.
+pub struct Targets<'a> {
+    /// (...) int64
+    pub ids: &'a Tensor,
+    /// (...) fp32
+    pub weights: &'a Tensor,
+    /// (N,) int64: the flattened rows whose weight is not 0; `None` for all.
+    pub counted: Option<&'a Tensor>,
+}
+
+/// The sum over rows of weight times negative log-likelihood. `hidden` (..., C), `head` (V, C).
+pub fn loss(hidden: &Tensor, head: &Tensor, targets: &Targets) -> f64 {
     no_grad(|| {
-        let rows = Rows::counted(hidden, targets, weights);
+        let rows = Rows::new(hidden, targets);
         if runs_on_cores(&rows, head) {
             return rows
                 .share(head, false)
@@ -47,12 +55,11 @@ pub fn loss(hidden: &Tensor, head: &Tensor, targets: &Tensor, weights: &Tensor) 
 pub fn loss_and_gradients(
     hidden: &Tensor,
     head: &Tensor,
-    targets: &Tensor,
-    weights: &Tensor,
+    targets: &Targets,
     head_grad: &mut Tensor,
 ) -> (Tensor, Tensor) {
     no_grad(|| {
-        let rows = Rows::counted(hidden, targets, weights);
+        let rows = Rows::new(hidden, targets);
         let (loss, grads) = if runs_on_cores(&rows, head) {
             // In the order of the shares, so that the sums do not depend on who is done first.
             let done: Vec<Done> = rows.share(head, true).into_par_iter().map(Share::compute).collect();
@@ -183,24 +190,16 @@ impl Rows {
     /// Elements of logits that a chunk of LibTorch's kernels works on.
     const CHUNK_ELEMENTS: i64 = 1 << 26;
 
-    fn counted(hidden: &Tensor, targets: &Tensor, weights: &Tensor) -> Self {
+    fn new(hidden: &Tensor, targets: &Targets) -> Self {
         let width = hidden.size().last().copied().unwrap_or(1);
         let hidden = hidden.reshape([-1, width]);
-        // One number seen everywhere: every row counts, and a GPU need not be asked and waited for.
-        let one = weights.size().iter().zip(weights.stride()).all(|(&length, stride)| stride == 0 || length == 1);
-        let (targets, weights) = (targets.reshape([-1, 1]), weights.reshape([-1, 1]));
-        if one {
-            return Self { hidden, targets, weights, counted: None };
-        }
-        let counted = weights.reshape([-1]).nonzero().reshape([-1]);
-        if counted.size() == [hidden.size()[0]] {
-            return Self { hidden, targets, weights, counted: None };
-        }
+        let (ids, weights) = (targets.ids.reshape([-1, 1]), targets.weights.reshape([-1, 1]));
+        let Some(counted) = targets.counted else { return Self { hidden, targets: ids, weights, counted: None } };
         Self {
-            hidden: hidden.index_select(0, &counted),
-            targets: targets.index_select(0, &counted),
-            weights: weights.index_select(0, &counted),
-            counted: Some(counted),
+            hidden: hidden.index_select(0, counted),
+            targets: ids.index_select(0, counted),
+            weights: weights.index_select(0, counted),
+            counted: Some(counted.shallow_clone()),
         }
     }
 

@@ -1,0 +1,273 @@
+"""Training on GPUs, as far as it can be proved without one: on the emulated GPU of tests/emulated_gpu.
+
+The unchanged binary computes on it what it computes on CPUs, with every access to memory checked for races.
+"""
+
+import ctypes
+import shutil
+import subprocess
+
+import pytest
+from emulation import FAILED, LIBRARIES, Emulation, apart, figures
+
+FP32, BF16 = 1e-5, 0.02  # relative, in every step's loss
+
+ZERO1 = {"optim.zero1": "true"}
+IN_BF16 = {"precision": "bf16"}
+SENT_IN_BF16 = {"comm.grad_dtype": "bf16"}
+PARAGRAPHS = {"data.layout": "paragraphs"}
+SEQUENCES = {"train.loss": "sequence_mean"}
+DROPOUT = {"model.dropout": 0.1}
+POST = {"model.norm": "post", "model.activation": "relu"}
+UNTIED = {"model.tied_head": "false", "model.bias": "false"}
+RECOMPUTE = {"model.recompute": "true"}
+DETERMINISTIC = {"deterministic": "true"}
+MICRO_STEPS = {"data.micro_batch": 2}
+NO_OVERLAP = {"comm.overlap": "false"}
+# Big enough for several buckets of 1 MiB, which gpt-nano is not.
+BUCKETS = {"model.preset": "gpt-mini", "comm.bucket_mib": 1, "train.steps": 10}
+
+
+@pytest.fixture(scope="module")
+def gpu(tmp_path_factory):
+    return Emulation(tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "settings", "bound"),
+    [
+        (0, {}, FP32),
+        (0, MICRO_STEPS | RECOMPUTE, FP32),
+        (0, PARAGRAPHS | SEQUENCES | UNTIED, FP32),
+        (0, POST | DROPOUT, FP32),
+        (0, DETERMINISTIC | DROPOUT | PARAGRAPHS, FP32),
+        (0, IN_BF16, BF16),
+        (0, IN_BF16 | DROPOUT | PARAGRAPHS | MICRO_STEPS, BF16),
+        (1, DETERMINISTIC, FP32),
+        (2, {}, FP32),
+        (2, MICRO_STEPS | PARAGRAPHS | SEQUENCES, FP32),
+        (2, BUCKETS, FP32),
+        (2, BUCKETS | NO_OVERLAP, FP32),
+        (2, BUCKETS | ZERO1 | MICRO_STEPS, FP32),
+        (2, ZERO1 | DROPOUT | DETERMINISTIC | RECOMPUTE, FP32),
+        (2, UNTIED | POST | ZERO1, FP32),
+        (2, SENT_IN_BF16, BF16),
+        (2, IN_BF16 | ZERO1 | SENT_IN_BF16, BF16),
+        (4, DROPOUT, FP32),
+        (4, BUCKETS | ZERO1, FP32),
+        (4, IN_BF16 | BUCKETS | ZERO1 | SENT_IN_BF16 | MICRO_STEPS, BF16),
+    ],
+    ids=lambda value: (
+        ",".join(f"{key.split('.')[-1]}={word}" for key, word in value.items()) or "defaults"
+        if isinstance(value, dict)
+        else None
+    ),
+)
+def test_gpus_learn_what_cpus_learn(gpu, request, ranks, settings, bound):
+    # Dropout's draws go by the rank; nothing else that is learnt does.
+    expected = gpu.on_cpu(
+        {k: v for k, v in settings.items() if k != "precision"},
+        ranks if DROPOUT.items() <= settings.items() else 0,
+    )
+    done = gpu.train(request.node.name, settings, ranks)
+    assert done.code == 0, done.log
+    distance = apart(done.column("loss"), expected.column("loss"))
+    assert distance <= bound, distance
+    # Something must have been computed in another way.
+    if bound == BF16:
+        assert distance > 1e-7
+    print(f"{ranks} ranks, {settings}: {distance:.1e}")
+
+
+def test_fewer_micro_steps_and_recomputing_need_less_and_more_memory_is_seen(gpu):
+    """memory_mib is the allocator's own count."""
+    plain = gpu.train("memory", {"train.steps": 2})
+    micro = gpu.train("memory-micro", {"train.steps": 2} | MICRO_STEPS)
+    [most], [least] = (set(done.column("memory_mib")[1:]) for done in (plain, micro))
+    # Weights, gradients and two moments, 4 bytes each.
+    parameters = 111024
+    assert 16 * parameters / 2**20 < least < most
+
+
+@pytest.mark.parametrize(
+    ("ranks", "settings"),
+    [
+        (0, MICRO_STEPS),
+        (0, MICRO_STEPS | PARAGRAPHS | SEQUENCES | IN_BF16),
+        (2, BUCKETS | ZERO1 | MICRO_STEPS),
+    ],
+    ids=["alone", "padded, in bf16", "two ranks, ZeRO-1"],
+)
+def test_the_host_waits_for_the_gpu_once_a_step(gpu, tmp_path, request, ranks, settings):
+    """Waits that leave the GPU with nothing to do, in a run of 4 steps and in one of 8."""
+    waits = {}
+    for steps in (4, 8):
+        log = tmp_path / str(steps)
+        name, settings = f"{request.node.name}-{steps}", settings | {"train.steps": steps}
+        done = gpu.train(name, settings, ranks, EMULATED_GPU_LOG=str(log))
+        assert done.code == 0, done.log
+        waits[steps] = {name: n for name, n in figures(log).items() if name.startswith("waits")}
+        # The measurement of the peak before the first step takes as many as it has time for.
+        waits[steps].pop("waits after aten::mm.out", None)
+    more = {name: n - waits[4].get(name, 0) for name, n in waits[8].items()}
+    assert sum(more.values()) == 4, more
+
+
+@pytest.mark.parametrize(
+    ("settings", "kernels"),
+    [
+        ({}, {"attention_cudnn"}),
+        ({"model.dropout": 0.125}, {"attention_cudnn"}),
+        ({"model.dropout": 0.1}, {"attention_flash"}),
+        (PARAGRAPHS, {"attention_flash"}),
+        (DETERMINISTIC, {"attention_flash"}),
+        ({"train.sample_every": 2, "train.eval_every": 2}, {"attention_cudnn", "attention_flash"}),
+    ],
+    ids=["no dropout", "two sixteenths", "a tenth", "padded", "deterministic", "with samples"],
+)
+def test_cudnns_attention_is_for_one_shape_and_sixteenths(
+    gpu, tmp_path, request, settings, kernels
+):
+    """It rounds dropout to sixteenths, and plans anew for each shape: evaluation, samples and padding do without."""
+    log = tmp_path / "log"
+    settings = IN_BF16 | {"train.steps": 2, "model.preset": "gpt-micro"} | settings
+    done = gpu.train(request.node.name, settings, EMULATED_GPU_LOG=str(log))
+    assert done.code == 0, done.log
+    seen = {name: n for name, n in figures(log).items() if name.startswith("attention")}
+    assert set(seen) == kernels
+    if "attention_cudnn" in kernels:
+        # 2 steps of a micro-batch, 4 layers.
+        assert seen["attention_cudnn"] == 2 * 4
+
+
+def test_the_whole_of_a_run_on_a_gpu(gpu, tmp_path):
+    """Evaluates, saves, samples, is compared with the CPU, and speaks."""
+    settings = {
+        "train.eval_every": 10,
+        "train.save_every": 10,
+        "train.sample_every": 30,
+        **DETERMINISTIC,
+    }
+    done = gpu.train("whole", settings)
+    assert done.code == 0, done.log
+    assert (done.run / "samples/step-00000030.txt").read_text().strip()
+    expected = gpu.on_cpu({"train.eval_every": 10})
+    assert apart(done.column("loss", "eval.csv"), expected.column("loss", "eval.csv")) < FP32
+
+    said = gpu.call(["eval", "--run-dir", done.run, "--checkpoint", "latest"])
+    assert said.code == 0, said.log
+    header, row = (line.split(",") for line in said.out.splitlines())
+    loss = float(dict(zip(header, row, strict=True))["loss"])
+    assert loss == pytest.approx(done.column("loss", "eval.csv")[-1], rel=1e-6)
+
+    generate = ["generate", "--run-dir", done.run, "--prompt", " The river", "--tokens", "20"]
+    texts = [gpu.call(generate) for _ in range(2)]
+    assert texts[0].code == 0, texts[0].log
+    assert len(texts[0].out) > 20
+    assert texts[0].out == texts[1].out
+
+    table = tmp_path / "compare.csv"
+    compare = ["compare", "--config", gpu.config, "--steps", "12", "--out", table]
+    said = gpu.call([*compare, "--devices", "cpu,cuda"])
+    assert said.code == 0, said.log
+    cpu, cuda = (line.split(",") for line in table.read_text().splitlines()[1:])
+    assert (cpu[0], cuda[0]) == ("cpu", "cuda")
+    assert float(cuda[6]) == pytest.approx(float(cpu[6]), rel=FP32)
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_a_run_resumes_bit_for_bit(gpu, ranks):
+    settings = (
+        DETERMINISTIC
+        | DROPOUT
+        | {"device": "cuda", "name": f"proof-{ranks}"}
+        | (ZERO1 if ranks else {})
+    )
+    words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    arguments = ["checkpoint", "prove", "--config", gpu.config, "--steps", "10", *words]
+    folder = gpu.folder / f"prove-{ranks}"
+    folder.mkdir()
+    # It proves in runs/ of its working folder.
+    done = gpu.call(arguments, ranks, cwd=folder)
+    assert done.code == 0, done.log + done.out
+
+
+@pytest.mark.parametrize("ranks", [0, 1, 2, 4])
+def test_doctor_finds_no_fault(gpu, ranks):
+    done = gpu.call(["doctor", "--run-dir", gpu.folder / "runs"], ranks)
+    assert done.code == 0, done.out + done.log
+    assert "this job can train" in done.out
+    assert "Emulated GPU" in done.out
+    if ranks:
+        assert f"ranks: {ranks}" in done.out
+        assert "every sum is compared" in done.out and "through NCCL" in done.out
+
+
+def test_ranks_that_share_a_gpu_are_refused(gpu):
+    done = gpu.train("shared", {}, 2, CUDA_VISIBLE_DEVICES="1")
+    assert done.code == 2, done.log
+    assert "ranks 0 and 1 share the GPU 0000:11:00" in done.log
+
+
+# ---- That the emulation bites ----
+
+
+@pytest.mark.parametrize(
+    ("mutation", "operator"),
+    [
+        ("ignore-waits-of-nccl", "nccl"),
+        ("ignore-waits-of-libtorch", "aten::"),
+    ],
+)
+@pytest.mark.parametrize("settings", [{}, ZERO1, SENT_IN_BF16], ids=["fp32", "ZeRO-1", "bf16"])
+def test_streams_that_do_not_wait_are_caught(gpu, request, mutation, operator, settings):
+    """The driver ignores what comm/nccl.rs asks one stream to wait for in the other."""
+    done = gpu.train(request.node.name, settings, 2, EMULATED_GPU_FAULT=mutation)
+    assert done.code != 0
+    race = next(line for line in done.log.splitlines() if "RACE" in line)
+    first, last = race.split("RACE: ")[1].split("were last touched by ")
+    assert first.startswith(operator), race
+    assert "bytes at 0x" in first
+    assert last.startswith("aten::" if operator == "nccl" else "nccl"), race
+
+
+def test_an_operator_that_cuda_lacks_is_refused(gpu, tmp_path):
+    libraries = tmp_path / "libraries"
+    shutil.copytree(LIBRARIES, libraries, symlinks=True)
+    names = (LIBRARIES / "operators.txt").read_text()
+    (libraries / "operators.txt").write_text(names.replace("aten::gelu.out\n", ""))
+    assert names.count("aten::gelu.out\n") == 1
+    done = gpu.call(gpu.arguments("no-gelu", {})[0], binary=gpu.wrap(libraries, "lockstep-no-gelu"))
+    assert done.code == FAILED, done.log
+    assert "no CUDA kernel for aten::gelu.out" in done.log
+
+
+def test_deterministic_products_need_cublas_told(gpu):
+    """The trainer tells it; a user's own setting stands, and LibTorch refuses a wrong one."""
+    settings = DETERMINISTIC | {"train.steps": 1}
+    assert gpu.train("told", settings).code == 0
+    done = gpu.train("mistold", settings, CUBLAS_WORKSPACE_CONFIG=":1:1")
+    assert done.code == 1, done.log
+    assert "CUBLAS_WORKSPACE_CONFIG" in done.log
+
+
+def test_kernels_of_our_own_run_as_compiled_for_the_cpu(gpu, tmp_path):
+    source = tmp_path / "kernel.c"
+    source.write_text(
+        "void twice(const unsigned *grid, const unsigned *block, void **parameters) {\n"
+        "  float *numbers = *(float **)parameters[0];\n"
+        "  for (unsigned i = 0; i < grid[0] * block[0]; i++) numbers[i] *= 2;\n"
+        "}\n"
+    )
+    library = tmp_path / "kernel.so"
+    subprocess.run(["cc", "-shared", "-fPIC", source, "-o", library], check=True)
+    driver = ctypes.CDLL(str(LIBRARIES / "libcuda.so.1"))
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+    assert driver.cuModuleLoadData(ctypes.byref(module), str(library).encode()) == 0
+    assert driver.cuModuleGetFunction(ctypes.byref(function), module, b"thrice") == 500
+    assert driver.cuModuleGetFunction(ctypes.byref(function), module, b"twice") == 0
+    numbers = (ctypes.c_float * 6)(*range(6))
+    address = ctypes.c_void_p(ctypes.addressof(numbers))
+    parameters = (ctypes.c_void_p * 1)(ctypes.addressof(address))
+    assert driver.cuLaunchKernel(function, 2, 1, 1, 3, 1, 1, 0, None, parameters, None) == 0
+    assert list(numbers) == [0, 2, 4, 6, 8, 10]
