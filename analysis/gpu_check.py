@@ -212,7 +212,9 @@ class Checks:
         return code, f"losses {', '.join(str(loss) for loss, _ in losses)}"
 
     def doctor(self, ranks):
-        with self.session.lockstep(f"doctor-{ranks}", ["doctor"], ranks) as job:
+        # Without this, a CPU trial on a machine with a GPU would examine the GPU.
+        device = [] if self.gpu else ["--device", "cpu"]
+        with self.session.lockstep(f"doctor-{ranks}", ["doctor", *device], ranks) as job:
             code = job.wait(90)
         if code:
             raise Failed(f"`lockstep doctor` ended with exit code {code}", job)
@@ -390,9 +392,7 @@ def open_session(args, work):
             f"cannot run {binary}: {said}; --mpi DIR names an MPI, LIBTORCH another LibTorch"
         )
     if session.added:
-        print(
-            f"to run this binary by hand: export LD_LIBRARY_PATH={session.bare['LD_LIBRARY_PATH']}"
-        )
+        print(f"LD_LIBRARY_PATH for these checks ends with {':'.join(session.added)}", flush=True)
     return session, version
 
 

@@ -193,6 +193,10 @@ class Session:
         self.open_mpi = False
         if self.mpirun:
             said = output(self.mpirun, "--version", environment=self.environment)
+            if not said:
+                raise Unusable(
+                    f"`{self.mpirun} --version` fails; is this MPI whole? --mpi DIR names another"
+                )
             self.open_mpi = "Open MPI" in said
         # What mpirun starts. NCCL refuses a GPU to two ranks of one host: each becomes its own.
         self.rank = work / "rank"

@@ -169,7 +169,7 @@ def test_a_binary_that_was_moved_finds_libtorch_and_mpi(open_session, tmp_path, 
     mpi, libtorch = tmp_path / "mpi", tmp_path / "torch" / "lib"
     for folder in ("bin", "lib"):
         (mpi / folder).mkdir(parents=True)
-    (mpi / "bin" / "mpirun").write_text("#!/bin/sh\n")
+    (mpi / "bin" / "mpirun").write_text("#!/bin/sh\necho mpirun 9\n")
     (mpi / "bin" / "mpirun").chmod(0o755)
     linked = []
     for library in (libtorch / "libtorch_cpu.so", mpi / "lib" / "libmpi.so.40"):
@@ -513,6 +513,11 @@ def test_it_says_what_it_lacks(tmp_path):
     result = launch("--cpu", "/bin/true", "--mpi", str(tmp_path))
     assert result.returncode == 2
     assert "expected a program bin/mpirun there" in result.stderr
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "mpirun").symlink_to("/bin/false")
+    result = launch("--cpu", "/bin/true", "--mpi", str(tmp_path))
+    assert result.returncode == 2
+    assert "--version` fails; is this MPI whole?" in result.stderr
     result = launch("--cpu", "/bin/true", LIBTORCH=str(tmp_path))
     assert result.returncode == 2
     assert "no lib/libtorch_cpu.so" in result.stderr
