@@ -12,6 +12,7 @@ import argparse
 import csv
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -320,8 +321,10 @@ class Checks:
                 time.sleep(0.1)
             seconds = time.monotonic() - struck
         if recover:
-            # Then mpirun's exit code says nothing of its ranks.
-            if "lockstep: rank 0: " not in job.log.read_text(errors="replace"):
+            # Then mpirun's exit code says nothing of its ranks. The watchdog's words will do, too:
+            # it ends a rank whose NCCL does not let go in time.
+            said = job.log.read_text(errors="replace")
+            if not re.search(r"lockstep: rank 0: |ERROR rank 0 on ", said):
                 raise Failed("rank 0 ended without an error that names it", job)
         elif code == 0:
             raise Failed("it ended with exit code 0, as if no rank were lost", job)

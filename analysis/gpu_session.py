@@ -17,6 +17,7 @@ from pathlib import Path
 
 from gpu_driver import Gpu
 
+JOB = re.compile(r"SLURM_|PMIX?_(?!MCA_)|OMPI_COMM_")  # what Slurm and mpirun tell their ranks
 RUN_S = 120  # for a run of a few dozen steps
 CONFIG = {
     "seed": 7,
@@ -184,8 +185,9 @@ class Session:
             (work / folder).mkdir()
         # By this variable the session knows its own processes.
         self.mark = f"LOCKSTEP_GPU_CHECK={uuid.uuid4().hex}"
-        # A Slurm job around this one would make mpirun spread the ranks over its machines.
-        self.outside = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
+        # A job around this one: mpirun would spread the ranks over its machines, and each program
+        # that starts here would take itself for one of its ranks.
+        self.outside = {k: v for k, v in os.environ.items() if not JOB.match(k)}
         self.outside |= dict([self.mark.split("=")]) | {"TMPDIR": str(work / "tmp")}
         # As a user starts the binary.
         self.bare = self.outside | self.library_path()

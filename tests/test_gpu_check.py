@@ -158,6 +158,17 @@ def test_the_binary_runs_with_the_users_library_path(open_session, nccl, monkeyp
     assert not session.added
 
 
+def test_a_job_around_it_is_forgotten(open_session, monkeypatch):
+    for name in ("SLURM_JOB_ID", "PMIX_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK"):
+        monkeypatch.setenv(name, "0")
+    kept = {"OMPI_MCA_btl": "self,sm", "PMIX_MCA_gds": "hash"}
+    for name, value in kept.items():
+        monkeypatch.setenv(name, value)
+    seen = open_session("/bin/true").bare
+    assert not [name for name in seen if gpu_session.JOB.match(name)]
+    assert kept.items() <= seen.items()
+
+
 def compile_c(path, source, *options):
     path.with_suffix(".c").write_text(source)
     subprocess.run(["cc", path.with_suffix(".c"), "-o", path, *options], check=True)
