@@ -4,31 +4,33 @@ Every check is a number with a bound. Runs are compared by train.csv: the larges
 difference in a column, over all steps. Several ranks share the GPU, through NCCL and the loopback
 interface: that shows whether their sums are right, and says nothing of their speed.
 
-Prints a table, and writes it as a CSV record. The exit code is 0 where nothing failed, 1 where
-something did, 2 where nothing could be checked.
+Prints a table, and writes it as a CSV record, anew before each check. The exit code is 0 if nothing
+failed, 1 if something did, 2 if nothing could be checked, and 128 + N if signal N ended it.
 """
 
 import argparse
 import csv
-import json
 import math
 import os
+import re
 import shutil
 import signal
-import statistics
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from gpu_record import Row, default_path, has_gpu, machine, table, write
-from gpu_session import Failed, NotRun, Session, Unusable, output
+from gpu_driver import find_gpu
+from gpu_record import Row, default_path, machine, table, write
+from gpu_session import CONFIG, Failed, NotRun, Session, Unusable, output
+from gpu_speed import Speed
 
 ROOT = Path(__file__).resolve().parents[1]
-GROUPS = ("doctor", "resume", "devices", "one-rank", "ranks", "fault", "speed")
-STEPS = {"resume": 150, "devices": 20, "ranks": 30, "speed": 20}
-WARM_UP = 5  # first steps, left out of the speed
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+GROUPS = ("first", "devices", "resume", "one-rank", "ranks", "speed", "fault", "doctor")
+STEPS = {"first": 2, "resume": 150, "devices": 20, "ranks": 30}
 DEADLINE_S = 20  # fault.step_deadline_s
 # When nothing may be left of a broken run. After the deadline NCCL gets 5 s to let go, and MPI 10 s
 # to end the others; as much again is for mpirun, and for the step that was under way.
@@ -43,6 +45,13 @@ RESUME = {
     "model.dropout": 0.1,
     "data.micro_batch": 8,
 }
+# Heads of 64 channels, packed: a shape for which LibTorch prefers cuDNN's attention, which is
+# compiled when it is first used. The smaller models here have shapes that cuDNN does not take.
+FIRST = CONFIG | {
+    "precision": "bf16",
+    "data": {"layout": "packed", "block_size": 128, "batch_size": 8},
+    "model": {"n_layer": 2, "n_head": 2, "n_embd": 128},
+}
 
 
 @dataclass
@@ -56,6 +65,11 @@ class Check:
     measure: object  # a function that returns a value and a note, or raises Failed or NotRun
     gpu_only: bool = False
     mpirun: bool = False
+
+    def pending(self):
+        """Its row as long as it has not been made."""
+        note = "all ended before its turn"
+        return Row(self.group, self.what, None, self.unit, self.bound, "NOT RUN", 0.0, note)
 
     def row(self, session):
         """Makes the check."""
@@ -137,35 +151,35 @@ class Checks:
         self.deterministic = {"deterministic": "true"} if self.gpu else {}
 
     def plan(self):
-        """All checks, in order."""
-        yield Check("doctor", "alone", "exit code", 0, lambda: self.doctor(0))
-        yield Check("doctor", "1 rank", "exit code", 0, lambda: self.doctor(1), mpirun=True)
-        for name, number in (("stopped by USR1", signal.SIGUSR1), ("killed", signal.SIGKILL)):
-            what = f"{name} and resumed, against undisturbed"
-            yield Check("resume", what, "relative", 0, lambda n=number: self.resume(n))
-        yield Check("resume", "eval against eval.csv", "relative", 1e-6, self.evaluate)
-        yield Check("resume", "generate twice, texts that differ", "", 0, self.generate)
+        """All checks, in order: what most runs depend on comes first, what takes long last."""
+        for dropout in (0.0, 0.1):
+            what = f"{STEPS['first']} steps in bf16, heads of 64, dropout {dropout:g}"
+            yield Check("first", what, "exit code", 0, partial(self.first, dropout))
         for precision, bound in (("fp32", 1e-4), ("bf16", 0.02)):
-            run = self.bind(self.devices, precision)
+            run = partial(self.devices, precision)
             what = f"{precision} against fp32 on the CPU"
             yield Check("devices", what, "relative", bound, run, gpu_only=True)
-        run = self.bind(self.ranks, 1, {})
+        for name, number in (("stopped by USR1", signal.SIGUSR1), ("killed", signal.SIGKILL)):
+            what = f"{name} and resumed, against undisturbed"
+            yield Check("resume", what, "relative", 0, partial(self.resume, number))
+        yield Check("resume", "eval against eval.csv", "relative", 1e-6, self.evaluate)
+        yield Check("resume", "generate twice, texts that differ", "", 0, self.generate)
+        run = partial(self.ranks, 1, {})
         yield Check("one-rank", "mpirun -n 1 against alone", "relative", 1e-5, run, mpirun=True)
         yield from self.plan_ranks(2)
-        yield from self.plan_ranks(4)
+        for what, measure in Speed(self.session).plan():
+            yield Check("speed", what, "", None, measure)
         for what, number, recover in (
             ("rank 1 killed", signal.SIGKILL, False),
             ("rank 1 killed, mpirun told to go on", signal.SIGKILL, True),
             ("rank 1 stands still", signal.SIGSTOP, False),
         ):
-            run = self.bind(self.fault, number, recover)
+            run = partial(self.fault, number, recover)
             yield Check("fault", f"{what}: until all are gone", "s", GONE_S, run, mpirun=True)
         yield Check("fault", "losses that are not finite", "exit code", 5, self.not_finite)
-        for program in ("lockstep", "pytorch", "pytorch-compiled"):
-            for column in ("step_ms", "tokens_per_s", "mfu", "memory_mib"):
-                if program == "lockstep" or column != "mfu":  # PyTorch knows no mfu
-                    run = self.bind(self.speed, program, column)
-                    yield Check("speed", f"{program}: {column}", "", None, run)
+        yield from self.plan_ranks(4)
+        yield Check("doctor", "alone", "exit code", 0, partial(self.doctor, 0))
+        yield Check("doctor", "1 rank", "exit code", 0, partial(self.doctor, 1), mpirun=True)
 
     def plan_ranks(self, ranks):
         zero1, sent = {"optim.zero1": "true"}, {"comm.grad_dtype": "bf16"}
@@ -177,26 +191,38 @@ class Checks:
             ("gradients sent as bf16", sent, 0.02, True),
             ("bf16, ZeRO-1, gradients sent as bf16", bf16 | zero1 | sent, 0.02, True),
         ):
-            run, what = self.bind(self.ranks, ranks, settings), f"{ranks} against 1, {what}"
+            run, what = partial(self.ranks, ranks, settings), f"{ranks} against 1, {what}"
             yield Check("ranks", what, "relative", bound, run, gpu_only, mpirun=True)
         # Two numbers have one sum. More of them NCCL may add in an order that goes by the bucket.
-        bound, run = 1e-5 if self.gpu and ranks > 2 else 0, self.bind(self.overlap, ranks)
+        bound, run = 1e-5 if self.gpu and ranks > 2 else 0, partial(self.overlap, ranks)
         what = f"{ranks} ranks, comm.overlap off against on"
         yield Check("ranks", what, "relative", bound, run, mpirun=True)
 
-    @staticmethod
-    def bind(method, *arguments):
-        return lambda: method(*arguments)
+    def first(self, dropout):
+        """A run as a user starts one. Its whole log is shown if it fails."""
+        session, name = self.session, f"first-dropout-{dropout:g}"
+        settings = {"train.steps": STEPS["first"], "model.dropout": dropout}
+        arguments, folder = session.arguments(name, settings, session.config("first", FIRST))
+        with session.start(name, [session.binary, *arguments], session.bare) as job:
+            job.show_all = True
+            # The first one loads gigabytes of libraries, perhaps from a slow disk.
+            code = job.wait(240)
+        if code:
+            raise Failed(f"it ended with exit code {code}", job)
+        losses = read_steps(folder / "train.csv", STEPS["first"], ("loss", "grad_norm"))
+        return code, f"losses {', '.join(str(loss) for loss, _ in losses)}"
 
     def doctor(self, ranks):
-        with self.session.lockstep(f"doctor-{ranks}", ["doctor"], ranks) as job:
+        # Without this, a CPU trial on a machine with a GPU would examine the GPU.
+        device = [] if self.gpu else ["--device", "cpu"]
+        with self.session.lockstep(f"doctor-{ranks}", ["doctor", *device], ranks) as job:
             code = job.wait(90)
         if code:
             raise Failed(f"`lockstep doctor` ended with exit code {code}", job)
         return code, ""
 
     def undisturbed(self):
-        run = self.bind(self.session.train, "undisturbed", RESUME | self.deterministic)
+        run = partial(self.session.train, "undisturbed", RESUME | self.deterministic)
         return self.session.once("undisturbed", run)
 
     def resume(self, number):
@@ -241,10 +267,10 @@ class Checks:
         return float(texts[0] != texts[1]), f"{len(texts[0])} characters, twice with one seed"
 
     def run(self, settings, steps, ranks=0):
-        """The train.csv of a short run; one for all checks that want the same."""
+        """The train.csv of a short run; one for all checks that need the same."""
         settings = settings | {"train.steps": steps}
         name = "-".join([str(ranks), *(f"{key}-{value}" for key, value in settings.items())])
-        train = self.bind(self.session.train, name, settings, ranks)
+        train = partial(self.session.train, name, settings, ranks)
         return self.session.once(name, train) / "train.csv"
 
     def devices(self, precision):
@@ -253,14 +279,18 @@ class Checks:
         return difference(reference, self.run({"precision": precision}, steps), steps)
 
     def ranks(self, ranks, settings):
-        """Against one process of the same precision."""
-        steps = STEPS["ranks"]
-        alone = {key: value for key, value in settings.items() if key == "precision"}
+        """Against one process of the same precision, all with kernels whose sums have an order.
+
+        Without it, a GPU adds the embeddings' gradients by atomics, in whatever order, and two
+        equal runs may differ by more than the bound.
+        """
+        steps, settings = STEPS["ranks"], settings | self.deterministic
+        alone = {k: v for k, v in settings.items() if k in ("precision", "deterministic")}
         # Small buckets, so that this small model has several.
         buckets = {"comm.bucket_mib": 1} if ranks > 1 else {}
         found = self.run(buckets | settings, steps, ranks)
         if "bf16" in settings.values():
-            fp32 = self.run(buckets, steps, ranks)
+            fp32 = self.run(buckets | self.deterministic, steps, ranks)
             if difference(fp32, found, steps)[0] == 0:
                 raise Failed(f"{settings} had no effect: the losses are those of fp32")
         return difference(self.run(alone, steps), found, steps)
@@ -268,7 +298,7 @@ class Checks:
     def overlap(self, ranks):
         both = {"comm.bucket_mib": 1} | self.deterministic
         runs = (
-            self.run(both | {"comm.overlap": on}, STEPS["ranks"], ranks) for on in ("true", "false")
+            self.run(both | off, STEPS["ranks"], ranks) for off in ({}, {"comm.overlap": "false"})
         )
         return difference(*runs, STEPS["ranks"], ("loss", "grad_norm"))
 
@@ -291,8 +321,10 @@ class Checks:
                 time.sleep(0.1)
             seconds = time.monotonic() - struck
         if recover:
-            # Then mpirun's exit code says nothing of its ranks.
-            if "lockstep: rank 0: " not in job.log.read_text(errors="replace"):
+            # Then mpirun's exit code says nothing of its ranks. The watchdog's words will do, too:
+            # it ends a rank whose NCCL does not let go in time.
+            said = job.log.read_text(errors="replace")
+            if not re.search(r"lockstep: rank 0: |ERROR rank 0 on ", said):
                 raise Failed("rank 0 ended without an error that names it", job)
         elif code == 0:
             raise Failed("it ended with exit code 0, as if no rank were lost", job)
@@ -315,45 +347,6 @@ class Checks:
             compare_files(first, checkpoint, "*.safetensors")
         return code, f"{len(later)} batches skipped, the tensors' bits as they were"
 
-    def speed(self, program, column):
-        """The median of a column of train.csv, without the first steps."""
-        with (self.session.once(program, self.bind(self.timed, program))).open(newline="") as file:
-            cells = [row[column] for row in csv.DictReader(file)][WARM_UP:]
-        if not cells or not all(cells):
-            raise NotRun(f"train.csv leaves {column} empty")
-        run = "gpt2, bf16, 16 x 1,024 tokens" if self.gpu else "gpt-nano, fp32, 8 x 64 tokens"
-        return statistics.median(map(float, cells)), f"{run}; median of {len(cells)} steps"
-
-    def timed(self, program):
-        """The train.csv of a run of 124M parameters (small on a CPU), by Lockstep or by PyTorch."""
-        session, config = self.session, self.session.work / "speed.yaml"
-        size = (16, 1024, "gpt2", "bf16") if self.gpu else (8, 64, "gpt-nano", "fp32")
-        batch, block, preset, precision = size
-        config.write_text(
-            f"precision: {precision}\nmodel: {{preset: {preset}}}\n"
-            f"data: {{dir: {json.dumps(str(session.sample('gpt2')))}, block_size: {block}, "
-            f"batch_size: {batch}, micro_batch: {batch}}}\n"
-            f"train: {{steps: {STEPS['speed']}, eval_every: 0, save_every: 0}}\n"
-        )
-        if program == "lockstep":
-            folder = session.train("speed", {}, config=config)
-            shutil.rmtree(folder / "checkpoints")  # 1.5 GB that nobody reads
-            return folder / "train.csv"
-        folder = session.work / "runs" / program
-        command = [sys.executable, ROOT / "analysis" / "peer.py", "--config", config]
-        command += ["--out", folder, "--set", f"device={session.device}"]
-        command += ["--compile"] if program.endswith("compiled") else []
-        # A comparison that cannot be made is no fault of the binary's.
-        try:
-            with session.start(program, command, session.outside) as job:
-                code = job.wait(150)
-        except Failed as failure:
-            raise NotRun(f"analysis/peer.py: {failure}") from None
-        if code:
-            said = job.log.read_text(errors="replace").splitlines()
-            raise NotRun(f"analysis/peer.py: {said[-1] if said else f'exit code {code}'}")
-        return folder / "train.csv"
-
 
 def parse(arguments):
     parser = argparse.ArgumentParser(
@@ -366,43 +359,68 @@ def parse(arguments):
     parser.add_argument("--out", metavar="FILE", type=Path, help="the record to write")
     parser.add_argument("--only", action="append", choices=GROUPS, help="these checks only")
     parser.add_argument("--cpu", action="store_true", help="on CPU ranks, to try this script")
-    said = "seconds for all checks (480); what is left then is NOT RUN"
-    parser.add_argument("--budget", type=int, default=480, help=said)
+    said = "seconds for all checks (560); what is left then is NOT RUN"
+    parser.add_argument("--budget", type=int, default=560, help=said)
     return parser.parse_args(arguments)
+
+
+def end(number, _):
+    """Ended by a signal, it still ends what it started, and says what it has found."""
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
+def open_session(args, work):
+    """The session, and what the binary says of its version."""
+    gpu = None if args.cpu else find_gpu(os.environ)
+    if gpu and gpu.problem:
+        raise Unusable(
+            f"this machine has no NVIDIA GPU that can be used: {gpu.problem}; --cpu tries the "
+            "script on CPU ranks"
+        )
+    binary = args.binary.resolve()
+    if not os.access(binary, os.X_OK):
+        raise Unusable(f"{binary} is not there; build it: launch/quickstart, or name another")
+    data = args.data.resolve() if args.data else None
+    device = "cpu" if args.cpu else "cuda"
+    session = Session(binary, work, device, args.mpi, data, args.budget, gpu)
+    session.guard()
+    version = output(binary, "--version", environment=session.environment)
+    if not version:
+        with session.lockstep("version", ["--version"]) as job:
+            job.wait(60)
+        said = " ".join(job.last_lines())
+        raise Unusable(
+            f"cannot run {binary}: {said}; --mpi DIR names an MPI, LIBTORCH another LibTorch"
+        )
+    if session.added:
+        print(f"LD_LIBRARY_PATH for these checks ends with {':'.join(session.added)}", flush=True)
+    return session, version
 
 
 def main(arguments=None):
     args = parse(arguments)
-    # Ended by a signal, it still ends what it started.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    for number in SIGNALS:
+        signal.signal(number, end)
     work = Path(tempfile.mkdtemp(prefix="lockstep-gpu-check-"))
-    rows = []
+    rows, ended = [], 0
     try:
-        if not args.cpu and not has_gpu():
-            raise Unusable("this machine has no NVIDIA GPU; --cpu tries the script on CPU ranks")
-        binary = args.binary.resolve()
-        if not os.access(binary, os.X_OK):
-            raise Unusable(f"{binary} is not there; build it: launch/quickstart, or name another")
-        data = args.data.resolve() if args.data else None
-        device = "cpu" if args.cpu else "cuda"
-        session = Session(binary, work, device, args.mpi, data, args.budget)
-        version = output(binary, "--version", environment=session.environment)
-        if not version:
-            with session.lockstep("version", ["--version"]) as job:
-                job.wait(60)
-            said = " ".join(job.last_lines())
-            raise Unusable(
-                f"cannot run {binary}: {said}; --mpi DIR names an MPI, LIBTORCH another LibTorch"
-            )
+        session, version = open_session(args, work)
         facts = machine(session, version)
         record = args.out or default_path(ROOT / "analysis" / "records", facts)
+        plan = [c for c in Checks(session).plan() if not args.only or c.group in args.only]
+        rows = [check.pending() for check in plan]
+        try:
+            for place, check in enumerate(plan):
+                # Should this process be killed, the record holds what was measured.
+                rows[place].note = "all ended while it was under way"
+                write(record, facts, rows)
+                rows[place] = check.row(session)
+                print(f"{rows[place].result:8} {check.group}: {check.what}", flush=True)
+        except SystemExit as signalled:
+            ended = signalled.code
         write(record, facts, rows)
-        for check in Checks(session).plan():
-            if not args.only or check.group in args.only:
-                rows.append(check.row(session))
-                write(record, facts, rows)  # what was measured stays, should this be ended
-                print(f"{rows[-1].result:8} {check.group}: {check.what}", flush=True)
     except (Unusable, Failed, NotRun) as problem:
         print(f"gpu-check: {problem}", file=sys.stderr)
         return 2
@@ -412,7 +430,7 @@ def main(arguments=None):
             shutil.rmtree(work, ignore_errors=True)
     print(table(facts, rows))
     print(f"\nwritten to {record}" + (f"; the runs and logs are in {work}" if failed else ""))
-    return int(failed or all(row.result != "PASS" for row in rows))
+    return ended or int(failed or all(row.result != "PASS" for row in rows))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """The record of gpu_check.py: what was measured, and on which machine."""
 
 import csv
-import ctypes
 import datetime
 import hashlib
 import os
@@ -11,6 +10,7 @@ from contextlib import suppress
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
+from gpu_driver import find_gpu, nccl_version
 from gpu_session import Unusable, output
 
 
@@ -29,7 +29,7 @@ class Row:
 
 
 def has_gpu():
-    return Path("/dev/nvidiactl").exists() or bool(output("nvidia-smi", "-L"))
+    return not find_gpu(os.environ).problem
 
 
 def text_of(path):
@@ -39,29 +39,23 @@ def text_of(path):
 
 
 def field(path, pattern):
-    """The first group of a pattern in a file; empty where it is not found."""
+    """The first group of a pattern in a file; empty if it is not found."""
     found = re.search(pattern, text_of(path), re.MULTILINE)
     return found[1].strip() if found else ""
 
 
-def nccl_version(library):
-    """As NCCL itself says it, for example 2.28.9."""
-    number = ctypes.c_int()
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(str(library or "libnccl.so.2")).ncclGetVersion(ctypes.byref(number))
-    major, rest = divmod(number.value, 10000)
-    return f"{major}.{rest // 100}.{rest % 100}" if major else ""
+def driver(session):
+    """Its version as nvidia-smi has it, else the newest CUDA that it knows."""
+    index = session.environment["CUDA_VISIBLE_DEVICES"]
+    query = ("--query-gpu=name,driver_version", "--format=csv,noheader", "-i", index)
+    name, _, version = output("nvidia-smi", *query).partition(", ")
+    # Of another GPU than the one in use, nvidia-smi's word counts for nothing.
+    return version if name == session.gpu.name else f"CUDA {session.gpu.cuda}"
 
 
 def machine(session, version):
     """What the record says of the machine and the program; unknown is empty."""
-    gpu = {}
-    if session.device == "cuda":
-        names = ("name", "memory.total", "driver_version")
-        index = session.environment["CUDA_VISIBLE_DEVICES"]
-        query = (f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits", "-i", index)
-        said = output("nvidia-smi", *query).split("\n")[0].split(", ")
-        gpu = dict(zip(names, said, strict=False))
+    cuda = session.device == "cuda"
     torch = session.libtorch
     libtorch = field(torch / "version.py", r"^__version__ = '(.*)'")
     memory = field("/proc/meminfo", r"^MemTotal:\s+(\d+) kB")
@@ -73,12 +67,12 @@ def machine(session, version):
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "device": session.device,
-        "gpu": gpu.get("name", ""),
-        "gpu_memory_mib": gpu.get("memory.total", ""),
-        "driver": gpu.get("driver_version", ""),
+        "gpu": session.gpu.name,
+        "gpu_memory_mib": session.gpu.memory_mib,
+        "driver": driver(session) if cuda else "",
         "cuda": field(torch / "version.py", r"^cuda\b.*'(.*)'"),
         "libtorch": libtorch or text_of(torch / "build-version").strip(),
-        "nccl": nccl_version(session.nccl) if session.device == "cuda" else "",
+        "nccl": nccl_version(session.with_libtorch()) if cuda else "",
         "mpi": mpi.split("\n")[0],
         "cpu": field("/proc/cpuinfo", r"^model name\s*:(.*)"),
         "cores": len(os.sched_getaffinity(0)),
@@ -96,20 +90,22 @@ def default_path(folder, facts):
 
 
 def write(path, facts, rows):
-    """Writes the record: the machine's columns are the same in every row."""
+    """Writes the record, whole or not at all: the machine's columns are the same in every row."""
+    part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="") as file:
+        with part.open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow([*facts, *(field.name for field in fields(Row))])
             writer.writerows([*facts.values(), *astuple(row)] for row in rows)
+        part.replace(path)
     except OSError as error:
         message = f"cannot write {path}: {error.strerror}; name another file with --out"
         raise Unusable(message) from error
 
 
 def table(facts, rows):
-    """For people: the machine, then a line a check, with a note where one did not pass."""
+    """For people: the machine, then a line a check, with a note if it did not pass."""
     lines = ["", *(f"{name:14} {value}" for name, value in facts.items() if value != ""), ""]
     cells = [("check", "what was measured", "value", "at most", "result", "s")]
     for row in rows:

@@ -15,12 +15,16 @@ import uuid
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-CONFIG = """\
-seed: 7
-data: {{dir: {data}, layout: packed, block_size: 64, batch_size: 16}}
-model: {{preset: gpt-micro}}
-train: {{eval_every: 0, save_every: 0}}
-"""
+from gpu_driver import Gpu
+
+JOB = re.compile(r"SLURM_|PMIX?_(?!MCA_)|OMPI_COMM_")  # what Slurm and mpirun tell their ranks
+RUN_S = 120  # for a run of a few dozen steps
+CONFIG = {
+    "seed": 7,
+    "data": {"layout": "packed", "block_size": 64, "batch_size": 16},
+    "model": {"preset": "gpt-micro"},
+    "train": {"eval_every": 0, "save_every": 0},
+}
 
 
 class Unusable(Exception):
@@ -35,7 +39,9 @@ class Failed(Exception):
     """A check that failed for another reason than its number, and the job whose log shows why."""
 
     def __init__(self, reason, job=None):
-        super().__init__(reason)
+        # The record is to say it, too: it may be all that is left of a machine.
+        said = job.complaint() if job else ""
+        super().__init__(f"{reason}: {said}" if said else reason)
         self.job = job
 
 
@@ -47,7 +53,7 @@ def find_libtorch():
         torch = importlib.util.find_spec("torch")
         folder = torch.submodule_search_locations[0] if torch else None
     if not folder or not Path(folder, "lib", "libtorch_cpu.so").exists():
-        found = f"{folder}, where there is no lib/libtorch_cpu.so" if folder else "none"
+        found = f"{folder}, which has no lib/libtorch_cpu.so" if folder else "none"
         raise Unusable(
             f"expected a LibTorch, found {found}; name its folder in LIBTORCH, run launch/setup, "
             f"or use a python3 that has torch (this one is {sys.executable})"
@@ -70,15 +76,47 @@ def find_mpirun(folder):
 
 
 def output(*command, environment=None):
-    """What a command prints; nothing where it cannot be run."""
+    """What a command prints; nothing if it cannot be run."""
     with suppress(OSError, subprocess.SubprocessError):
         options = {"capture_output": True, "text": True, "timeout": 60, "check": True}
         return subprocess.run(command, env=environment, **options).stdout.strip()
     return ""
 
 
+def libraries(binary, environment):
+    """Where the loader finds what a program is linked to, by name: None if nowhere."""
+    found = {}
+    for line in output("ldd", binary, environment=environment).splitlines():
+        name, arrow, place = line.strip().partition(" => ")
+        if arrow:
+            found[name] = None if place == "not found" else Path(place.split(" (")[0])
+    return found
+
+
+def processes(mark):
+    """All processes that have this in their environment: (process id, environment)."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with suppress(OSError):
+                variables = (entry / "environ").read_bytes().decode(errors="replace")
+                if mark in variables:
+                    found.append((int(entry.name), variables.split("\0")))
+    return found
+
+
+def end_all(mark):
+    """Ends what is left of a command; mpirun's ranks are in process groups of their own."""
+    until = time.monotonic() + 10
+    while (left := processes(mark)) and time.monotonic() < until:
+        for pid, _ in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+
+
 def tail(path, count, pattern=""):
-    """The last lines of a file that match a pattern, whatever its case; cut where they are long."""
+    """The last lines of a file that match a pattern, whatever its case; cut if they are long."""
     lines = path.read_text(errors="replace").splitlines()
     return [line[:300] for line in lines if line and re.search(pattern, line, re.I)][-count:]
 
@@ -88,6 +126,7 @@ class Job:
 
     def __init__(self, process, out, log, session):
         self.process, self.out, self.log, self.session = process, out, log, session
+        self.show_all = False  # the whole log if it fails, not the lines that matter most
 
     def wait(self, seconds):
         """Its exit code; negative for a signal."""
@@ -116,8 +155,14 @@ class Job:
             raise self.session.used_up()
         raise Failed(f"it did not come to step {step} within {seconds} s", self)
 
+    def complaint(self):
+        """The last complaint in its log, for the record."""
+        return "".join(tail(self.log, 1, r"lockstep:|error|panic") or tail(self.log, 1))
+
     def last_lines(self):
-        """What to show where it failed: its output's end, its complaints, and NCCL's."""
+        """What to show if it failed: its output's end, its complaints, and NCCL's."""
+        if self.show_all:
+            return self.log.read_text(errors="replace").splitlines()
         lines = tail(self.out, 25)
         # mpirun's own words can be longer than all that the ranks have to say.
         lines += tail(self.log, 15, r"lockstep:|error|warn|panic") or tail(self.log, 15)
@@ -129,22 +174,31 @@ class Job:
 class Session:
     """The binary, its surroundings, and the runs that several checks share."""
 
-    def __init__(self, binary, work, device, mpi=None, data=None, budget=480):
+    def __init__(self, binary, work, device, mpi=None, data=None, budget=560, gpu=None):
         self.binary, self.work, self.device, self.data = binary, work, device, data
         self.libtorch, self.mpirun = find_libtorch(), find_mpirun(mpi)
+        self.gpu = gpu or Gpu()
         self.budget, self.until = budget, time.monotonic() + budget
         self.done = {}  # what `once` keeps
+        self.hung = {}  # a run's name, by its number of ranks
         for folder in ("lib", "logs", "nccl", "runs", "tmp"):
             (work / folder).mkdir()
         # By this variable the session knows its own processes.
         self.mark = f"LOCKSTEP_GPU_CHECK={uuid.uuid4().hex}"
-        # A Slurm job around this one would make mpirun spread the ranks over its machines.
-        self.outside = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
+        # A job around this one: mpirun would spread the ranks over its machines, and each program
+        # that starts here would take itself for one of its ranks.
+        self.outside = {k: v for k, v in os.environ.items() if not JOB.match(k)}
         self.outside |= dict([self.mark.split("=")]) | {"TMPDIR": str(work / "tmp")}
-        self.environment = self.outside | self.surroundings(mpi)
+        # As a user starts the binary.
+        self.bare = self.outside | self.library_path()
+        self.environment = self.bare | self.surroundings(mpi)
         self.open_mpi = False
         if self.mpirun:
             said = output(self.mpirun, "--version", environment=self.environment)
+            if not said:
+                raise Unusable(
+                    f"`{self.mpirun} --version` fails; is this MPI whole? --mpi DIR names another"
+                )
             self.open_mpi = "Open MPI" in said
         # What mpirun starts. NCCL refuses a GPU to two ranks of one host: each becomes its own.
         self.rank = work / "rank"
@@ -153,27 +207,46 @@ class Session:
         self.rank.write_text(f"#!/bin/sh\n{command}\n")
         self.rank.chmod(0o755)
 
+    def library_path(self):
+        """LD_LIBRARY_PATH as the user has it, then what a binary from another machine needs.
+
+        No more than that: a library that the trainer fails to load by itself must be missed here.
+        """
+        given, folders = os.environ.get("LD_LIBRARY_PATH"), []
+        prefix = self.mpirun.parent.parent if self.mpirun else Path("/nonexistent")
+        for name, found in libraries(self.binary, self.outside).items():
+            if name == "libtorch_cpu.so":
+                wanted = self.libtorch / "lib" / name
+            elif name.startswith("libmpi.so"):
+                wanted = prefix / "lib" / name
+            else:
+                continue
+            if wanted.exists() and not (found and found.samefile(wanted)):
+                folders.append(str(wanted.parent))
+        nccl = next(self.libtorch.parent.glob("nvidia/*/lib/libnccl.so.2"), None)
+        if nccl and not (self.libtorch / "lib" / "libnccl.so").exists():
+            # The name that the program looks for; launch/setup makes it, NVIDIA's wheel lacks it.
+            (self.work / "lib" / "libnccl.so").symlink_to(nccl)
+            folders.append(str(self.work / "lib"))
+        self.added = folders
+        path = ":".join([given, *folders] if given else folders)
+        return {"LD_LIBRARY_PATH": path} if path else {}
+
+    def with_libtorch(self):
+        """The environment of a process that lacks the binary's RUNPATH to LibTorch's folder."""
+        given, lib = self.environment.get("LD_LIBRARY_PATH"), str(self.libtorch / "lib")
+        return self.environment | {"LD_LIBRARY_PATH": f"{given}:{lib}" if given else lib}
+
     def surroundings(self, mpi):
-        """Variables that let the binary find its libraries, and NCCL the loopback."""
-        libraries = [self.libtorch / "lib", *self.libtorch.parent.glob("nvidia/*/lib")]
-        self.nccl = next((p for folder in libraries for p in folder.glob("libnccl.so.2")), None)
-        if self.nccl:
-            # The name that the program looks for; NVIDIA's wheel has no such file.
-            (self.work / "lib" / "libnccl.so").symlink_to(self.nccl)
-        folders = [self.work / "lib", *libraries]
-        prefix = self.mpirun.parent.parent if self.mpirun else None
-        if prefix and (prefix / "lib" / "libmpi.so.40").exists():
-            folders.append(prefix / "lib")
-        given = os.environ.get("LD_LIBRARY_PATH")
+        """Variables for the checks with several ranks on one GPU."""
         variables = {
-            "LD_LIBRARY_PATH": ":".join([*map(str, folders), *([given] if given else [])]),
             "LIBTORCH": str(self.libtorch),
             "OMP_WAIT_POLICY": "passive",
             "OMPI_ALLOW_RUN_AS_ROOT": "1",
             "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         }
         if mpi:
-            variables["OPAL_PREFIX"] = str(prefix)
+            variables["OPAL_PREFIX"] = str(self.mpirun.parent.parent)
         if self.device == "cuda":
             gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
             variables |= {"CUDA_VISIBLE_DEVICES": gpu}
@@ -197,17 +270,10 @@ class Session:
 
     def processes(self):
         """All processes that this session started: (process id, environment)."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit() and int(entry.name) != os.getpid():
-                with suppress(OSError):
-                    variables = (entry / "environ").read_bytes().decode(errors="replace")
-                    if self.mark in variables:
-                        found.append((int(entry.name), variables.split("\0")))
-        return found
+        return processes(self.mark)
 
     def process_of_rank(self, rank):
-        """The process id of a rank; None where there is no such process."""
+        """The process id of a rank; None if there is no such process."""
         names = {f"OMPI_COMM_WORLD_RANK={rank}", f"PMI_RANK={rank}"}
         for pid, variables in self.processes():
             with suppress(OSError):
@@ -215,14 +281,16 @@ class Session:
                     return pid
         return None
 
-    def end_all(self):
-        """Ends what is left of a command; mpirun's ranks are in process groups of their own."""
-        until = time.monotonic() + 10
-        while (left := self.processes()) and time.monotonic() < until:
-            for pid, _ in left:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.05)
+    def guard(self):
+        """Starts a process that ends all others of this session, should this one be killed."""
+        with suppress(OSError):
+            self.watcher = subprocess.Popen(
+                [sys.executable, __file__, self.mark],
+                stdin=subprocess.PIPE,  # closed when this process is gone, however it went
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
 
     @contextmanager
     def start(self, name, command, environment):
@@ -244,11 +312,16 @@ class Session:
         try:
             yield Job(process, out, log, self)
         finally:
-            self.end_all()
-            process.wait()
+            end_all(self.mark)
+            # One that a driver keeps in the kernel cannot be ended, and must not stop the rest.
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(10)
 
     def lockstep(self, name, arguments, ranks=0, recover=False):
         """Starts the binary, alone (0 ranks) or through mpirun."""
+        # Each would hang as long, and nothing would be left of the time.
+        if hung := next((run for n, run in self.hung.items() if n <= ranks), None):
+            raise NotRun(f"the run {hung} had hung")
         cores = len(os.sched_getaffinity(0))
         threads = 1 if self.device == "cpu" else max(1, cores // max(1, ranks))
         environment = self.environment | {
@@ -261,7 +334,7 @@ class Session:
         options = ["-n", ranks]
         if self.open_mpi:
             options += ["--bind-to", "none", "--oversubscribe"]
-            # With it, mpirun does not end the others where one is lost.
+            # With it, mpirun does not end the others if one is lost.
             options += ["--enable-recovery"] if recover else []
         return self.start(name, [self.mpirun, *options, self.rank, *arguments], environment)
 
@@ -291,11 +364,17 @@ class Session:
         self.once(out.name, lambda: self.say("prepare", ["prepare", *source]))
         return out
 
+    def config(self, name, values, data=None):
+        """A configuration file. JSON is YAML, and needs no library to be read."""
+        data = str(data or self.data or self.sample("bpe:1024"))
+        path = self.work / f"{name}.yaml"
+        values = values | {"device": self.device, "data": values["data"] | {"dir": data}}
+        path.write_text(json.dumps(values))
+        return path
+
     def arguments(self, name, settings, config=None, run_dir=None):
         """Those of `lockstep train`; and the run directory."""
-        if config is None:
-            config, data = self.work / "config.yaml", self.data or self.sample("bpe:1024")
-            config.write_text(CONFIG.format(data=json.dumps(str(data))))
+        config = config or self.config("config", CONFIG)
         folder = run_dir or self.work / "runs" / name
         words = ["train", "--config", config, "--run-dir", folder]
         for key, value in ({"device": self.device} | settings).items():
@@ -306,7 +385,12 @@ class Session:
         """Trains, or goes on; the run directory."""
         arguments, folder = self.arguments(name, settings, config, run_dir)
         with self.lockstep(name, arguments, ranks) as job:
-            code = job.wait(120)
+            try:
+                code = job.wait(RUN_S)
+            except Failed:
+                if ranks:
+                    self.hung[ranks] = name
+                raise
         if code:
             raise Failed(f"the run {name} ended with exit code {code}", job)
         if ranks and self.device == "cuda" and (joined := self.joined(name, ranks)) != ranks:
@@ -323,3 +407,8 @@ class Session:
             text = path.read_text(errors="replace")
             found |= set(re.findall(rf"\brank (\d+) nranks {ranks} .*Init COMPLETE", text))
         return len(found)
+
+
+if __name__ == "__main__":
+    sys.stdin.read()
+    end_all(sys.argv[1])

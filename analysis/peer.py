@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-# torch and yaml are imported where they are used: the reader and the schedule do without.
+# torch and yaml are imported late: the reader and the schedule do without.
 # fmt: off
 PRESETS = {  # n_layer, n_head, n_embd
     "gpt-nano": (3, 3, 48), "gpt-micro": (4, 4, 128), "gpt-mini": (6, 6, 192),
@@ -51,19 +51,27 @@ EVAL_HEADER = "step,split,loss,ppl,word_ppl,tokens,eval_s\n"
 IGNORED = -100  # F.cross_entropy's mark of a target that does not count
 
 
+def parse(text):
+    """YAML; JSON alone needs no library, which a machine may lack."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        import yaml
+
+        return yaml.safe_load(text)
+
+
 def load_config(text, overrides=()):
     """A YAML configuration as one flat dictionary: `optim.lr` and the like, defaults filled in."""
-    import yaml
-
     config = dict(DEFAULTS)
-    for name, value in (yaml.safe_load(text) or {}).items():
+    for name, value in (parse(text) or {}).items():
         nested = isinstance(value, dict)
         config |= {f"{name}.{k}": v for k, v in value.items()} if nested else {name: value}
     for item in overrides:
         key, equals, value = item.partition("=")
         if not equals or key not in DEFAULTS:
             sys.exit(f"--set {item}: expected KEY=VALUE with a key of: {', '.join(DEFAULTS)}")
-        config[key] = yaml.safe_load(value)
+        config[key] = parse(value)
     for key, default in DEFAULTS.items():  # 3e-4 is text to YAML 1.1
         config[key] = float(config[key]) if isinstance(default, float) else config[key]
     if config["model.preset"] is not None:

@@ -7,16 +7,20 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "analysis"))
 import gpu_check
+import gpu_driver
 import gpu_record
 import gpu_session
+import gpu_speed
 from gpu_check import Check, difference
 from gpu_session import Failed, NotRun
 
@@ -116,18 +120,87 @@ def session(tmp_path, monkeypatch):
     return gpu_session.Session(Path("/bin/true").resolve(), work, "cpu")
 
 
-def test_a_gpus_ranks_find_nccl_and_are_hosts_of_their_own(session, tmp_path, monkeypatch):
+@pytest.fixture
+def open_session(session, tmp_path):
+    """Makes sessions like that one."""
+
+    def make(binary, device="cpu", mpi=None):
+        work = Path(tempfile.mkdtemp(dir=tmp_path))
+        return gpu_session.Session(Path(binary).resolve(), work, device, mpi)
+
+    return make
+
+
+@pytest.fixture
+def nccl(tmp_path):
+    """NCCL as NVIDIA's wheel has it beside LibTorch."""
     library = tmp_path / "nvidia" / "nccl" / "lib" / "libnccl.so.2"
     library.parent.mkdir(parents=True)
     library.touch()
+    return library
+
+
+@pytest.mark.parametrize("given", [None, "/user/one:/user/two"])
+def test_the_binary_runs_with_the_users_library_path(open_session, nccl, monkeypatch, given):
+    if given:
+        monkeypatch.setenv("LD_LIBRARY_PATH", given)
+    else:
+        monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
+    session = open_session("/bin/true")
+    link = session.work / "lib"
+    assert (link / "libnccl.so").resolve() == nccl
+    # The user's folders come first, and none of NVIDIA's is there to hide a missing library.
+    assert session.bare["LD_LIBRARY_PATH"] == (f"{given}:{link}" if given else str(link))
+    (session.libtorch / "lib" / "libnccl.so").symlink_to(nccl)
+    session = open_session("/bin/true")
+    for variables in (session.bare, session.environment):
+        assert variables.get("LD_LIBRARY_PATH") == given
+    assert not session.added
+
+
+def test_a_job_around_it_is_forgotten(open_session, monkeypatch):
+    for name in ("SLURM_JOB_ID", "PMIX_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK"):
+        monkeypatch.setenv(name, "0")
+    kept = {"OMPI_MCA_btl": "self,sm", "PMIX_MCA_gds": "hash"}
+    for name, value in kept.items():
+        monkeypatch.setenv(name, value)
+    seen = open_session("/bin/true").bare
+    assert not [name for name in seen if gpu_session.JOB.match(name)]
+    assert kept.items() <= seen.items()
+
+
+def compile_c(path, source, *options):
+    path.with_suffix(".c").write_text(source)
+    subprocess.run(["cc", path.with_suffix(".c"), "-o", path, *options], check=True)
+    return path
+
+
+def test_a_binary_that_was_moved_finds_libtorch_and_mpi(open_session, tmp_path, monkeypatch):
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/user")
+    mpi, libtorch = tmp_path / "mpi", tmp_path / "torch" / "lib"
+    for folder in ("bin", "lib"):
+        (mpi / folder).mkdir(parents=True)
+    (mpi / "bin" / "mpirun").write_text("#!/bin/sh\necho mpirun 9\n")
+    (mpi / "bin" / "mpirun").chmod(0o755)
+    linked = []
+    for library in (libtorch / "libtorch_cpu.so", mpi / "lib" / "libmpi.so.40"):
+        compile_c(library, "", "-shared", f"-Wl,-soname,{library.name}")
+        linked.append(library)
+    linked.append("-Wl,--no-as-needed")
+    main = "int main(void) { return 0; }"
+    moved = compile_c(tmp_path / "moved", main, *reversed(linked))
+    expected = f"/user:{mpi}/lib:{libtorch}"
+    assert set(open_session(moved, mpi=mpi).bare["LD_LIBRARY_PATH"].split(":")) == set(
+        expected.split(":")
+    )
+    paths = [f"-Wl,-rpath,{folder}" for folder in (libtorch, mpi / "lib")]
+    at_home = compile_c(tmp_path / "at_home", main, *reversed(linked), *paths)
+    assert open_session(at_home, mpi=mpi).bare["LD_LIBRARY_PATH"] == "/user"
+
+
+def test_a_gpus_ranks_are_hosts_of_their_own(open_session, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4")
-    work = tmp_path / "gpu"
-    work.mkdir()
-    gpu = gpu_session.Session(Path("/usr/bin/env"), work, "cuda")
-    folders = gpu.environment["LD_LIBRARY_PATH"].split(":")
-    first = next(Path(folder) for folder in folders if Path(folder, "libnccl.so").exists())
-    assert (first / "libnccl.so").resolve() == library
-    assert str(library.parent) in folders
+    gpu = open_session("/usr/bin/env", "cuda")
     seen = [
         subprocess.check_output(
             [gpu.rank], env=gpu.environment | {"OMPI_COMM_WORLD_RANK": rank}, text=True
@@ -192,6 +265,90 @@ def test_a_command_past_its_time_fails_and_leaves_nothing_running(session):
         job.wait(1)
     assert session.processes() == []
     assert failure.value.job.last_lines() == ["begun"]
+
+
+def test_after_a_run_that_hung_no_larger_one_is_tried(session, monkeypatch):
+    session.mpirun = Path("/bin/false")
+    hangs = session.start("hangs", ["sleep", "60"], session.environment)
+    monkeypatch.setattr(session, "lockstep", lambda *_: hangs)
+    monkeypatch.setattr(gpu_session, "RUN_S", 0.2)
+    with pytest.raises(Failed, match=r"had not ended after"):
+        session.train("hangs", {}, 2, config="config.yaml")
+    monkeypatch.undo()
+    for ranks in (2, 4):
+        with pytest.raises(NotRun, match="the run hangs had hung"):
+            session.lockstep("next", [], ranks)
+    for ranks in (0, 1):
+        with session.lockstep("next", [], ranks) as job:
+            job.wait(60)
+
+
+def test_what_matters_most_comes_first(session):
+    plan = list(gpu_check.Checks(session).plan())
+    groups = list(dict.fromkeys(check.group for check in plan))
+    assert groups == list(gpu_check.GROUPS)
+    names = [check.what for check in plan]
+    assert "bf16" in names[0]
+    two, four = (
+        [at for at, name in enumerate(names) if re.match(f"{n} (against|ranks)", name)]
+        for n in (2, 4)
+    )
+    assert len(two) == len(four) > 1
+    speed = [at for at, check in enumerate(plan) if check.group == "speed"]
+    assert max(two) < min(speed) < max(speed) < min(four)
+
+
+def test_sums_that_are_held_to_a_last_digit_have_an_order_on_a_gpu(open_session, monkeypatch):
+    checks = gpu_check.Checks(open_session("/bin/true", "cuda"))
+    asked = []
+
+    def train(name, settings, ranks=0):
+        asked.append(settings)
+        raise NotRun("only asked")
+
+    monkeypatch.setattr(checks.session, "train", train)
+    for check in checks.plan():
+        if check.group in ("one-rank", "ranks", "resume"):
+            with pytest.raises(NotRun, match="only asked"):
+                check.measure()
+    assert asked
+    assert all(settings["deterministic"] == "true" for settings in asked)
+
+
+def test_the_homework_is_timed_as_its_configuration_says():
+    written = yaml.safe_load((ROOT / "configs/homework.yaml").read_text())
+    timed = list(gpu_speed.shapes(gpu=True))[1].values
+    for name in ("model", "optim"):
+        assert timed[name] == written[name]
+    assert timed["data"] == {k: v for k, v in written["data"].items() if k != "dir"} | {
+        "micro_batch": 256
+    }
+    assert timed["train"]["loss"] == written["train"]["loss"]
+    assert timed["precision"] == written.get("precision", "fp32")
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA H100 NVL", None),
+        ("Emulated GPU", None),
+        ("", None),
+    ],
+)
+def test_only_a_card_that_is_known_has_a_data_sheet(name, peak):
+    assert gpu_speed.data_sheet_peak(name) == peak
+
+
+def test_gpt2s_operations_are_counted_as_lockstep_does():
+    # 6 times the 123,653,376 weights that are not positions, and attention's.
+    expected = 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024
+    assert gpu_speed.gpt2_flop_per_token(12, 768, 1024, 50257) == expected
 
 
 def test_used_up_time_fails_nothing(session):
@@ -272,7 +429,92 @@ def launch(*arguments, **environment):
 def test_without_a_gpu_it_says_so():
     result = launch()
     assert result.returncode == 2
-    assert "has no NVIDIA GPU; --cpu" in result.stderr
+    assert "has no NVIDIA GPU that can be used: its driver" in result.stderr
+    assert "--cpu" in result.stderr
+
+
+DRIVER = """\
+#include <stdlib.h>
+#include <string.h>
+static int gpus(void) { const char *n = getenv("TEST_GPUS"); return n ? atoi(n) : 1; }
+int cuInit(unsigned flags) {
+  if (getenv("TEST_CRASH")) abort();
+  return gpus() < 0 ? 803 : flags;
+}
+int cuDeviceGetCount(int *n) { *n = gpus(); return 0; }
+int cuDeviceGet(int *device, int n) { *device = n; return 0; }
+int cuDeviceGetName(char *name, int n, int device) {
+  strncpy(name, "Emulated GPU", n);
+  return device;
+}
+int cuDeviceTotalMem_v2(size_t *bytes, int device) { *bytes = 5ull << 30; return device; }
+int cuDriverGetVersion(int *version) { *version = 13000; return 0; }
+"""
+
+
+@pytest.fixture
+def driver(tmp_path):
+    """The folder of a driver library that shows an emulated GPU."""
+    folder = tmp_path / "driver"
+    folder.mkdir()
+    compile_c(folder / "libcuda.so.1", DRIVER, "-shared", "-fPIC")
+    return str(folder)
+
+
+def test_the_driver_itself_is_asked_for_the_gpu(driver):
+    found = gpu_driver.find_gpu({"LD_LIBRARY_PATH": driver})
+    assert found == gpu_driver.Gpu("Emulated GPU", 5120, "13.0")
+    assert found.emulated
+    for variables, said in (
+        ({"TEST_GPUS": "0"}, "shows no device"),
+        ({"TEST_GPUS": "-1"}, "says CUDA error 803 (cuInit)"),
+        ({"TEST_CRASH": "1"}, "ended with exit code -6"),
+    ):
+        assert said in gpu_driver.find_gpu({"LD_LIBRARY_PATH": driver} | variables).problem
+
+
+def stand_in(path, then):
+    """A program in the place of lockstep, that runs this when it is to train."""
+    path.write_text(
+        f"#!/bin/sh\ncase $1 in\n--version) echo lockstep 9 ;;\ntrain) {then} ;;\nesac\n"
+    )
+    path.chmod(0o755)
+    return path
+
+
+def test_an_emulated_gpu_has_no_speed_and_bears_its_name(driver, tmp_path):
+    record = tmp_path / "record.csv"
+    binary = stand_in(tmp_path / "lockstep", "exit 3")
+    arguments = ("--only", "speed", "--only", "first", "--out", record)
+    result = launch(binary, *arguments, LD_LIBRARY_PATH=driver)
+    assert result.returncode == 1, result.stdout + result.stderr
+    rows = pd.read_csv(record)
+    assert (rows.gpu == "Emulated GPU").all()
+    assert (rows.driver == "CUDA 13.0").all()
+    speed = rows[rows.check == "speed"]
+    assert len(speed) > 10
+    assert (speed.result == "NOT RUN").all()
+    assert speed.value.isna().all()
+    assert speed.note.str.contains("an emulated GPU mean nothing").all()
+    assert (rows[rows.check == "first"].result == "FAIL").all()
+    shutil.rmtree(result.stdout.rsplit(" in ", 1)[1].strip())
+
+
+def test_the_first_check_is_a_run_as_a_user_starts_it(tmp_path, monkeypatch):
+    record, seen = tmp_path / "record.csv", tmp_path / "seen"
+    says = "echo 'loading'; echo 'lockstep: no builtins'; echo 'try this'"
+    binary = stand_in(tmp_path / "lockstep", f'env >"{seen}"; ({says}) >&2; exit 1')
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/user")
+    result = launch(binary, "--cpu", "--only", "first", "--out", record)
+    assert result.returncode == 1
+    # Its whole log is shown, and its error is in the record.
+    assert "  | loading\n  | lockstep: no builtins\n  | try this\n" in result.stdout
+    rows = pd.read_csv(record)
+    assert rows.note.tolist() == ["it ended with exit code 1: lockstep: no builtins"] * 2
+    variables = seen.read_text().splitlines()
+    assert "LD_LIBRARY_PATH=/user" in variables
+    assert not any(line.startswith(("NCCL_", "OMP_WAIT", "OMPI_ALLOW")) for line in variables)
+    shutil.rmtree(result.stdout.rsplit(" in ", 1)[1].strip())
 
 
 def test_it_says_what_it_lacks(tmp_path):
@@ -282,6 +524,11 @@ def test_it_says_what_it_lacks(tmp_path):
     result = launch("--cpu", "/bin/true", "--mpi", str(tmp_path))
     assert result.returncode == 2
     assert "expected a program bin/mpirun there" in result.stderr
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "mpirun").symlink_to("/bin/false")
+    result = launch("--cpu", "/bin/true", "--mpi", str(tmp_path))
+    assert result.returncode == 2
+    assert "--version` fails; is this MPI whole?" in result.stderr
     result = launch("--cpu", "/bin/true", LIBTORCH=str(tmp_path))
     assert result.returncode == 2
     assert "no lib/libtorch_cpu.so" in result.stderr
@@ -323,24 +570,33 @@ def is_running(pid):
         return False
 
 
-def test_ended_by_a_signal_it_ends_what_it_started(tmp_path):
-    stand_in = tmp_path / "lockstep"
-    stand_in.write_text(
-        "#!/bin/sh\n"
-        'if [ "$1" = --version ]; then echo lockstep 9; exit; fi\n'
-        f'echo $$ >"{tmp_path}/pid"\n'
-        "sleep 120\n"
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_ended_by_a_signal_it_leaves_a_record_and_nothing_that_runs(tmp_path, number):
+    pid, record = tmp_path / "pid", tmp_path / "record.csv"
+    # The first run ends, the second never does; its child has a session of its own, like a rank.
+    hang = f'setsid sleep 120 & echo $! >"{pid}.part"; mv "{pid}.part" "{pid}"; wait'
+    binary = stand_in(
+        tmp_path / "lockstep", f"case $* in *dropout=0.1*) {hang} ;; *) exit 1 ;; esac"
     )
-    stand_in.chmod(0o755)
-    command = [ROOT / "launch/gpu-check", stand_in, "--cpu", "--only", "one-rank"]
-    command += ["--out", tmp_path / "record.csv"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        pid = tmp_path / "pid"
-        while not (pid.exists() and pid.read_text().strip()):
+    command = [ROOT / "launch/gpu-check", binary, "--cpu", "--out", record]
+    command += ["--only", "first", "--only", "one-rank"]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        while not pid.exists():
             assert process.poll() is None
             time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 128 + signal.SIGTERM
+        process.send_signal(number)
+        said = process.communicate(timeout=60)[0]
+    killed = number == signal.SIGKILL
+    assert process.returncode == (-number if killed else 128 + number)
+    assert killed or f"written to {record}" in said
+    rows = pd.read_csv(record)
+    assert rows.result.tolist() == ["FAIL", "NOT RUN", "NOT RUN"]
+    ends = ["it ended with exit code 1", "while it was under way", "before its turn"]
+    assert all(said in note for said, note in zip(ends, rows.note, strict=True))
+    until = time.monotonic() + 60
+    while is_running(int(pid.read_text())) and time.monotonic() < until:
+        time.sleep(0.05)
     assert not is_running(int(pid.read_text()))
 
 

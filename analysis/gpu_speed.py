@@ -1,0 +1,174 @@
+"""The speed of one step for gpu_check.py: Lockstep's, and that of the same in PyTorch.
+
+L layers, C channels, T positions, V tokens in the vocabulary.
+"""
+
+import csv
+import importlib.util
+import os
+import re
+import shutil
+import statistics
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from gpu_session import Failed, NotRun, tail
+
+ROOT = Path(__file__).resolve().parents[1]
+WARM_UP = 5  # first steps, left out
+PEER_S = 150  # for a run of PyTorch, most of which torch.compile may take
+PROGRAMS = ("lockstep", "pytorch", "pytorch-compiled")
+COLUMNS = ("step_ms", "tokens_per_s", "mfu", "memory_mib")
+QUIET = {"eval_every": 0, "save_every": 0}
+# As configs/homework.yaml has them; launch/gpu-check can be carried along without that file.
+HOMEWORK = {
+    "data": {"layout": "paragraphs", "block_size": 32, "batch_size": 256},
+    "model": {
+        "preset": "gpt-nano",
+        "dropout": 0.1,
+        "norm": "pre",
+        "activation": "gelu",
+        "tied_head": False,
+    },
+    "optim": {
+        "lr": 5e-4,
+        "betas": [0.9, 0.95],
+        "weight_decay": 0.1,
+        "grad_clip": 1.0,
+        "schedule": "constant",
+    },
+    "train": {"loss": "sequence_mean"},
+}
+# TFLOP/s of dense bf16 products by NVIDIA's data sheets. Full names, because a part of a GPU (MIG)
+# and other builds of the same chip have names that begin alike, and are slower.
+DATA_SHEETS = {
+    r"NVIDIA A100-SXM4-[48]0GB|NVIDIA A100-PCIE-40GB|NVIDIA A100 80GB PCIe": 312,
+    r"NVIDIA H100 PCIe": 756,
+    r"NVIDIA H100 80GB HBM3|NVIDIA H200": 989,
+    r"NVIDIA B200": 2250,
+}
+
+
+def data_sheet_peak(gpu):
+    """TFLOP/s; None if the card is not known."""
+    return next((peak for name, peak in DATA_SHEETS.items() if re.fullmatch(name, gpu)), None)
+
+
+def gpt2_flop_per_token(L, C, T, V):
+    """6 N + 12 L C T, as Lockstep counts for mfu; N without the embeddings but with the head."""
+    layer = 12 * C * C + 13 * C  # matrices; biases and layer norms
+    return 6 * (L * layer + 2 * C + V * C) + 12 * L * C * T
+
+
+@dataclass
+class Shape:
+    """What is timed."""
+
+    name: str
+    says: str
+    values: dict
+    steps: int
+    flop_per_token: float | None = None
+
+
+def shapes(gpu):
+    """GPT-2 and the homework's model; on a CPU, where only the script is tried, less of both."""
+    batch, block, preset, precision = (
+        (16, 1024, "gpt2", "bf16") if gpu else (8, 64, "gpt-nano", "fp32")
+    )
+    values = {
+        "precision": precision,
+        "model": {"preset": preset},
+        "data": {
+            "layout": "packed",
+            "block_size": block,
+            "batch_size": batch,
+            "micro_batch": batch,
+        },
+        "train": QUIET,
+    }
+    flop = gpt2_flop_per_token(12, 768, 1024, 50257) if gpu else None
+    yield Shape(preset, f"{precision}, {batch} x {block:,} tokens", values, 20, flop)
+    batch = 256 if gpu else 16
+    values = HOMEWORK | {
+        "precision": "fp32",
+        "data": HOMEWORK["data"] | {"batch_size": batch, "micro_batch": batch},
+        "train": HOMEWORK["train"] | QUIET,
+    }
+    said = f"gpt-nano, fp32, {batch} x 32 tokens, vocabulary 50,257"
+    yield Shape("homework", said, values, 100 if gpu else 20)
+
+
+class Speed:
+    """Measures the shapes in a session."""
+
+    def __init__(self, session):
+        self.session = session
+        self.gpu = session.device == "cuda"
+
+    def plan(self):
+        """(what, a function that measures it), in order."""
+        peak = data_sheet_peak(self.session.gpu.name)
+        for shape in shapes(self.gpu):
+            for program in PROGRAMS:
+                what = f"{shape.name}, {program}: "
+                for column in COLUMNS:
+                    if program == "lockstep" or column != "mfu":  # PyTorch knows no mfu
+                        yield what + column, partial(self.median, shape, program, column)
+                if peak and shape.flop_per_token:
+                    said = f"share of the data sheet's {peak} TFLOP/s"
+                    yield what + said, partial(self.share, shape, program, peak)
+
+    def share(self, shape, program, peak):
+        """Model FLOP/s over the data sheet's dense bf16 peak."""
+        speed, note = self.median(shape, program, "tokens_per_s")
+        return speed * shape.flop_per_token / (peak * 1e12), note
+
+    def median(self, shape, program, column):
+        """That of a column of train.csv, without the first steps."""
+        session = self.session
+        if session.gpu.emulated:
+            raise NotRun("speed and memory of an emulated GPU mean nothing")
+        time = partial(self.timed, shape, program)
+        with session.once(f"{shape.name}-{program}", time).open(newline="") as file:
+            cells = [row[column] for row in csv.DictReader(file)][WARM_UP:]
+        if not cells or not all(cells):
+            raise NotRun(f"train.csv leaves {column} empty")
+        return statistics.median(map(float, cells)), f"{shape.says}; median of {len(cells)} steps"
+
+    def timed(self, shape, program):
+        """The train.csv of a run, by Lockstep or by PyTorch."""
+        session, name = self.session, f"{shape.name}-{program}"
+        values = shape.values | {"train": shape.values["train"] | {"steps": shape.steps}}
+        config = session.config(name, values, session.sample("gpt2"))
+        if program == "lockstep":
+            folder = session.train(name, {}, config=config)
+            shutil.rmtree(folder / "checkpoints")  # up to 1.5 GB that nobody reads
+            return folder / "train.csv"
+        compiled = program.endswith("compiled")
+        if compiled and (lacking := self.compiler_lacks()):
+            raise NotRun(f"torch.compile needs {lacking}")
+        folder = session.work / "runs" / name
+        command = [sys.executable, ROOT / "analysis" / "peer.py", "--config", config]
+        command += ["--out", folder, *(["--compile"] if compiled else [])]
+        # A comparison that cannot be made is no fault of the binary's.
+        try:
+            with session.start(name, command, session.outside) as job:
+                code = job.wait(PEER_S)
+        except Failed as failure:
+            raise NotRun(f"analysis/peer.py: {failure}") from None
+        if code:
+            said = tail(job.log, 1, r"error") or tail(job.log, 1) or [f"exit code {code}"]
+            raise NotRun(f"analysis/peer.py: {said[0]}")
+        return folder / "train.csv"
+
+    def compiler_lacks(self):
+        """What torch.compile needs and this machine does not have; None if nothing."""
+        if self.gpu and importlib.util.find_spec("triton") is None:
+            return "triton, which this python3 does not have"
+        variable, *names = ("CC", "gcc", "clang") if self.gpu else ("CXX", "g++", "clang++")
+        if not os.environ.get(variable) and not any(map(shutil.which, names)):
+            return f"a compiler: {' or '.join(names)}, or {variable} to name another"
+        return None
