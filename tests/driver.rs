@@ -8,11 +8,16 @@ mod common;
 
 use common::{finish, Output, Workspace};
 
-/// Answers with the numbers in FAKE_INIT, FAKE_COUNT and FAKE_VERSION.
+/// Answers with the numbers in FAKE_INIT, FAKE_COUNT and FAKE_VERSION; says which variables the libraries would see.
 const DRIVER: &str = r#"
+#include <stdio.h>
 #include <stdlib.h>
 static int number(const char *name) { return atoi(getenv(name)); }
-int cuInit(unsigned flags) { return number("FAKE_INIT"); }
+static const char *text(const char *name) { return getenv(name) ? getenv(name) : "not set"; }
+int cuInit(unsigned flags) {
+  fprintf(stderr, "cuBLAS: %s, algorithms: %s\n", text("CUBLAS_WORKSPACE_CONFIG"), text("NCCL_ALGO"));
+  return number("FAKE_INIT");
+}
 int cuDeviceGetCount(int *count) { *count = number("FAKE_COUNT"); return 0; }
 int cuDriverGetVersion(int *version) { *version = number("FAKE_VERSION"); return 0; }
 /* NVRTC asks for it where it finds a driver. */
@@ -35,7 +40,10 @@ fn with_driver() -> Workspace {
 fn run(work: &Workspace, arguments: &str, [init, count, version]: [i32; 3]) -> Output {
     let mut command = work.command(&arguments.split_whitespace().collect::<Vec<_>>());
     command.env("FAKE_INIT", init.to_string()).env("FAKE_COUNT", count.to_string());
-    command.env("FAKE_VERSION", version.to_string()).env_remove("CUDA_VISIBLE_DEVICES");
+    command.env("FAKE_VERSION", version.to_string());
+    for name in ["CUDA_VISIBLE_DEVICES", "CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO"] {
+        command.env_remove(name);
+    }
     command.env("LD_LIBRARY_PATH", work.path(""));
     finish(command)
 }
@@ -62,6 +70,24 @@ fn a_driver_without_a_gpu_is_no_driver() {
         let said = run(&work, &format!("{TRAIN}auto"), without).ok();
         assert!(!said.stderr.contains("NVIDIA"), "{}", said.stderr);
     }
+}
+
+#[test]
+fn deterministic_runs_ask_cublas_and_nccl_for_sums_in_order() {
+    let work = with_driver();
+    let none = [100, 0, 13000];
+    run(&work, &format!("{TRAIN}auto"), none).ok().says(&["cuBLAS: not set, algorithms: not set"]);
+    let asked = "cuBLAS: :4096:8, algorithms: ^NVLS,NVLSTree";
+    let train = TRAIN.replace("run --set", "ordered --set");
+    run(&work, &format!("{train}auto --set deterministic=true"), none).ok().says(&[asked]);
+}
+
+#[test]
+fn deterministic_kernels_do_not_cost_a_filling_of_new_memory() {
+    lockstep::device::use_deterministic_kernels();
+    // LibTorch would fill it with what is no number.
+    let fresh = tch::Tensor::empty([1 << 20], (tch::Kind::Float, tch::Device::Cpu));
+    assert!(!bool::try_from(fresh.isnan().all()).unwrap());
 }
 
 #[test]

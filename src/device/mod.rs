@@ -21,7 +21,7 @@ pub use self::libtorch::{
     allow_cudnn_attention, ask_for_deterministic_libraries, cudnn_attention_is_exact, fused_adamw,
     use_deterministic_kernels, AdamWNumbers,
 };
-pub use self::peak::{data_sheet_peak, measure_peak};
+pub use self::peak::{data_sheet_peak, describe_peak, measure_peak};
 use crate::error::{Error, Result};
 
 /// The device that `device: cpu|cuda|auto` means for this rank.

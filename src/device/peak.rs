@@ -121,6 +121,19 @@ pub fn data_sheet_peak(name: &str, kind: Kind) -> Option<f64> {
     tflops.is_finite().then_some(tflops * 1e12)
 }
 
+/// A sentence that puts a GPU's measured peak beside its data sheet's; `None` for a CPU and for a card that is not known.
+pub fn describe_peak(device: Device, kind: Kind, measured: f64) -> Option<String> {
+    let Device::Cuda(index) = device else { return None };
+    let name = super::gpu(index).ok()?.name;
+    let sheet = data_sheet_peak(&name, kind).filter(|_| measured.is_finite())?;
+    Some(format!(
+        "{name} multiplies large matrices at {:.0} TFLOP/s, {:.0} % of its data sheet's {:.0}; mfu is a share of the former",
+        measured / 1e12,
+        100.0 * measured / sheet,
+        sheet / 1e12
+    ))
+}
+
 #[cfg(test)]
 mod tests {
     use std::cell::RefCell;
