@@ -68,7 +68,7 @@ fn name_nccl(libtorch: &Path) {
     }
 }
 
-/// Lets LibTorch see the function of `src/device.rs` that answers MKL's question for the processor's maker; an
+/// Lets LibTorch see the function of `src/device/mod.rs` that answers MKL's question for the processor's maker; an
 /// executable keeps its functions to itself otherwise.
 fn export_mkl_answer() {
     let Some(folder) = env::var_os("OUT_DIR") else { return };

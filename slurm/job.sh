@@ -37,12 +37,26 @@ need_config() {
 smallest() { tr ',' '\n' <<<"$1" | sed 's/(.*//' | sort -n | head -n 1; }
 largest() { tr ',' '\n' <<<"$1" | sed 's/(.*//' | sort -n | tail -n 1; }
 
+# Prints how many GPUs the job has on its first node, in whichever way it asked for them.
+gpus_on_node() {
+  local gpus=${SLURM_GPUS_ON_NODE:-${SLURM_GPUS_PER_NODE:-${SLURM_GPUS:-0}}}
+  printf '%s\n' "${gpus##*:}" # a type may stand before the number
+}
+
 # Sets nodes, ranks, per_node (ranks on a node, at most) and cpus (for each rank): as the sbatch command said,
 # else one rank for each GPU that the job has, else one for each node.
 lay_out() {
-  local gpus=${SLURM_GPUS_ON_NODE:-${SLURM_GPUS_PER_NODE:-0}}
-  gpus=${gpus##*:} # a type may stand before the number
+  local gpus total=${SLURM_GPUS:-}
+  gpus=$(gpus_on_node)
+  total=${total##*:}
   nodes=$SLURM_JOB_NUM_NODES
+  # sbatch --gpus counts those of all nodes, and Slurm shares them out as it likes. The job's steps get no others.
+  if [[ -n $total && -z ${SLURM_NTASKS:-} ]]; then
+    if ((nodes == 1)); then gpus=$total; fi
+    ((total == nodes * gpus)) ||
+      die "the job's $total GPUs are not the same number on each of its $nodes nodes (here $gpus), so the ranks cannot be" \
+        "shared out; submit with --gpus-per-node in place of --gpus"
+  fi
   if [[ -n ${SLURM_NTASKS:-} ]]; then
     ranks=$SLURM_NTASKS
     per_node=$(largest "$SLURM_TASKS_PER_NODE")
@@ -88,6 +102,9 @@ choose_launcher() {
   # Newer Slurms no longer hand the job's cpus per task on to its steps, hence the explicit number.
   launcher=(srun --nodes="$on_nodes" --ntasks="$ranks" --cpus-per-task="$cpus"
     --cpu-bind=cores --kill-on-bad-exit=1 --export=ALL)
+  # Every rank sees all of its node's GPUs and takes the one of its own number: GPUs that do not see each other cannot
+  # use each other's memory. Jobs that ask with --gpus-per-task would have each rank see its own only.
+  if (($(gpus_on_node) > 0)); then launcher+=(--gpu-bind=none); fi
   # Its name for PMIx may bear a version: pmix_v4.
   pmi=$(srun --mpi=list 2>&1 | grep -oE '\bpmix(_v[0-9]+)?\b' | sort | head -n 1 || true)
   # Where the site knows better, srun reads it.
@@ -100,6 +117,9 @@ choose_launcher() {
   command -v "$mpirun" >/dev/null ||
     die "srun has no PMIx here (srun --mpi=list), and there is no $mpirun; load an MPI in slurm/site.sh"
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
+  # mpirun starts its ranks from one task on each node, which must have all of the node's GPUs.
+  unset SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK
+  if (($(gpus_on_node) > 0)); then export SLURM_GPU_BIND=none; fi
   launcher=("$mpirun" -n "$ranks")
   if [[ $("$mpirun" --version 2>&1) == *"Open MPI"* ]]; then
     launcher+=(--map-by "ppr:$per_node:node" --bind-to none --oversubscribe)

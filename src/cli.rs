@@ -156,8 +156,14 @@ pub enum Verb {
         action: CheckpointAction,
     },
     /// Checks the job that it is started as, and says what to mend: launcher, libraries, GPUs, run directory, sums.
-    #[command(after_help = "Example:\n  srun --mpi=pmix launch/rank doctor --run-dir runs")]
+    #[command(
+        after_help = "Examples:\n  srun --mpi=pmix launch/rank doctor --run-dir runs\n  lockstep doctor --libraries"
+    )]
     Doctor {
+        /// Instead, on one machine with or without a GPU: loads every library that training on a GPU needs, and says where
+        /// each is.
+        #[arg(long, conflicts_with_all = ["run_dir", "device"])]
+        libraries: bool,
         /// The folder for runs: every rank must see it and may write there.
         #[arg(long, default_value = "runs")]
         run_dir: PathBuf,

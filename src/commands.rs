@@ -130,7 +130,8 @@ pub fn run(cli: &Cli) -> Result<()> {
                 watchdog.end(prove(comm, &watchdog, &stop, &parsed, *steps as usize, &folder, print))
             })
         }
-        Verb::Doctor { run_dir, device } => doctor::run(run_dir, device, print),
+        Verb::Doctor { libraries: true, .. } => doctor::run_libraries(print),
+        Verb::Doctor { run_dir, device, .. } => doctor::run(run_dir, device, print),
         Verb::Completions { shell } => {
             // Into memory first: the generator panics where its output cannot be written.
             let mut script = Vec::new();
@@ -144,7 +145,7 @@ pub fn run(cli: &Cli) -> Result<()> {
 fn training_config(path: &Path, overrides: &[String]) -> Result<Config> {
     let config = Config::load(path, overrides)?;
     if config.deterministic {
-        device::ask_for_deterministic_cublas();
+        device::ask_for_deterministic_libraries();
     }
     Ok(config)
 }

@@ -1,5 +1,5 @@
-// What LibTorch offers in C++ only: the switch for deterministic kernels, its CUDA allocator's statistics, and AdamW in one
-// kernel.
+// What LibTorch offers in C++ only: the switches for deterministic kernels and for cuDNN's attention, its CUDA allocator's
+// statistics, and AdamW in one kernel.
 
 #include <string>
 #include <vector>
@@ -10,7 +10,10 @@
 
 extern "C" void lockstep_use_deterministic_algorithms() {
   at::globalContext().setDeterministicAlgorithms(true, /*warn_only=*/false);
+  at::globalContext().setDeterministicFillUninitializedMemory(false);
 }
+
+extern "C" void lockstep_allow_cudnn_attention(bool allowed) { at::globalContext().setSDPUseCuDNN(allowed); }
 
 // The most bytes that tensors have taken of a GPU's memory; -1 where LibTorch cannot say.
 extern "C" int64_t lockstep_peak_device_bytes(int device) {

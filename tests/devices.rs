@@ -1,7 +1,6 @@
 //! The same run in bf16, and on a GPU: where there is one, and said plainly where there is none.
 
 use std::io::Write;
-use std::path::Path;
 
 mod runs;
 
@@ -37,7 +36,7 @@ fn bf16_learns_what_fp32_learns() {
 
 #[test]
 fn a_gpu_learns_what_a_cpu_learns() {
-    if !Path::new("/dev/nvidiactl").exists() {
+    if !lockstep::device::has_driver() {
         // Past the capture of the test runner, so that nobody takes this for a check.
         let _ =
             writeln!(std::io::stderr(), "NOT RUN: a_gpu_learns_what_a_cpu_learns: this machine has no NVIDIA driver");

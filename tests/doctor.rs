@@ -50,7 +50,7 @@ fn a_report_that_nobody_takes_is_an_error() {
 
 #[test]
 fn a_gpu_that_is_asked_for_and_not_there_is_a_fault() {
-    if std::path::Path::new("/dev/nvidiactl").exists() {
+    if lockstep::device::has_driver() {
         return common::not_run("this machine has an NVIDIA driver");
     }
     let said = Workspace::new().lockstep("doctor --device cuda").fails(2, &["no NVIDIA driver"]);

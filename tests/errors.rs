@@ -4,7 +4,6 @@
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
 
 use lockstep::config::Config;
 use lockstep::error::exit_code;
@@ -242,7 +241,7 @@ fn a_prompt_outside_the_vocabulary_is_refused() {
 
 #[test]
 fn a_gpu_that_is_not_there_is_not_silently_replaced() {
-    if Path::new("/dev/nvidiactl").exists() {
+    if lockstep::device::has_driver() {
         return not_run("this machine has an NVIDIA driver");
     }
     let work = Workspace::new();

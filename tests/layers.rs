@@ -40,7 +40,7 @@ const NEIGHBOURS: [(&str, &str); 4] = [("device", "error"), ("commands", "cli"),
 const WITHOUT_RANKS: [&str; 3] = ["model", "model/parameters", "train/optimizer"];
 
 /// The fences of `unsafe`: foreign memory, libraries, memory maps, and SIMD.
-const UNSAFE: [&str; 5] = ["comm/mpi.rs", "comm/nccl.rs", "device.rs", "data/shard.rs", "model/head/"];
+const UNSAFE: [&str; 5] = ["comm/mpi.rs", "comm/nccl.rs", "device/", "data/shard.rs", "model/head/"];
 
 const MAX_LINES: usize = 500;
 

@@ -210,6 +210,52 @@ def test_a_job_queued_again_starts_though_slurm_does_not_answer(tmp_path):
     assert "--mpi=pmix" in done.stdout
 
 
+LAID_OUT = 'lay_out; choose_launcher "$ranks"; echo "$ranks in $per_node:" "${launcher[@]}"'
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        # --gpus-per-node, --gres
+        ({"SLURM_GPUS_ON_NODE": "4", "SLURM_GPUS_PER_NODE": "h100:4"}, "8 in 4:"),
+        # --gpus, over all nodes
+        ({"SLURM_GPUS_ON_NODE": "4", "SLURM_GPUS": "8"}, "8 in 4:"),
+        # --ntasks=8 --gpus-per-task=1
+        (
+            {"SLURM_GPUS_ON_NODE": "4", "SLURM_GPUS_PER_TASK": "1"}
+            | {"SLURM_NTASKS": "8", "SLURM_TASKS_PER_NODE": "4(x2)"},
+            "8 in 4:",
+        ),
+    ],
+)
+def test_every_rank_of_a_job_sees_all_gpus_of_its_node(tmp_path, asked, expected):
+    job = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_CPUS_PER_NODE": "16(x2)", **asked}
+    done = in_a_job(tmp_path, LAID_OUT, **job)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(expected), done.stdout
+    assert "--gpu-bind=none" in done.stdout.split()
+    # mpirun starts its ranks from a step of its own.
+    (tmp_path / "none").mkdir()
+    script(tmp_path / "none", "mpirun", "exit 0")
+    commands = f'srun() {{ :; }}; {LAID_OUT} "${{SLURM_GPU_BIND-}},${{SLURM_GPUS_PER_TASK-}}"'
+    done = in_a_job(tmp_path, commands, MPICC=str(tmp_path / "none/mpicc"), **job)
+    assert done.returncode == 0, done.stderr
+    assert "/mpirun -n 8" in done.stdout and done.stdout.endswith(" none,\n"), done.stdout
+
+
+def test_a_job_without_gpus_or_with_uneven_ones(tmp_path):
+    job = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_CPUS_PER_NODE": "16(x2)"}
+    done = in_a_job(tmp_path, LAID_OUT, **job)
+    assert done.stdout.startswith("2 in 1:") and "--gpu-bind" not in done.stdout, done.stdout
+    done = in_a_job(tmp_path, LAID_OUT, **job, SLURM_GPUS="5", SLURM_GPUS_ON_NODE="3")
+    assert done.returncode == 2
+    assert "5 GPUs" in done.stderr and "--gpus-per-node" in done.stderr
+    # All of a node's GPUs are an exclusive job's, but its steps get what was asked for.
+    job["SLURM_JOB_NUM_NODES"] = "1"
+    done = in_a_job(tmp_path, LAID_OUT, **job, SLURM_GPUS="h100:2", SLURM_GPUS_ON_NODE="4")
+    assert done.stdout.startswith("2 in 2:"), done.stdout + done.stderr
+
+
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv, of util-linux")
 def test_ranks_do_not_outlive_a_killed_local(ranks):
     local, pids = start_two_ranks(ranks)
@@ -254,7 +300,11 @@ def script(bin_folder, name, body):
 
 
 def setup(bare, *arguments, **environment):
-    """Runs launch/setup, which must fail; returns what it said, which must be one line."""
+    """Runs launch/setup, which must fail; returns the reason, which must be one line."""
+    return setup_says(bare, *arguments, **environment).stderr
+
+
+def setup_says(bare, *arguments, **environment):
     clone, bin_folder = bare
     kept = {name: os.environ[name] for name in ("HOME", "RUSTUP_HOME") if name in os.environ}
     result = subprocess.run(
@@ -266,7 +316,7 @@ def setup(bare, *arguments, **environment):
     )
     assert result.returncode == 2, result.stderr
     assert result.stderr.count("\n") == 1, result.stderr
-    return result.stderr
+    return result
 
 
 def test_setup_without_a_compiler(bare):
@@ -354,6 +404,18 @@ def test_setup_with_a_wrong_libtorch(bare):
     give(bin_folder, *BUILD_TOOLS, "python3")
     message = setup(bare, LIBTORCH="/nonexistent")
     assert "LIBTORCH names /nonexistent" in message
+
+
+@pytest.mark.parametrize("version", ["570.86.15", "580.65.06"])
+def test_setup_warns_of_an_old_driver(bare, version):
+    _, bin_folder = bare
+    give(bin_folder, *BUILD_TOOLS)
+    script(bin_folder, "nvidia-smi", f"echo {version}")
+    # A machine with a GPU gets CUDA by itself; without Python the set-up ends there.
+    said = setup_says(bare).stdout
+    warning = "warning: the NVIDIA driver of this machine is 570.86.15, CUDA 13 needs 580 or newer"
+    assert (warning in said) == version.startswith("570"), said
+    assert "driver" not in setup_says(bare, "--cpu").stdout
 
 
 def test_setup_with_an_unknown_argument(bare):

@@ -380,8 +380,8 @@ fn check_gpus(places: &[String]) -> Result<()> {
             let (host, bus) = (lines.next().unwrap_or_default(), lines.next().unwrap_or_default());
             return Err(Error::Usage(format!(
                 "ranks {other} and {rank} share the GPU {bus} of {host}, which NCCL refuses; start at most as many ranks on a \
-                 node as it has GPUs, and let each see its own (`srun --gpus-per-task=1`) or all of them (no \
-                 CUDA_VISIBLE_DEVICES)"
+                 node as it has GPUs, and let all see all of them (`srun --gpu-bind=none`; no CUDA_VISIBLE_DEVICES, or the \
+                 same list for all)"
             ))
             .into());
         }
@@ -443,7 +443,7 @@ mod tests {
             let place = format!("n1\n0000:04:00\n{id}");
             let said = checked(["n1\n0000:05:00\n", &place, &place]);
             assert!(said.contains("ranks 1 and 2 share the GPU 0000:04:00 of n1"), "{said}");
-            assert!(said.contains("--gpus-per-task=1"), "{said}");
+            assert!(said.contains("--gpu-bind=none"), "{said}");
         }
     }
 

@@ -1,14 +1,13 @@
 //! What one rank knows of itself, sent to all the others.
 
 use std::fs;
-use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 use tch::{Cuda, Device};
 
 use super::network::{self, Interface};
 use crate::comm::Comm;
-use crate::device::{self, Gpu};
+use crate::device::{self, Driver, Gpu};
 
 /// A rank's place, its share of its node, and what its libraries are.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -37,15 +36,13 @@ pub struct Facts {
     pub wrong_for_nccl: Option<String>,
 }
 
-const NVIDIA: &str = "/dev/nvidiactl";
-
 impl Facts {
     /// This rank's facts, and the device that it would train on.
     pub fn collect(comm: &Comm, wanted: &str) -> (Self, Device) {
         let libraries = comm.libraries();
         let threads = device::set_threads(None);
         // In training, `auto` takes the CPU where the GPU cannot be used; here that is what is to be found out.
-        let wanted = if wanted == "auto" && Path::new(NVIDIA).exists() { "cuda" } else { wanted };
+        let wanted = if wanted == "auto" && device::has_driver() { "cuda" } else { wanted };
         let device = device::select(wanted, comm.local_rank).map_err(|e| format!("{e:#}"));
         let gpu = match &device {
             Ok(Device::Cuda(index)) => device::gpu(*index).map(Some),
@@ -115,20 +112,17 @@ fn cuda(device: &std::result::Result<Device, String>) -> String {
             let runtime = format!("libtorch_cuda loaded, CUDA {}.{}", version / 1000, version % 1000 / 10);
             format!("{runtime}, driver {}, GPUs visible: {}", driver(), Cuda::device_count())
         }
-        Ok(_) if Path::new(NVIDIA).exists() => format!("not used: --device cpu (driver {})", driver()),
-        Ok(_) => "not used: no NVIDIA driver here".into(),
+        Ok(_) => match device::driver() {
+            Driver::Absent(reason) => format!("not used: {reason}"),
+            _ => format!("not used: --device cpu (driver {})", driver()),
+        },
         Err(reason) => format!("cannot be used: {reason}"),
     }
 }
 
 /// The version of NVIDIA's kernel module.
 fn driver() -> String {
-    driver_in(&fs::read_to_string("/proc/driver/nvidia/version").unwrap_or_default())
-}
-
-fn driver_in(text: &str) -> String {
-    let is_version = |word: &&str| word.contains('.') && word.chars().all(|c| c.is_ascii_digit() || c == '.');
-    text.split_whitespace().find(is_version).unwrap_or("unknown").to_string()
+    device::driver_module().unwrap_or_else(|| "unknown".into())
 }
 
 #[cfg(test)]
@@ -141,14 +135,5 @@ mod tests {
         assert_eq!(numbers("5"), [5]);
         assert!(numbers("unknown").is_empty());
         assert!(!numbers(&cores()).is_empty(), "this machine: {}", cores());
-    }
-
-    #[test]
-    fn the_drivers_version_is_read() {
-        let open = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build  (x)\n\
-                    GCC version:  gcc version 13.3.0";
-        assert_eq!(driver_in(open), "580.159.04");
-        assert_eq!(driver_in("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.54.03  Tue"), "535.54.03");
-        assert_eq!(driver_in(""), "unknown");
     }
 }

@@ -137,8 +137,8 @@ fn gpus(all: &[Facts], report: &mut Report) {
     for (reason, group) in by(all, |facts| facts.gpu.as_ref().err().cloned()) {
         if let Some(reason) = reason {
             let remedy =
-                "launch/setup --cuda, and one rank for each GPU (srun --gpus-per-task=1); `--device cpu` where the \
-                          CPU is meant";
+                "launch/setup --cuda, and no more ranks on a node than it has GPUs, all visible to each (srun \
+                          --gpu-bind=none); `--device cpu` where the CPU is meant";
             report.fault(Place::Setup, format!("{}: no GPU can be used: {reason}", ranks_of(&group)), remedy);
         }
     }
@@ -151,7 +151,7 @@ fn gpus(all: &[Facts], report: &mut Report) {
         report.fault(
             Place::Peers,
             format!("on the CPU: {} ({}); the others on GPUs", ranks_of(&idle), idle[0].cuda),
-            "ask for nodes that all have GPUs (srun --gpus-per-task=1), or `--device cpu` for all",
+            "ask for nodes that all have GPUs (sbatch --gpus-per-node), or `--device cpu` for all",
         );
     }
     // NCCL refuses a GPU that comes twice under one name of the node.
@@ -261,7 +261,7 @@ mod tests {
             (|f| f.libtorch = "2.10.0".into(), "another LibTorch than rank 0: 2.10.0, not 2.11.0", "same modules"),
             (|f| f.nccl = Ok("2.20.5".into()), "another NCCL than rank 0: 2.20.5", "launch/setup --cuda"),
             (|f| f.nccl = Err("NCCL cannot be loaded".into()), "rank 1 on n2: NCCL cannot be loaded", "launch/setup"),
-            (|f| f.gpu = Ok(None), "on the CPU: rank 1 on n2 (loaded); the others on GPUs", "--gpus-per-task=1"),
+            (|f| f.gpu = Ok(None), "on the CPU: rank 1 on n2 (loaded); the others on GPUs", "--gpus-per-node"),
             (
                 |f| f.gpu = Err("no libtorch_cuda".into()),
                 "rank 1 on n2: no GPU can be used: no libtorch_cuda",

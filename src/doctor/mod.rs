@@ -16,6 +16,7 @@ use crate::error::{exit_code, from_panic, Result};
 mod facts;
 mod judge;
 mod launch;
+mod libraries;
 mod nccl_log;
 mod network;
 mod probes;
@@ -24,6 +25,7 @@ mod report;
 
 use facts::Facts;
 use launch::{network_remedy, Launch};
+pub use libraries::run as run_libraries;
 use nccl_log::NcclLog;
 use report::{Place, Report};
 

@@ -6,8 +6,8 @@ use crate::error::{Error, Result};
 const NAME_WIDTH: usize = 12;
 
 /// The rows so far, and what is wrong.
-#[derive(Default)]
 pub struct Report {
+    verdicts: [&'static str; 2],
     lines: Vec<String>,
     warnings: Vec<Finding>,
     faults: Vec<(Place, Finding)>,
@@ -27,7 +27,18 @@ pub enum Place {
     Peers,
 }
 
+impl Default for Report {
+    fn default() -> Self {
+        Self::about("this job can train", "this job cannot train")
+    }
+}
+
 impl Report {
+    /// An empty one, with the words for its verdict: without faults, and with some.
+    pub fn about(good: &'static str, bad: &'static str) -> Self {
+        Self { verdicts: [good, bad], lines: Vec::new(), warnings: Vec::new(), faults: Vec::new() }
+    }
+
     /// Adds a row; each line of `text` becomes one.
     pub fn row(&mut self, name: &str, text: &str) {
         for (number, line) in text.lines().enumerate() {
@@ -82,9 +93,10 @@ impl Report {
         for (kind, Finding { what, remedy }) in self.warnings.iter().map(|finding| ("warning", finding)).chain(faults) {
             text += &format!("{:NAME_WIDTH$}{what}\n{:NAME_WIDTH$}remedy: {remedy}\n", format!("{kind}:"), "");
         }
+        let [good, bad] = self.verdicts;
         text + &match self.faults.len() {
-            0 => "verdict:    this job can train".to_string(),
-            n => format!("verdict:    this job cannot train: {}", faults_in_words(n)),
+            0 => format!("verdict:    {good}"),
+            n => format!("verdict:    {bad}: {}", faults_in_words(n)),
         }
     }
 

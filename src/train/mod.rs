@@ -99,6 +99,8 @@ struct Trainer<'a> {
     stop: &'a StopRequest,
     /// FLOP/s of this rank's device.
     peak: f64,
+    /// Whether cuDNN's attention may compute micro-steps: they have one shape, and no dropout that it would round.
+    cudnn_attention: bool,
     /// Sequences that this process has computed.
     sequences: usize,
     /// Batches skipped since the last update.
@@ -232,6 +234,7 @@ impl<'a> Trainer<'a> {
         let mut laps = Laps::begin(&self.marks, start)?;
         self.model.parameters.zero_grad();
         let mut loss = Tensor::zeros([1], (Kind::Double, self.device));
+        device::allow_cudnn_attention(self.cudnn_attention);
         for micro_step in 0..self.plan.accumulation {
             laps.wait_for_compute(self.comm, 1)?;
             self.watchdog.enter(Phase::Step, step);
@@ -251,6 +254,7 @@ impl<'a> Trainer<'a> {
             self.sequences += batch.inputs.size()[0] as usize;
             laps.end(Part::Compute)?;
         }
+        device::allow_cudnn_attention(false);
         let lr = learning_rate(&self.plan.config.optim, step, self.plan.config.train.steps);
         let norm = self.update(step, lr, &mut laps)?;
         let numbers = Tensor::cat(&[loss, norm], 0);

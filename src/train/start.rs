@@ -13,7 +13,7 @@ use super::record::{find_checkpoint, Recorder, RunDir};
 use super::{kind, Resume, Trainer};
 use crate::checkpoint::{self, Conditions, OptimizerFiles, State, FORMAT_VERSION, MOMENTS};
 use crate::comm::Comm;
-use crate::config::{Auto, Config, Plan};
+use crate::config::{Auto, Config, Layout, Plan};
 use crate::data::loader::{Loader, Samples};
 use crate::data::prepare::DataDir;
 use crate::data::shard::hex;
@@ -66,6 +66,9 @@ impl<'a> Trainer<'a> {
             }),
         };
         let kind = kind(config.precision);
+        let cudnn_attention = kind == Kind::BFloat16
+            && layout == Layout::Packed
+            && device::cudnn_attention_is_exact(config.model.dropout);
         let mut model = Gpt::new(GptConfig::new(&plan, tokenizer.vocab_size()), device, kind);
         model.initialize(config.seed);
         let gradients = Gradients::new(comm, &model.parameters, &config.comm, config.optim.zero1);
@@ -97,6 +100,7 @@ impl<'a> Trainer<'a> {
             state,
             stop,
             peak: device::measure_peak(device, kind),
+            cudnn_attention,
             sequences: 0,
             skipped: 0,
             saving: None,
@@ -297,6 +301,9 @@ impl<'a> Trainer<'a> {
             self.plan.accumulation,
             self.plan.micro_batch,
         );
+        if let Some(text) = device::describe_peak(self.device, self.model.kind(), self.peak) {
+            info!("{text}");
+        }
         let global = self.loader.global_batch(*step);
         let mine = self.loader.share(&global);
         info!(

@@ -1,0 +1,60 @@
+//! `lockstep doctor --libraries`: whether all is there that training on a GPU loads, on a machine that may have none.
+
+use super::report::{Place, Report};
+use crate::device::{self, Driver};
+use crate::error::Result;
+
+/// The GPUs that a kernel is compiled for: A100, H100 and H200, B200.
+const CAPABILITIES: [i32; 3] = [80, 90, 100];
+
+const REMEDY: &str =
+    "run `launch/setup --cuda` and build again; where LibTorch is one of your own (LIBTORCH), install what \
+                      it lacks, or name its folder by LD_LIBRARY_PATH";
+
+/// Loads every library and shows which is where.
+///
+/// # Errors
+/// Usage, where one is missing or does not work; what `show` returns.
+pub fn run(show: impl Fn(&str) -> Result<()>) -> Result<()> {
+    let mut report = Report::about("every library that training on a GPU needs is here", "libraries are missing");
+    report.row("LibTorch", &device::libtorch_version());
+    let driver = match device::driver() {
+        Driver::Ready { cuda: [major, minor] } => {
+            let module = device::driver_module().map(|version| format!(", kernel module {version}"));
+            format!("serves CUDA up to {major}.{minor}{}", module.unwrap_or_default())
+        }
+        Driver::Absent(reason) | Driver::Unusable(reason) => format!("not used here: {reason}"),
+    };
+    report.row("driver", &driver);
+    report.gap();
+    let libraries = device::load_every_library();
+    let rows: Vec<[String; 3]> = libraries
+        .iter()
+        .map(|library| match &library.found {
+            Ok((version, path)) => [library.name.clone(), version.clone(), path.display().to_string()],
+            Err(reason) => [library.name.clone(), "missing".into(), reason.clone()],
+        })
+        .collect();
+    report.table(["library", "version", "found"], &rows);
+    report.gap();
+    for library in &libraries {
+        if let Err(reason) = &library.found {
+            report.fault(Place::Setup, format!("{}: {reason}", library.name), REMEDY);
+        }
+    }
+    let compiler_is_here = libraries.iter().any(|library| library.name == "libnvrtc" && library.found.is_ok());
+    for capability in CAPABILITIES.into_iter().filter(|_| compiler_is_here) {
+        let said = match device::compile_for(capability) {
+            Ok(Some(bytes)) => format!("compiles a kernel for sm_{capability}: {bytes} bytes"),
+            Ok(None) => format!("knows no sm_{capability}"),
+            Err(reason) => {
+                let what = format!("NVRTC cannot compile a kernel for sm_{capability}: {reason}");
+                report.fault(Place::Setup, what, REMEDY);
+                format!("fails for sm_{capability}: {reason}")
+            }
+        };
+        report.row("NVRTC", &said);
+    }
+    show(&report.text())?;
+    report.verdict()
+}
