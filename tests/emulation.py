@@ -1,4 +1,4 @@
-"""Runs the binary on the emulated GPU of tests/emulated_gpu, alone or as ranks under launch/local."""
+"""Runs the binary on the emulated GPU, alone or as ranks under launch/local."""
 
 import csv
 import os
@@ -64,7 +64,7 @@ class Emulation:
         return path
 
     def start(self, arguments, ranks=0, binary=None, cwd=None, **variables):
-        """Starts the binary on GPUs, as many as there are ranks; not through a launcher if ranks is 0."""
+        """Starts the binary, with a GPU for each rank; without a launcher if ranks is 0."""
         binary = binary or self.binary
         # Ranks share the machine's cores, and threads that wait must not hold them.
         environment = {

@@ -40,9 +40,6 @@ def tensors(done):
     return {path.name: path.read_bytes() for path in last.glob("*.safetensors")}
 
 
-NAMED = "NCCL: summing over the ranks"
-
-
 @pytest.mark.parametrize(
     ("fault", "code", "said"),
     [
@@ -80,7 +77,7 @@ def test_ranks_end_together_and_go_on(gpu, undisturbed, request, fault, code, sa
     [
         ("driver", "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH"),
         ("old-driver", "12.2"),
-        ("no-device", "sees no GPU"),
+        ("no-device", "finds no GPU"),
         ("oom:1", "not enough memory (CUDA out of memory. Tried to allocate"),
         ("oom:500", "use a smaller data.micro_batch"),
     ],

@@ -1,6 +1,7 @@
-"""Training on GPUs, as far as it can be proved without one: on the emulated GPU of tests/emulated_gpu.
+"""Training on GPUs, as far as it can be proved without one: on the emulated GPU.
 
-The unchanged binary computes on it what it computes on CPUs, with every access to memory checked for races.
+The unchanged binary computes there what it computes on CPUs, and every access to memory is checked
+for races. tests/emulated_gpu/README.md says how far that goes.
 """
 
 import ctypes
@@ -128,7 +129,7 @@ def test_the_host_waits_for_the_gpu_once_a_step(gpu, tmp_path, request, ranks, s
 def test_cudnns_attention_is_for_one_shape_and_sixteenths(
     gpu, tmp_path, request, settings, kernels
 ):
-    """It rounds dropout to sixteenths, and plans anew for each shape: evaluation, samples and padding do without."""
+    """It rounds dropout to sixteenths, and plans anew for each shape of samples and padding."""
     log = tmp_path / "log"
     settings = IN_BF16 | {"train.steps": 2, "model.preset": "gpt-micro"} | settings
     done = gpu.train(request.node.name, settings, EMULATED_GPU_LOG=str(log))
@@ -192,7 +193,7 @@ def test_a_run_resumes_bit_for_bit(gpu, ranks):
     assert done.code == 0, done.log + done.out
 
 
-@pytest.mark.parametrize("ranks", [0, 1, 2, 4])
+@pytest.mark.parametrize("ranks", [0, 2])
 def test_doctor_finds_no_fault(gpu, ranks):
     done = gpu.call(["doctor", "--run-dir", gpu.folder / "runs"], ranks)
     assert done.code == 0, done.out + done.log

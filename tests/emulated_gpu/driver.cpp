@@ -166,6 +166,13 @@ void fail(const char* format, ...) {
 
 namespace {
 
+// This process's rank, as its launcher says it; 0 without one.
+std::string rank() {
+  for (auto name : {"OMPI_COMM_WORLD_RANK", "PMIX_RANK", "SLURM_PROCID"})
+    if (*variable(name)) return variable(name);
+  return "0";
+}
+
 struct Fault {
   std::string name;
   int at = 1, seen = 0;
@@ -174,13 +181,11 @@ struct Fault {
 std::vector<Fault>& faults() {
   static std::vector<Fault> all = [] {
     std::vector<Fault> all;
-    std::string rank, word;
-    for (auto name : {"OMPI_COMM_WORLD_RANK", "PMIX_RANK", "SLURM_PROCID"})
-      if (rank.empty()) rank = variable(name);
+    std::string word;
     std::istringstream words(variable("EMULATED_GPU_FAULT"));
     while (std::getline(words, word, ',')) {
       auto at = word.find('@');
-      if (at != std::string::npos && word.substr(at + 1) != (rank.empty() ? "0" : rank)) continue;
+      if (at != std::string::npos && word.substr(at + 1) != rank()) continue;
       word = word.substr(0, at);
       auto colon = word.find(':');
       Fault fault{word.substr(0, colon)};
@@ -192,11 +197,11 @@ std::vector<Fault>& faults() {
   return all;
 }
 
-// Written when the process ends in the ordinary way.
+// Written when rank 0's process ends in the ordinary way.
 struct Figures {
   std::map<std::string, int64_t> all;
   ~Figures() {
-    if (!*variable("EMULATED_GPU_LOG")) return;
+    if (!*variable("EMULATED_GPU_LOG") || rank() != "0") return;
     std::ofstream file(variable("EMULATED_GPU_LOG"));
     for (auto& [what, n] : all) file << what << ' ' << n << '\n';
   }
@@ -451,8 +456,6 @@ int cuEventRecord(void* handle, void* on) {
 int cuEventQuery(void* handle) {
   std::lock_guard lock(mutex);
   auto& event = *static_cast<Event*>(handle);
-  // The mutation that makes no host wait.
-  if (fault_is_set("ignore-host-waits")) return SUCCESS;
   if (event.state() != Ticket::DONE) return NOT_READY;
   if (event.recorded) learn(event.stream, event.clock);
   return SUCCESS;

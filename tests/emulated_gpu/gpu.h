@@ -33,7 +33,7 @@ bool fault(const std::string& name);
 // Whether a fault of this name was asked for on this rank, whatever its K.
 bool fault_is_set(const std::string& name);
 
-// Adds to a figure of this process; EMULATED_GPU_LOG names the file that gets them all at its end.
+// Adds to a figure of this process; EMULATED_GPU_LOG names the file that gets all of rank 0's at its end.
 void count(const std::string& what, int64_t by = 1);
 
 // GPUs that this process sees, by CUDA_VISIBLE_DEVICES and EMULATED_GPU_DEVICES; which of the machine's one is; and the

@@ -1,0 +1,48 @@
+"""Jobs with GPUs on a real Slurm, launch/cluster's, whose nodes' GPUs are emulated."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+from emulation import ROOT, Emulation, apart
+from virtual_cluster import start
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Two nodes of two cores and two GPUs, which see the emulation's libraries."""
+    (ROOT / "target").mkdir(exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="slurm-gpu-test-", dir=ROOT / "target"))
+    cluster = start(folder, 2, 2, 2)
+    try:
+        gpu = Emulation(folder)
+        cluster.environment |= {"LOCKSTEP_BIN": str(gpu.binary), "EMULATED_GPU_DEVICES": "2"}
+        yield cluster, gpu
+    finally:
+        cluster.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks"),
+    [
+        (["--nodes=2", "--gpus-per-node=2"], 4),
+        (["--nodes=2", "--gpus-per-node=1"], 2),
+        (["--nodes=1", "--ntasks=2", "--gpus-per-task=1"], 2),
+    ],
+    ids=["two GPUs a node", "one GPU a node", "a GPU a task"],
+)
+def test_a_job_with_gpus_has_a_rank_on_each(cluster, options, ranks):
+    cluster, gpu = cluster
+    run = "runs/" + "".join(options)
+    arguments = [gpu.config, "--set", "device=cuda", "--set", "optim.zero1=true", "--run-dir", run]
+    job = cluster.submit(*options, arguments=arguments)
+    facts = cluster.wait(job)
+    assert facts["JobState"] == "COMPLETED", cluster.output(job)
+    assert f"{ranks} x lockstep train" in cluster.output(job)
+    assert "Emulated GPU" in cluster.output(job)
+    rows = cluster.rows(run)
+    assert {row["world_size"] for row in rows} == {str(ranks)}
+    losses = [float(row["loss"]) for row in rows]
+    assert apart(losses, gpu.on_cpu({}).column("loss")) < 1e-5
