@@ -120,7 +120,7 @@ fn logits_loss_and_gradients() {
             assert!(distance(&logits, &golden.tensors["logits"]) < 1e-5, "{case}: logits");
             let expected = golden.tensors["loss"].double_value(&[0]);
             let losses = [
-                model.loss(inputs, targets, weights),
+                model.loss(inputs, targets, weights, None),
                 model.forward_backward(inputs, targets, weights, None, 0, &mut |_, _| ()).double_value(&[0]),
             ];
             for loss in losses {

@@ -28,10 +28,10 @@ def cluster():
     ("options", "ranks"),
     [
         (["--nodes=2", "--gpus-per-node=2"], 4),
-        (["--nodes=2", "--gpus-per-node=1"], 2),
+        (["--nodes=1", "--gpus-per-node=2"], 2),
         (["--nodes=1", "--ntasks=2", "--gpus-per-task=1"], 2),
     ],
-    ids=["two GPUs a node", "one GPU a node", "a GPU a task"],
+    ids=["two nodes", "one node", "a GPU a task"],
 )
 def test_a_job_with_gpus_has_a_rank_on_each(cluster, options, ranks):
     cluster, gpu = cluster
