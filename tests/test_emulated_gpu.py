@@ -4,12 +4,14 @@ The unchanged binary computes there what it computes on CPUs, and every access t
 for races. tests/emulated_gpu/README.md says how far that goes.
 """
 
+import csv
 import ctypes
+import os
 import shutil
 import subprocess
 
 import pytest
-from emulation import FAILED, LIBRARIES, Emulation, apart, figures
+from emulation import BINARY, FAILED, LIBRARIES, ROOT, Emulation, apart, figures
 
 FP32, BF16 = 1e-5, 0.02  # relative, in every step's loss
 
@@ -272,3 +274,18 @@ def test_kernels_of_our_own_run_as_compiled_for_the_cpu(gpu, tmp_path):
     parameters = (ctypes.c_void_p * 1)(ctypes.addressof(address))
     assert driver.cuLaunchKernel(function, 2, 1, 1, 3, 1, 1, 0, None, parameters, None) == 0
     assert list(numbers) == [0, 2, 4, 6, 8, 10]
+
+
+def test_gpu_check_passes_and_judges_no_speed(gpu, tmp_path):
+    """All of it, as for the first real GPU."""
+    record = tmp_path / "record.csv"
+    command = [ROOT / "launch/gpu-check", BINARY, "--budget", "1500", "--out", record]
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(LIBRARIES), "TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with record.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["gpu"] for row in rows} == {"Emulated GPU"}
+    for row in rows:
+        assert row["result"] == ("NOT RUN" if row["check"] == "speed" else "PASS"), row
+    assert {row["check"] for row in rows} > {"first", "devices", "resume", "ranks", "fault"}
