@@ -1,7 +1,4 @@
-"""The speed of one step for gpu_check.py: Lockstep's, and that of the same in PyTorch.
-
-L layers, C channels, T positions, V tokens in the vocabulary.
-"""
+"""The speed of one step for gpu_check.py: Lockstep's, and that of the same in PyTorch."""
 
 import csv
 import importlib.util
@@ -41,25 +38,8 @@ HOMEWORK = {
     },
     "train": {"loss": "sequence_mean"},
 }
-# TFLOP/s of dense bf16 products by NVIDIA's data sheets. Full names, because a part of a GPU (MIG)
-# and other builds of the same chip have names that begin alike, and are slower.
-DATA_SHEETS = {
-    r"NVIDIA A100-SXM4-[48]0GB|NVIDIA A100-PCIE-40GB|NVIDIA A100 80GB PCIe": 312,
-    r"NVIDIA H100 PCIe": 756,
-    r"NVIDIA H100 80GB HBM3|NVIDIA H200": 989,
-    r"NVIDIA B200": 2250,
-}
-
-
-def data_sheet_peak(gpu):
-    """TFLOP/s; None if the card is not known."""
-    return next((peak for name, peak in DATA_SHEETS.items() if re.fullmatch(name, gpu)), None)
-
-
-def gpt2_flop_per_token(L, C, T, V):
-    """6 N + 12 L C T, as Lockstep counts for mfu; N without the embeddings but with the head."""
-    layer = 12 * C * C + 13 * C  # matrices; biases and layer norms
-    return 6 * (L * layer + 2 * C + V * C) + 12 * L * C * T
+# What the program logs of a card whose data sheet it knows (src/device/peak.rs).
+SHEET = re.compile(r"([\d.]+) % of its data sheet's")
 
 
 @dataclass
@@ -70,7 +50,6 @@ class Shape:
     says: str
     values: dict
     steps: int
-    flop_per_token: float | None = None
 
 
 def shapes(gpu):
@@ -89,8 +68,7 @@ def shapes(gpu):
         },
         "train": QUIET,
     }
-    flop = gpt2_flop_per_token(12, 768, 1024, 50257) if gpu else None
-    yield Shape(preset, f"{precision}, {batch} x {block:,} tokens", values, 20, flop)
+    yield Shape(preset, f"{precision}, {batch} x {block:,} tokens", values, 20)
     batch = 256 if gpu else 16
     values = HOMEWORK | {
         "precision": "fp32",
@@ -110,21 +88,22 @@ class Speed:
 
     def plan(self):
         """(what, a function that measures it), in order."""
-        peak = data_sheet_peak(self.session.gpu.name)
         for shape in shapes(self.gpu):
             for program in PROGRAMS:
                 what = f"{shape.name}, {program}: "
                 for column in COLUMNS:
                     if program == "lockstep" or column != "mfu":  # PyTorch knows no mfu
                         yield what + column, partial(self.median, shape, program, column)
-                if peak and shape.flop_per_token:
-                    said = f"share of the data sheet's {peak} TFLOP/s"
-                    yield what + said, partial(self.share, shape, program, peak)
+                if program == "lockstep" and self.gpu:
+                    yield what + "share of the data sheet's peak", partial(self.share, shape)
 
-    def share(self, shape, program, peak):
-        """Model FLOP/s over the data sheet's dense bf16 peak."""
-        speed, note = self.median(shape, program, "tokens_per_s")
-        return speed * shape.flop_per_token / (peak * 1e12), note
+    def share(self, shape):
+        """mfu, against the data sheet's peak."""
+        mfu, note = self.median(shape, "lockstep", "mfu")
+        log = self.session.work / "logs" / f"{shape.name}-lockstep.log"
+        if not (said := SHEET.search(log.read_text(errors="replace"))):
+            raise NotRun("the program does not know this card's data sheet")
+        return mfu * float(said[1]) / 100, note
 
     def median(self, shape, program, column):
         """That of a column of train.csv, without the first steps."""

@@ -82,7 +82,7 @@ def test_gpus_learn_what_cpus_learn(gpu, request, ranks, settings, bound):
     print(f"{ranks} ranks, {settings}: {distance:.1e}")
 
 
-def test_fewer_micro_steps_and_recomputing_need_less_and_more_memory_is_seen(gpu):
+def test_memory_is_seen_and_smaller_micro_batches_need_less(gpu):
     """memory_mib is the allocator's own count."""
     plain = gpu.train("memory", {"train.steps": 2})
     micro = gpu.train("memory-micro", {"train.steps": 2} | MICRO_STEPS)

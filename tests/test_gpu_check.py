@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 
 import pandas as pd
@@ -327,28 +328,18 @@ def test_the_homework_is_timed_as_its_configuration_says():
     assert timed["precision"] == written.get("precision", "fp32")
 
 
-@pytest.mark.parametrize(
-    ("name", "peak"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989),
-        ("NVIDIA H100 PCIe", 756),
-        ("NVIDIA H200", 989),
-        ("NVIDIA A100-SXM4-40GB", 312),
-        ("NVIDIA B200", 2250),
-        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
-        ("NVIDIA H100 NVL", None),
-        ("Emulated GPU", None),
-        ("", None),
-    ],
-)
-def test_only_a_card_that_is_known_has_a_data_sheet(name, peak):
-    assert gpu_speed.data_sheet_peak(name) == peak
-
-
-def test_gpt2s_operations_are_counted_as_lockstep_does():
-    # 6 times the 123,653,376 weights that are not positions, and attention's.
-    expected = 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024
-    assert gpu_speed.gpt2_flop_per_token(12, 768, 1024, 50257) == expected
+def test_the_data_sheets_share_is_mfus_by_what_the_program_says(tmp_path, monkeypatch):
+    log = tmp_path / "logs" / "gpt2-lockstep.log"
+    log.parent.mkdir()
+    speed = gpu_speed.Speed(types.SimpleNamespace(device="cuda", work=tmp_path))
+    monkeypatch.setattr(speed, "median", lambda shape, program, column: (0.5, column))
+    shape = next(gpu_speed.shapes(gpu=True))
+    said = "NVIDIA H200 multiplies large matrices at 740 TFLOP/s, 74.8 % of its data sheet's 989;"
+    log.write_text(f"INFO {said} mfu is a share of the former\n")
+    assert speed.share(shape) == (pytest.approx(0.374), "mfu")
+    log.write_text("INFO step 1/20\n")
+    with pytest.raises(NotRun, match="data sheet"):
+        speed.share(shape)
 
 
 def test_used_up_time_fails_nothing(session):

@@ -23,7 +23,7 @@ pub use self::libtorch::{
     use_deterministic_kernels, AdamWNumbers,
 };
 pub use self::mark::{Mark, Marks};
-pub use self::peak::{data_sheet_peak, describe_peak, measure_peak};
+pub use self::peak::{describe_peak, measure_peak};
 use crate::error::{Error, Result};
 
 /// The device that `device: cpu|cuda|auto` means for this rank.

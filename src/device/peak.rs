@@ -13,46 +13,31 @@ pub fn measure_peak(device: Device, kind: Kind) -> f64 {
     // is busy with smaller ones, and would take a minute for the largest.
     let (smallest, largest, products, limit) =
         if device.is_cuda() { (512, 8192, 8, 0.4) } else { (1024, 1024, 1, 0.15) };
-    let peak = measured(smallest, largest, products, Duration::from_secs_f64(limit), |n| Product::new(n, kind, device));
+    let peak = measured(smallest, largest, products, Duration::from_secs_f64(limit), |n| product(n, kind, device));
     if let Device::Cuda(index) = device {
         libtorch::forget_memory(index);
     }
     peak
 }
 
-/// A product of two (n, n) matrices.
-struct Product {
-    factors: [Tensor; 2],
-    product: Tensor,
-}
-
-impl Product {
-    /// `None` where the device has no memory for it.
-    fn new(n: i64, kind: Kind, device: Device) -> Option<Self> {
-        // Not equal ones: a GPU takes less power for numbers whose bits do not change, and runs faster than it ever trains.
-        let matrix = || Tensor::f_randn([n, n], (kind, device)).ok();
-        Some(Self { factors: [matrix()?, matrix()?], product: matrix()? })
-    }
-}
-
-/// Something of a size that can be timed.
-trait Work {
-    /// Does it so often, and waits for the end.
-    fn run(&self, times: u32);
-}
-
-impl Work for Product {
-    fn run(&self, times: u32) {
-        let [a, b] = &self.factors;
+/// What multiplies two (n, n) matrices so often, and tells how long that took; `None` if the device has no memory for them.
+fn product(n: i64, kind: Kind, device: Device) -> Option<impl Fn(u32) -> Duration> {
+    // Not equal ones: a GPU takes less power for numbers whose bits do not change, and runs faster than it ever trains.
+    let matrix = || Tensor::f_randn([n, n], (kind, device)).ok();
+    let (a, b, product) = (matrix()?, matrix()?, matrix()?);
+    Some(move |times| {
+        let start = Instant::now();
         for _ in 0..times {
-            let _ = a.mm_out(&self.product, b);
+            let _ = a.mm_out(&product, &b);
         }
-        synchronize(self.product.device());
-    }
+        synchronize(device);
+        start.elapsed()
+    })
 }
 
-/// FLOP/s of the largest products, up to this size, that can be measured within the limit; sizes double.
-fn measured<W: Work>(
+/// FLOP/s of the largest products, up to this size, that can be measured within the limit; sizes double. `make` gives what
+/// multiplies matrices of a size, as [`product`] does.
+fn measured<W: Fn(u32) -> Duration>(
     smallest: i64,
     largest: i64,
     products: u32,
@@ -60,25 +45,22 @@ fn measured<W: Work>(
     make: impl Fn(i64) -> Option<W>,
 ) -> f64 {
     let Some(mut work) = make(smallest) else { return f64::NAN };
-    let time = |work: &W| {
-        let start = Instant::now();
-        work.run(products);
-        start.elapsed()
-    };
     let mut n = smallest;
     // The first of a size also chooses a kernel; the very first starts the library.
-    time(&work);
-    let mut best = time(&work);
+    work(products);
+    let mut best = work(products);
     // The next size takes eight times as long, and is run twice.
     while n < largest && best * 16 < limit {
         let Some(larger) = make(2 * n) else { break };
         (n, work) = (2 * n, larger);
-        time(&work);
-        best = time(&work);
+        work(products);
+        best = work(products);
     }
-    let until = Instant::now() + limit.saturating_sub(best);
-    while Instant::now() < until {
-        best = best.min(time(&work));
+    let mut spent = best;
+    while spent < limit {
+        let time = work(products);
+        spent += time;
+        best = best.min(time);
     }
     f64::from(products) * 2.0 * (n as f64).powi(3) / best.as_secs_f64()
 }
@@ -111,7 +93,7 @@ const DATA_SHEETS: [(&str, f64, f64); 21] = [
 
 /// The peak in FLOP/s that NVIDIA's data sheet gives a card of this name, without sparsity: in bf16 that of its tensor
 /// cores, in fp32 (which LibTorch does not round to TF32) that of the others. `None` for a card that is not in the table.
-pub fn data_sheet_peak(name: &str, kind: Kind) -> Option<f64> {
+fn data_sheet_peak(name: &str, kind: Kind) -> Option<f64> {
     let (_, bf16, fp32) = DATA_SHEETS.into_iter().find(|(card, ..)| *card == name)?;
     let tflops = match kind {
         Kind::BFloat16 => bf16,
@@ -124,10 +106,14 @@ pub fn data_sheet_peak(name: &str, kind: Kind) -> Option<f64> {
 /// A sentence that puts a GPU's measured peak beside its data sheet's; `None` for a CPU and for a card that is not known.
 pub fn describe_peak(device: Device, kind: Kind, measured: f64) -> Option<String> {
     let Device::Cuda(index) = device else { return None };
-    let name = super::gpu(index).ok()?.name;
-    let sheet = data_sheet_peak(&name, kind).filter(|_| measured.is_finite())?;
+    beside_data_sheet(&super::gpu(index).ok()?.name, kind, measured)
+}
+
+/// analysis/gpu_speed.py reads the share from this sentence.
+fn beside_data_sheet(name: &str, kind: Kind, measured: f64) -> Option<String> {
+    let sheet = data_sheet_peak(name, kind).filter(|_| measured.is_finite())?;
     Some(format!(
-        "{name} multiplies large matrices at {:.0} TFLOP/s, {:.0} % of its data sheet's {:.0}; mfu is a share of the former",
+        "{name} multiplies large matrices at {:.0} TFLOP/s, {:.1} % of its data sheet's {:.0}; mfu is a share of the former",
         measured / 1e12,
         100.0 * measured / sheet,
         sheet / 1e12
@@ -140,45 +126,46 @@ mod tests {
 
     use super::*;
 
-    /// A card that takes this long for one product of size 1.
-    struct Slow<'a>(i64, f64, &'a RefCell<Vec<i64>>);
+    type Log = RefCell<Vec<(i64, Duration)>>;
 
-    impl Work for Slow<'_> {
-        fn run(&self, times: u32) {
-            self.2.borrow_mut().push(self.0);
-            std::thread::sleep(Duration::from_secs_f64(self.1 * f64::from(times) * (self.0 as f64).powi(3)));
+    /// A card that takes `seconds` for one product of size 1, and notes what it did.
+    fn card(n: i64, seconds: f64, log: &Log) -> impl Fn(u32) -> Duration + '_ {
+        move |times| {
+            let time = Duration::from_secs_f64(seconds * f64::from(times) * (n as f64).powi(3));
+            log.borrow_mut().push((n, time));
+            time
         }
     }
 
-    /// The sizes that were run within 0.4 s, and the FLOP/s.
-    fn sizes(seconds: f64) -> (Vec<i64>, f64) {
-        let log = RefCell::new(Vec::new());
-        let limit = Duration::from_millis(400);
-        let start = Instant::now();
-        let peak = measured(512, 8192, 8, limit, |n| Some(Slow(n, seconds, &log)));
-        assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
-        (log.into_inner(), peak)
+    /// The sizes that were run, the seconds that they took together, and the FLOP/s.
+    fn sizes(seconds: f64) -> (Vec<i64>, f64, f64) {
+        let log = Log::default();
+        let peak = measured(512, 8192, 8, Duration::from_millis(400), |n| Some(card(n, seconds, &log)));
+        let all = log.into_inner();
+        (all.iter().map(|(n, _)| *n).collect(), all.iter().map(|(_, time)| time.as_secs_f64()).sum(), peak)
     }
 
     #[test]
     fn a_slow_card_is_measured_with_small_products() {
         // 2 GFLOP/s: a product of 8,192 would take nine minutes.
         let per_unit = 2.0 / 4e10;
-        let (log, peak) = sizes(per_unit);
+        let (log, seconds, peak) = sizes(per_unit);
         assert!(log.iter().all(|&n| n == 512), "{log:?}");
-        assert!((peak / 4e10 - 1.0).abs() < 0.2, "{peak}");
-        let (log, _) = sizes(per_unit / 500.0);
+        assert!((peak / 4e10 - 1.0).abs() < 1e-6, "{peak}");
+        assert!(seconds < 1.0, "{seconds}");
+        let (log, seconds, _) = sizes(per_unit / 500.0);
         assert_eq!(log.last(), Some(&4096), "{log:?}");
+        assert!(seconds < 1.0, "{seconds}");
     }
 
     #[test]
     fn a_device_without_memory_has_no_peak_and_a_small_one_has() {
         let limit = Duration::from_millis(50);
-        assert!(measured(512, 8192, 8, limit, |_| None::<Slow>).is_nan());
-        let log = RefCell::new(Vec::new());
-        let little = |n| (n <= 1024).then_some(Slow(n, 1e-13, &log));
+        assert!(measured(512, 8192, 8, limit, |_| None::<fn(u32) -> Duration>).is_nan());
+        let log = Log::default();
+        let little = |n| (n <= 1024).then(|| card(n, 1e-13, &log));
         assert!(measured(512, 8192, 1, limit, little) > 0.0);
-        assert_eq!(log.borrow().last(), Some(&1024));
+        assert_eq!(log.borrow().last().map(|(n, _)| *n), Some(1024));
     }
 
     #[test]
@@ -188,5 +175,8 @@ mod tests {
         assert_eq!(data_sheet_peak("NVIDIA B200", Kind::Float), None);
         assert_eq!(data_sheet_peak("NVIDIA H100 80GB HBM3 MIG 1g.10gb", Kind::BFloat16), None);
         assert_eq!(data_sheet_peak("NVIDIA H100 80GB HBM3", Kind::Double), None);
+        let said = beside_data_sheet("NVIDIA H200", Kind::BFloat16, 740e12).unwrap();
+        assert!(said.contains("at 740 TFLOP/s, 74.8 % of its data sheet's 989;"), "{said}");
+        assert_eq!(beside_data_sheet("NVIDIA H200", Kind::BFloat16, f64::NAN), None);
     }
 }

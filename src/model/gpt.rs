@@ -257,10 +257,11 @@ impl Gpt {
     ///
     /// `inputs` and `targets` are (B, T) int64, `weights` (B, T) fp32; the objective is the sum over tokens of weight
     /// times negative log-likelihood. `counted`, (N,) int64, names the positions of the flattened targets whose weight is not
-    /// 0, if not all count; the others then cost nothing in the head. Nothing waits for a GPU. `seed` fixes dropout's draws. The graph is cut at every block's border, so that a
-    /// block's activations are freed, and its gradients final, as soon as the backward pass has left it: `finished` is
-    /// then told the flat gradient, and up to which element it will not change any more. Where the loss is not finite, the
-    /// gradient is not either.
+    /// 0, if not all count; the others then cost nothing in the head. `seed` fixes dropout's draws. Nothing waits for a GPU.
+    ///
+    /// The graph is cut at every block's border, so that a block's activations are freed, and its gradients final, as soon as
+    /// the backward pass has left it: `finished` is then told the flat gradient, and up to which element it will not change any
+    /// more. If the loss is not finite, the gradient is not either.
     pub fn forward_backward(
         &mut self,
         inputs: &Tensor,

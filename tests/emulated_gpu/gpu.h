@@ -52,9 +52,9 @@ void launch(Stream* stream, const std::string& what, const std::vector<Range>& r
 void touch(Stream* stream, const std::string& what, const Range& range);
 // The host waits for all that was launched on a default stream, and reads bytes: a copy to the host.
 void read(Stream* stream, const std::string& what, const Range& range);
-// The host waits for all that was launched on a default stream ...
+// The host waits for all that was launched on a default stream,
 void wait_for(Stream* stream);
-// ... and for every stream there is.
+// or on every stream there is.
 void synchronize();
 // Memory goes back to where the default stream will take it from; fails if another stream may still use it.
 void freed(Stream* stream, const Range& range);
