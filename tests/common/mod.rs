@@ -3,14 +3,16 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
-use std::fs;
+use std::fs::{self, Permissions};
 use std::io::Write;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{symlink, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use tempfile::TempDir;
+
+pub mod runs;
 
 /// `tiny.yaml`: 256 targets a step, milliseconds each.
 pub const TINY: &str = "name: tiny\ndevice: cpu\ndata: {dir: data, block_size: 32, batch_size: 8}\n\
@@ -41,6 +43,14 @@ impl Workspace {
 
     pub fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
+    }
+
+    /// Writes an executable shell script into the folder.
+    pub fn script(&self, name: &str, text: &str) -> PathBuf {
+        let path = self.path(name);
+        fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
+        fs::set_permissions(&path, Permissions::from_mode(0o755)).unwrap();
+        path
     }
 
     /// A copy of `data/` that may be damaged.
@@ -112,6 +122,14 @@ impl Output {
     pub fn fails(self, code: i32, parts: &[&str]) -> Self {
         assert_eq!(self.code, code, "{}", self.stderr);
         self.says(parts)
+    }
+
+    /// Asserts that stdout has all of these.
+    #[track_caller]
+    pub fn reports(&self, parts: &[&str]) {
+        for part in parts {
+            assert!(self.stdout.contains(part), "no {part:?} in\n{}\n{}", self.stdout, self.stderr);
+        }
     }
 
     /// Asserts that stderr has all of these.

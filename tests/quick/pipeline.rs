@@ -6,9 +6,7 @@ use std::time::Instant;
 
 use lockstep::checkpoint;
 
-mod common;
-
-use common::{flip, numbers, snapshot, table, Workspace};
+use crate::common::{flip, numbers, snapshot, table, Workspace};
 
 const TRAIN_COLUMNS: &str =
     "step,tokens,loss,ppl,lr,grad_norm,step_ms,data_ms,compute_ms,comm_exposed_ms,optimizer_ms,\
@@ -190,7 +188,7 @@ fn text_to_ids_and_back() {
         // Standard input, where no file is named.
         let mut command = work.command(&["tokenize", "--tokenizer", tokenizer]);
         command.stdin(Stdio::from(fs::File::open(work.path("text")).unwrap()));
-        assert_eq!(common::finish(command).ok().stdout, ids);
+        assert_eq!(crate::common::finish(command).ok().stdout, ids);
     }
     let known = "The quick brown fox jumps over the lazy dog";
     fs::write(work.path("text"), known).unwrap();

@@ -6,9 +6,7 @@ use std::process::Stdio;
 use lockstep::checkpoint;
 use lockstep::data::prepare::DataDir;
 
-mod common;
-
-use common::{flip, numbers, snapshot, table, Workspace};
+use crate::common::{flip, numbers, snapshot, table, Workspace};
 
 fn model(step: usize) -> String {
     format!("run/checkpoints/step-{step:08}/model.safetensors")
@@ -176,7 +174,7 @@ fn output_that_nobody_takes_is_an_error_and_no_panic() {
         let arguments: Vec<&str> = verb.split(' ').collect();
         let mut command = work.command(&arguments);
         command.stdout(full());
-        common::finish(command).fails(4, &["standard output", "No space left"]);
+        crate::common::finish(command).fails(4, &["standard output", "No space left"]);
     }
     let mut silent = work.command(&["eval", "--run-dir", "nowhere"]);
     assert_eq!(silent.stderr(full()).status().unwrap().code(), Some(2));

@@ -1,12 +1,9 @@
 //! Ways for the gradients that must not change what is learnt: buckets, overlap, and ZeRO-1's sharded optimizer state.
-#![cfg(feature = "mpi")]
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-mod runs;
-
-use runs::{rows, Run};
+use crate::common::runs::{rows, Run};
 
 /// 4.5 MiB of gradients, so that there are several buckets of 1 MiB, the last of them odd; dropout and accumulation.
 const CONFIG: &str = "seed: 5\ndata: {layout: packed, block_size: 16, batch_size: 12, micro_batch: MICRO}\n\

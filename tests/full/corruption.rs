@@ -12,9 +12,7 @@ use lockstep::tokenizer::Tokenizer;
 use lockstep::train::record::{Best, RunDir};
 use sha2::{Digest, Sha256};
 
-mod common;
-
-use common::{snapshot, Workspace};
+use crate::common::{snapshot, Workspace};
 
 const NEWEST: &str = "run/checkpoints/step-00000012";
 const FILES: [&str; 4] = ["MANIFEST.json", "state.json", "model.safetensors", "optimizer.safetensors"];

@@ -2,10 +2,8 @@
 
 use std::path::Path;
 
-mod runs;
-
+use crate::common::runs::{rows, Run};
 use lockstep::data::shard::Shard;
-use runs::{rows, Run};
 
 /// Dropout, accumulation, an epoch's end inside the run, and evaluation, saving and sampling at steps of their own.
 const CONFIG: &str = "seed: 11\ndata: {layout: packed, block_size: 32, batch_size: 32, micro_batch: MICRO}\n\
@@ -73,7 +71,6 @@ fn one_rank_killed_and_resumed() {
 }
 
 #[test]
-#[cfg(feature = "mpi")]
 fn two_ranks_killed_and_resumed() {
     killed_and_resumed(2);
 }
@@ -116,7 +113,6 @@ fn one_rank_of_two_threads_stops_on_request_with_75() {
 }
 
 #[test]
-#[cfg(feature = "mpi")]
 fn two_ranks_stop_together_on_request_with_75() {
     stopped_and_resumed(2, 1, "TERM");
 }
@@ -159,7 +155,6 @@ fn another_runs_checkpoint_begins_a_run_and_a_restart_goes_on_with_its_own() {
 }
 
 #[test]
-#[cfg(feature = "mpi")]
 fn a_configuration_is_proved_to_resume_bit_for_bit() {
     let folder = tempfile::tempdir().unwrap();
     let config = CONFIG.replace("MICRO", "8");

@@ -9,9 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{json, Value};
 
-mod common;
-
-use common::{binary, numbers, snapshot, table, Output, Workspace};
+use crate::common::{binary, numbers, snapshot, table, Output, Workspace};
 
 /// Steps of some milliseconds, and more of them than any test waits for.
 const ENDLESS: &str = "--set train.steps=1000000 --set train.eval_every=0 --set train.sample_every=0";

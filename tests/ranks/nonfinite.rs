@@ -1,13 +1,10 @@
 //! A loss that is not finite on one rank: named, with its samples; no rank's weights change; and skipped, if so wanted.
-#![cfg(feature = "mpi")]
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-mod runs;
-
+use crate::common::runs::{rows, Run};
 use lockstep::data::shard::Shard;
-use runs::{rows, Run};
 use safetensors::SafeTensors;
 use sha2::{Digest, Sha256};
 

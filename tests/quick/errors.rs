@@ -8,9 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 use lockstep::config::Config;
 use lockstep::error::exit_code;
 
-mod common;
-
-use common::{not_run, snapshot, table, Workspace, TINY};
+use crate::common::{not_run, snapshot, table, Workspace, TINY};
 
 /// Asserts that `tiny.yaml` with these overrides cannot be run by so many ranks: the error that `train` ends with.
 #[track_caller]
@@ -114,7 +112,7 @@ fn data_that_cannot_be_trained_on_is_refused() {
         fs::File::options().write(true).open(&shard).unwrap().set_len(keep).unwrap();
         refused("data.dir=cut", &[&format!("cut/{name}"), " at byte ", "expected", "found", remedy]);
     }
-    common::flip(&work.own_data("cut").join("test.bin"), 1000);
+    crate::common::flip(&work.own_data("cut").join("test.bin"), 1000);
     refused("data.dir=cut", &["cut/test.bin", "checksum at byte 72", "expected", "found", remedy]);
 
     let meta: serde_json::Value = serde_json::from_slice(&fs::read(work.path("data/meta.json")).unwrap()).unwrap();

@@ -1,5 +1,4 @@
 //! Runs through the binary, for tests of several ranks and of resuming.
-#![allow(dead_code)] // each test program uses its own part
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
