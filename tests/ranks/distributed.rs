@@ -4,7 +4,8 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use crate::common::runs::{rows, Run};
+use crate::common::rows;
+use crate::common::runs::Run;
 
 #[test]
 fn one_to_four_ranks_learn_the_same() {

@@ -7,7 +7,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use crate::common::runs::{rows, Run};
+use crate::common::rows;
+use crate::common::runs::Run;
 
 /// Steps of milliseconds, and no end in sight.
 const TINY: &str = "device: cpu\ndata: {block_size: 32, batch_size: 8}\nmodel: {n_layer: 2, n_head: 2, n_embd: 32}\n\
