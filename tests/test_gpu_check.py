@@ -6,22 +6,19 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 import types
 from pathlib import Path
 
-import pandas as pd
-import pytest
-import yaml
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "analysis"))
 import gpu_check
 import gpu_driver
 import gpu_record
 import gpu_session
 import gpu_speed
+import pandas as pd
+import pytest
+import yaml
 from gpu_check import Check, difference
 from gpu_session import Failed, NotRun
 
@@ -532,7 +529,7 @@ def test_it_says_what_it_lacks(tmp_path):
 def test_settings_of_another_machine_are_passed_over(tmp_path, lacking):
     (tmp_path / "launch").mkdir()
     shutil.copy(ROOT / "launch/gpu-check", tmp_path / "launch")
-    (tmp_path / "analysis").symlink_to(ROOT / "analysis")
+    (tmp_path / "checks").symlink_to(ROOT / "checks")
     libtorch = tmp_path / "torch" / "lib" / "libtorch_cpu.so"
     libtorch.parent.mkdir(parents=True)
     libtorch.touch()

@@ -13,7 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
-from fault_lab import CURVE, GONE_S, Broken, Drill, NotRun, Run
+
+from drills.lab import CURVE, GONE_S, Broken, Drill, NotRun, Run
 
 # Steps long enough to be struck in, and no deadline that would end who is to be ended by others.
 SLOWER = {

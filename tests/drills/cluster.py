@@ -14,8 +14,9 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fault_lab import BINARY, GONE_S, ROOT, Broken, Drill, Lab, NotRun
 from virtual_cluster import Cluster
+
+from drills.lab import BINARY, GONE_S, ROOT, Broken, Drill, Lab, NotRun
 
 # The nodes send so slowly that a step takes a third of a second and yet hardly any of the cores.
 SLOW = "4mbit"

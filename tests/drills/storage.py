@@ -1,6 +1,6 @@
 """Drills on storage: runs killed amid their saves, and disks that fail, at random and at each call.
 
-fault_shim.c does it to one call of the C library; what the kernel gets, and in which order, strace
+shim.c does it to one call of the C library; what the kernel gets, and in which order, strace
 tells. What is promised of every checkpoint is checked here by its manifest, without the binary.
 """
 
@@ -15,9 +15,9 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from fault_lab import CURVE, EVALUATION, Broken, Drill, NotRun
+from drills.lab import CURVE, EVALUATION, Broken, Drill, NotRun
 
-SHIM = Path(__file__).with_name("fault_shim.c")
+SHIM = Path(__file__).with_name("shim.c")
 # All that a run writes, in as few steps as that takes: the last save purges the first.
 BRIEF = {"train": {"steps": 5, "save_every": 2, "eval_every": 3, "sample_every": 3, "keep_last": 1}}
 # Saves of some milliseconds, and almost nothing between them.
