@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from gpu_session import Failed, NotRun, tail
+from gpu_session import tail
+from report import Failed, NotRun
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 5  # first steps, left out
