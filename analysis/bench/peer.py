@@ -7,7 +7,8 @@ analysis/plot.py draws both runs in one picture; what PyTorch does not know stay
 
     .venv/bin/python analysis/bench/peer.py --config configs/wikitext2.yaml --out runs/peer
 
-It needs no build of Lockstep, but the data folder that `lockstep prepare` writes.
+It needs the data folder that `lockstep prepare` wrote, and all of PyTorch, which `launch/setup
+--cuda` installs, with or without a GPU: the LibTorch for CPUs lacks libraries that Python loads.
 
 Weights, sample order and dropout come from other generators than Lockstep's: alike, not equal.
 B sequences, T positions, C channels, H heads, V tokens in the vocabulary.
@@ -227,6 +228,19 @@ def append_row(path, values):
         csv.writer(file, lineterminator="\n").writerow(values)
 
 
+def check_torch():
+    """Ends with a sentence if this Python cannot load PyTorch."""
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        print(
+            f"peer: {sys.executable} cannot load PyTorch: {error}; `launch/setup --cuda` installs "
+            "all that it needs (5 GB), with or without a GPU",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+
+
 class Run:
     """A training run: what its steps and evaluations share."""
 
@@ -338,7 +352,11 @@ class Run:
 
 
 def main():
-    parser = argparse.ArgumentParser(description="A Lockstep configuration, run by PyTorch.")
+    parser = argparse.ArgumentParser(
+        description="A Lockstep configuration, run by PyTorch.",
+        epilog="example: .venv/bin/python analysis/bench/peer.py --config configs/wikitext2.yaml "
+        "--out runs/peer",
+    )
     parser.add_argument("--config", required=True, type=Path, help="Lockstep's YAML file")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--steps", type=int, help="the same as --set train.steps=N")
@@ -346,6 +364,7 @@ def main():
     parser.add_argument("--compile", action="store_true", help="with torch.compile")
     parser.add_argument("--out", type=Path, required=True, help="folder for train.csv and eval.csv")
     args = parser.parse_args()
+    check_torch()
     flags = {"train.steps": args.steps, "threads": args.threads}
     overrides = args.set + [f"{key}={value}" for key, value in flags.items() if value]
     config = load_config(args.config.read_text(), overrides)

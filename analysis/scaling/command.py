@@ -190,9 +190,9 @@ def parse(given: list[str] | None) -> argparse.Namespace:
     predict.add_argument(
         "--out",
         type=Path,
-        default=Path("docs/images/scaling.png"),
+        default=Path("runs/scaling.png"),
         metavar="PNG",
-        help="the picture (default: docs/images/scaling.png); its numbers go into a CSV beside it",
+        help="the picture (default: runs/scaling.png); its numbers go into a CSV beside it",
     )
     predict.add_argument("--preset", choices=clusters.PRESETS, default="gpt2")
     predict.add_argument("--grad-dtype", choices=list(GRADIENT_BYTES), default="fp32")

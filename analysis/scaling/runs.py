@@ -8,11 +8,9 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from plot import Unusable, read_csv  # first: it says how to install what is missing
-
-# isort: split
 import pandas as pd
 import yaml
+from plot import Unusable, read_csv
 
 from .cost import GRADIENT_BYTES, Model, Setting, largest_micro_batch
 

@@ -173,4 +173,4 @@ def test_the_command_line_is_explained():
     assert draw().returncode == 2
     result = draw("--help")
     assert result.returncode == 0
-    assert "example: analysis/plot.py" in result.stdout
+    assert "example: .venv/bin/python analysis/plot.py" in result.stdout

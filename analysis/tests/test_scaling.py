@@ -354,7 +354,7 @@ def test_a_vocabulary_that_is_none_is_told(tmp_path):
 def test_predict_draws_what_it_models(tmp_path):
     result = started("predict", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    picture = tmp_path / "docs/images/scaling.png"
+    picture = tmp_path / "runs/scaling.png"
     assert picture.read_bytes().startswith(b"\x89PNG\r\n")
     rows = pd.read_csv(picture.with_suffix(".csv"))
     assert {"ring", "tree", "best"} == set(rows["algorithm"])
