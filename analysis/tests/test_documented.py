@@ -142,7 +142,7 @@ def test_the_peer_runs_as_it_is_written(clone):
         meta = {"tokenizer": "bpe:8192", "vocab_size": 8192}
         (data / "meta.json").write_text(json.dumps(meta))
         for split in ("train", "valid"):
-            write_shard(data / f"{split}.bin", [[*range(1, 2000)]])
+            write_shard(data / f"{split}.bin", [[*range(1, 2000)]], n_words=1500)
         done = run(clone, f"{line} --set train.steps=2")
         if whole:
             assert done.returncode == 0, done.stdout + done.stderr
