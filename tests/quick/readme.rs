@@ -34,7 +34,7 @@ const LEFT: [&str; 8] = [
     "runs/wikitext2/plots/loss.png",
     "runs/homework/plots/ppl.png",
     "runs/four-ranks/logs/rank-0003.log",
-    "comparison/ppl.png",
+    "runs/comparison/ppl.png",
 ];
 
 fn root() -> &'static Path {
