@@ -67,6 +67,9 @@ pub fn run(cli: &Cli) -> Result<()> {
                 let plan = plan.map_err(|e| e.context(format!("in {}", config.display())))?;
                 let run_dir = run_dir.clone().unwrap_or_else(|| Path::new("runs").join(&plan.config.name));
                 log::start(cli, Some(&RunDir(run_dir.clone()).log(comm.rank)), comm.is_root());
+                if comm.is_root() {
+                    stop.acknowledge()?;
+                }
                 let watchdog = Watchdog::start(comm.rank, comm.host(), comm.world_size, &plan.config.fault)?;
                 watchdog.end(train::train(comm, &watchdog, &stop, plan, &run_dir, &resume, allow_config_change))
             })
@@ -93,6 +96,9 @@ pub fn run(cli: &Cli) -> Result<()> {
             let parsed = training_config(config, overrides)?;
             on_every_rank(deadlines(&parsed.fault), |comm| {
                 log::start(cli, None, comm.is_root());
+                if comm.is_root() {
+                    stop.acknowledge()?;
+                }
                 let folder = Path::new("runs").join(format!("{}-proof", parsed.name));
                 let watchdog = Watchdog::start(comm.rank, comm.host(), comm.world_size, &parsed.fault)?;
                 watchdog.end(prove(comm, &watchdog, &stop, &parsed, *steps as usize, &folder, print))

@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use serde_yaml::Value;
 
-pub use check::Plan;
+pub use check::{Plan, Shape};
 
 use crate::error::{Error, Result};
 
