@@ -12,7 +12,7 @@ import runs
 from processes import Processes, start, until
 from report import Failed
 
-SECONDS = 60  # for what takes a moment, on a machine that may be busy
+SECONDS = 300  # for what takes a moment, on a machine that may be busy
 
 TRAIN = "step,tokens,loss,ppl,lr,grad_norm,world_size,step_ms\n"
 EVAL = "step,split,loss,ppl,word_ppl,tokens,eval_s\n"
