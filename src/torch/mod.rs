@@ -13,7 +13,6 @@ use std::path::Path;
 use cudarc::driver::result as driver;
 use cudarc::driver::sys::CUdevice_attribute as Attribute;
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 use tch::{Cuda, Device};
 
 pub use self::cuda::{driver, driver_module, has_driver, libtorch_version, Driver};
@@ -160,25 +159,6 @@ fn peak_resident_mib() -> Option<f64> {
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
     let kib: f64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kib / 1024.0)
-}
-
-/// This node's name.
-pub fn host() -> String {
-    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-    if name.trim().is_empty() {
-        "this node".into()
-    } else {
-        name.trim().into()
-    }
-}
-
-/// This program's file, and the SHA-256 of what it holds.
-pub fn binary() -> std::io::Result<(String, String)> {
-    let path = std::env::current_exe()?;
-    let mut sha256 = Sha256::new();
-    std::io::copy(&mut std::fs::File::open(&path)?, &mut sha256)?;
-    let digest = sha256.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
-    Ok((path.display().to_string(), digest))
 }
 
 /// The model of the processor or GPU; "unknown" where the system does not say.

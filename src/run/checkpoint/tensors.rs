@@ -15,7 +15,7 @@ use tch::{no_grad, Device, Kind, Tensor};
 use super::{damaged, digest, is_optimizer, read, sync, Entry, Manifest, MODEL};
 use crate::error::{Error, Result};
 use crate::model::parameters::Parameters;
-use crate::train::optimizer::AdamW;
+use crate::optim::adamw::AdamW;
 
 /// The names of Adam's moments in the optimizer's files.
 pub const MOMENTS: [&str; 2] = ["exp_avg", "exp_avg_sq"];

@@ -8,9 +8,10 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::files::write_durably;
 
 /// A row of train.csv. An unknown number is an empty cell.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct TrainRow {
     /// Optimizer steps done; the first row is 1.
     pub step: usize,
@@ -48,7 +49,7 @@ pub struct TrainRow {
 }
 
 /// A row of eval.csv.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct EvalRow {
     /// Optimizer steps done.
     pub step: usize,
@@ -67,7 +68,7 @@ pub struct EvalRow {
 }
 
 /// A row of ranks.csv: a rank that has become slow.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct RankRow {
     /// The step at whose end that was seen.
     pub step: usize,
@@ -84,58 +85,45 @@ pub struct RankRow {
 }
 
 /// A row that belongs to a step.
-pub trait Row: Serialize + DeserializeOwned {
-    /// The columns' names, in order.
-    const COLUMNS: &'static [&'static str];
+pub trait Row: Default + Serialize + DeserializeOwned {
     /// The step that the row is about.
     fn step(&self) -> usize;
 }
 
 impl Row for TrainRow {
-    const COLUMNS: &'static [&'static str] = &[
-        "step",
-        "tokens",
-        "loss",
-        "ppl",
-        "lr",
-        "grad_norm",
-        "step_ms",
-        "data_ms",
-        "compute_ms",
-        "comm_exposed_ms",
-        "optimizer_ms",
-        "tokens_per_s",
-        "mfu",
-        "memory_mib",
-        "world_size",
-        "elapsed_s",
-    ];
     fn step(&self) -> usize {
         self.step
     }
 }
 
 impl Row for EvalRow {
-    const COLUMNS: &'static [&'static str] = &["step", "split", "loss", "ppl", "word_ppl", "tokens", "eval_s"];
     fn step(&self) -> usize {
         self.step
     }
 }
 
 impl Row for RankRow {
-    const COLUMNS: &'static [&'static str] = &["step", "rank", "host", "compute_ms", "median_ms", "factor"];
     fn step(&self) -> usize {
         self.step
     }
 }
 
+/// The names of a row's columns, in order, with commas between them: as its type has them.
+pub fn header<R: Default + Serialize>() -> String {
+    let mut writer = csv::Writer::from_writer(Vec::new());
+    // Into memory, and of numbers and texts only: nothing can fail.
+    let _ = writer.serialize(R::default());
+    let text = String::from_utf8(writer.into_inner().unwrap_or_default()).unwrap_or_default();
+    text.lines().next().unwrap_or_default().to_owned()
+}
+
 /// A CSV file that grows by a row at a time, each written whole or not at all.
-pub struct Log {
+pub struct Table {
     path: PathBuf,
     file: File,
 }
 
-impl Log {
+impl Table {
     /// Opens a file for a run that goes on after `step` steps: later rows and a half-written one are dropped, so that
     /// every step will stand once. Returns the rows kept.
     ///
@@ -144,11 +132,11 @@ impl Log {
     pub fn open<R: Row>(path: &Path, step: usize) -> Result<(Self, Vec<R>)> {
         let mut rows: Vec<R> = Self::rows(path)?;
         rows.retain(|row| row.step() <= step);
-        let mut text = format!("{}\n", R::COLUMNS.join(",")).into_bytes();
+        let mut text = (header::<R>() + "\n").into_bytes();
         for row in &rows {
             text.extend(line(row)?);
         }
-        replace(path, &text)?;
+        write_durably(path, &text)?;
         let file = OpenOptions::new().append(true).open(path).map_err(|e| Error::write(path, e))?;
         Ok((Self { path: path.to_path_buf(), file }, rows))
     }
@@ -194,43 +182,6 @@ fn line(row: &impl Serialize) -> Result<Vec<u8>> {
     Ok(writer.into_inner()?)
 }
 
-/// Gives a file this content: under another name first, made durable, and renamed, so that whatever happens, the old
-/// content or the new is there whole, and after the return the new. A file that has it already is left alone.
-///
-/// # Errors
-/// Storage, where the file cannot be written.
-pub fn replace(path: &Path, content: &[u8]) -> Result<()> {
-    // A link is replaced, whatever it leads to: nothing is written outside of the folder.
-    if !path.is_symlink() && fs::read(path).is_ok_and(|found| found == content) {
-        return Ok(());
-    }
-    let mut temporary = path.as_os_str().to_owned();
-    temporary.push(".tmp");
-    let write = || {
-        if Path::new(&temporary).is_symlink() {
-            fs::remove_file(&temporary)?;
-        }
-        let mut file = File::create(&temporary)?;
-        file.write_all(content)?;
-        file.sync_all()?;
-        fs::rename(&temporary, path)?;
-        sync_folder(path)
-    };
-    write().map_err(|e| {
-        let _ = fs::remove_file(&temporary);
-        Error::write(path, e)
-    })
-}
-
-/// Makes the name of a file or folder durable, which is an entry of the folder above.
-///
-/// # Errors
-/// The system's, where that folder cannot be opened or synchronised.
-pub fn sync_folder(path: &Path) -> std::io::Result<()> {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    File::open(folder)?.sync_all()
-}
-
 /// The rows of a file. An end that does not parse, or has no newline, is what a crash left: it is dropped. A header of
 /// other columns, or rows after one that does not parse, are nothing that this program leaves.
 fn read<R: Row>(path: &Path, bytes: &[u8]) -> Result<Vec<R>> {
@@ -238,10 +189,10 @@ fn read<R: Row>(path: &Path, bytes: &[u8]) -> Result<Vec<R>> {
     if whole == 0 {
         return Ok(Vec::new());
     }
-    let (header, rest) = bytes[..whole].split_at(bytes.iter().position(|&b| b == b'\n').map_or(0, |end| end + 1));
-    let expected = R::COLUMNS.join(",");
-    if header.trim_ascii_end() != expected.as_bytes() {
-        let found: String = String::from_utf8_lossy(&header[..header.len().min(300)]).trim_end().into();
+    let (found, rest) = bytes[..whole].split_at(bytes.iter().position(|&b| b == b'\n').map_or(0, |end| end + 1));
+    let expected = header::<R>();
+    if found.trim_ascii_end() != expected.as_bytes() {
+        let found: String = String::from_utf8_lossy(&found[..found.len().min(300)]).trim_end().into();
         return Err(Error::Storage(format!(
             "{} does not have the columns of this log: expected {expected}, found {}; move it away or use another \
              --run-dir",
@@ -250,11 +201,12 @@ fn read<R: Row>(path: &Path, bytes: &[u8]) -> Result<Vec<R>> {
         ))
         .into());
     }
+    let columns = expected.split(',').count();
     // No cell of ours has a comma or is quoted: damage stays within its line.
     let parse = |line: &[u8]| -> Option<R> {
         let line = std::str::from_utf8(line).ok()?;
-        let cells: Vec<&str> = line.split(',').take(R::COLUMNS.len() + 1).collect();
-        let whole = cells.len() == R::COLUMNS.len();
+        let cells: Vec<&str> = line.split(',').take(columns + 1).collect();
+        let whole = cells.len() == columns;
         whole.then(|| csv::StringRecord::from(cells).deserialize(None).ok()).flatten()
     };
     let mut lines = rest.split_inclusive(|&b| b == b'\n').map(|line| parse(line.trim_ascii_end()));
@@ -287,7 +239,7 @@ mod tests {
     fn a_resumed_log_drops_later_and_half_rows() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("eval.csv");
-        let (mut log, kept) = Log::open::<EvalRow>(&path, 0).unwrap();
+        let (mut log, kept) = Table::open::<EvalRow>(&path, 0).unwrap();
         assert!(kept.is_empty());
         for step in 1..=4 {
             log.append(&row(step)).unwrap();
@@ -296,7 +248,7 @@ mod tests {
         let whole = fs::read(&path).unwrap();
         for cut in 0..whole.len() {
             fs::write(&path, &whole[..cut]).unwrap();
-            let (_, kept) = Log::open::<EvalRow>(&path, 3).unwrap();
+            let (_, kept) = Table::open::<EvalRow>(&path, 3).unwrap();
             let lines = whole[..cut].iter().filter(|&&b| b == b'\n').count();
             assert_eq!(kept.len(), lines.saturating_sub(1).min(3), "cut at byte {cut}");
             let text = fs::read_to_string(&path).unwrap();
@@ -309,19 +261,19 @@ mod tests {
     fn a_damaged_row_amid_others_is_named_and_a_damaged_end_dropped() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("eval.csv");
-        let (mut log, _) = Log::open::<EvalRow>(&path, 0).unwrap();
+        let (mut log, _) = Table::open::<EvalRow>(&path, 0).unwrap();
         for step in 1..=3 {
             log.append(&row(step)).unwrap();
         }
         let whole = fs::read_to_string(&path).unwrap();
         fs::write(&path, whole.replace("\n2,valid", "\n2,va\0\0,x")).unwrap();
-        let error = Log::open::<EvalRow>(&path, 3).err().unwrap().to_string();
+        let error = Table::open::<EvalRow>(&path, 3).err().unwrap().to_string();
         assert!(error.contains("line 3"), "{error}");
         // One flipped bit makes a 2 a quote; the rows that follow are not in it.
         fs::write(&path, whole.replace("\n2,valid", "\n\",valid")).unwrap();
-        assert!(Log::open::<EvalRow>(&path, 3).is_err());
+        assert!(Table::open::<EvalRow>(&path, 3).is_err());
         fs::write(&path, whole.replace("\n3,valid", "\nx,valid")).unwrap();
-        assert_eq!(Log::open::<EvalRow>(&path, 3).unwrap().1.len(), 2);
+        assert_eq!(Table::open::<EvalRow>(&path, 3).unwrap().1.len(), 2);
     }
 
     #[test]
@@ -329,7 +281,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("eval.csv");
         fs::write(&path, "a,b\n1,2\n").unwrap();
-        assert!(Log::open::<EvalRow>(&path, 0).is_err());
+        assert!(Table::open::<EvalRow>(&path, 0).is_err());
         assert_eq!(fs::read_to_string(&path).unwrap(), "a,b\n1,2\n");
     }
 }

@@ -5,7 +5,8 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::metrics::replace;
+use crate::files::write_durably;
+use crate::launcher::SlurmJob;
 
 /// Where a job's last start stood: `restarts.json` in the run directory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -15,7 +16,7 @@ struct Start {
     /// The step that it went on from.
     step: usize,
     /// Slurm's count of restarts when the job first stood at this step.
-    since: u32,
+    since: u64,
 }
 
 /// Notes that this job goes on after `step`, if Slurm runs it.
@@ -24,14 +25,12 @@ struct Start {
 /// Numbers, where Slurm has started it again more than `most` times since it first stood there (0: never): not 75, so that
 /// nothing queues it again. Storage, where the note cannot be written.
 pub fn note_start(run_dir: &Path, step: usize, most: u32) -> Result<()> {
-    let job = std::env::var("SLURM_JOB_ID").ok();
-    let restarts = std::env::var("SLURM_RESTART_COUNT").ok().and_then(|count| count.parse().ok()).unwrap_or(0);
-    let Some(job) = job else { return Ok(()) };
+    let Some(SlurmJob { id: job, restarts, .. }) = SlurmJob::from_environment() else { return Ok(()) };
     let path = run_dir.join("restarts.json");
     // A note that cannot be read counts as none: it only bounds repetitions, which a damaged file does not make.
     let last = std::fs::read(&path).ok().and_then(|text| serde_json::from_slice(&text).ok());
     let now = now_at(last, job, step, restarts);
-    if most > 0 && restarts - now.since > most {
+    if most > 0 && restarts - now.since > most.into() {
         return Err(Error::Numbers(format!(
             "Slurm has started this job {} times again after step {step}, and it never got to a later checkpoint; it is not \
              queued again. The logs in {} tell why; a smaller train.save_every saves more often; to try again, submit it anew",
@@ -40,10 +39,10 @@ pub fn note_start(run_dir: &Path, step: usize, most: u32) -> Result<()> {
         ))
         .into());
     }
-    replace(&path, (serde_json::to_string_pretty(&now)? + "\n").as_bytes())
+    write_durably(&path, (serde_json::to_string_pretty(&now)? + "\n").as_bytes())
 }
 
-fn now_at(last: Option<Start>, job: String, step: usize, restarts: u32) -> Start {
+fn now_at(last: Option<Start>, job: String, step: usize, restarts: u64) -> Start {
     let same = last.filter(|last| last.job == job && last.step == step && last.since <= restarts);
     Start { since: same.map_or(restarts, |last| last.since), job, step }
 }

@@ -1,4 +1,4 @@
-//! What LibTorch offers in C++ only, through `src/libtorch.cpp`.
+//! What LibTorch offers in C++ only, through `src/torch/libtorch.cpp`.
 
 use std::ffi::{c_char, c_int, c_void, CStr};
 

@@ -3,8 +3,8 @@
 use std::time::Instant;
 
 use crate::comm::Comm;
-use crate::device::{Mark, Marks};
 use crate::error::Result;
+use crate::torch::{Mark, Marks};
 
 /// The parts of a step; the numbers are places in [`Laps::finish`]'s result.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

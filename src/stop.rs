@@ -1,9 +1,4 @@
-//! What may befall a run: signals, as requests to stop that all ranks decide on together between two steps; restarts;
-//! another job in the same run directory; and ranks that hang or are slow.
-
-pub mod lease;
-pub mod restarts;
-pub mod watchdog;
+//! How a process comes to its end: signals, as requests to stop that all ranks decide on together, and the end at once.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
@@ -53,6 +48,12 @@ impl StopRequest {
     pub fn raised(&self) -> bool {
         self.0.load(Ordering::Relaxed)
     }
+}
+
+/// Ends this process now, without its destructors and exit handlers, which may wait for a peer or a GPU that no longer
+/// answers.
+pub fn exit_now(code: u8) -> ! {
+    signal_hook::low_level::exit(code.into())
 }
 
 fn refused(e: std::io::Error) -> Error {

@@ -5,11 +5,12 @@ use std::fs;
 use std::hash::{BuildHasher, RandomState};
 use std::io::{self, ErrorKind};
 use std::path::Path;
-use std::time::SystemTime;
 
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::device;
+use crate::host;
+use crate::launcher::SlurmJob;
 
 /// The content of `lease.json`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,24 +42,22 @@ pub struct Holder {
 impl Holder {
     /// This process, at its first renewal.
     pub fn this_process() -> Self {
-        let of_slurm = |name: &str| std::env::var(name).ok().filter(|value| is_plain(value));
-        let task = of_slurm("SLURM_ARRAY_TASK_ID");
-        let array = of_slurm("SLURM_ARRAY_JOB_ID").zip(task).map(|(job, task)| format!("{job}_{task}"));
+        let slurm = SlurmJob::from_environment();
         let pid = std::process::id();
         // The standard library draws the keys of its hash tables from the system.
         let random = || RandomState::new().hash_one(pid);
         Self {
-            cluster: of_slurm("SLURM_CLUSTER_NAME"),
-            job: of_slurm("SLURM_JOB_ID"),
-            array,
-            restart_count: of_slurm("SLURM_RESTART_COUNT").and_then(|count| count.parse().ok()).unwrap_or(0),
-            host: device::host(),
+            cluster: slurm.as_ref().and_then(|job| job.cluster.clone()),
+            array: slurm.as_ref().and_then(|job| job.array.clone()),
+            restart_count: slurm.as_ref().map_or(0, |job| job.restarts),
+            job: slurm.map(|job| job.id),
+            host: host::name(),
             machine: machine(),
             pid,
             started: started(pid).ok().flatten(),
             token: format!("{:016x}{:016x}", random(), random()),
             counter: 0,
-            since: utc(SystemTime::now()),
+            since: Timestamp::now().strftime("%Y-%m-%d %H:%M:%S UTC").to_string(),
         }
     }
 
@@ -145,21 +144,6 @@ fn started(pid: u32) -> io::Result<Option<u64>> {
     }
 }
 
-/// A time as people read it, such as `2026-03-01 12:00:00 UTC`. The days' way to a date begins years in March, so that
-/// the odd day comes last.
-fn utc(time: SystemTime) -> String {
-    let seconds = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
-    let (days, second) = (seconds / 86_400 + 719_468, seconds % 86_400); // from the first of March of the year 0
-    let (era, day) = (days / 146_097, days % 146_097);
-    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
-    let day = day - (365 * year + year / 4 - year / 100);
-    let month = (5 * day + 2) / 153; // from March
-    let day = day - (153 * month + 2) / 5 + 1;
-    let (year, month) = (era * 400 + year + u64::from(month > 9), if month > 9 { month - 9 } else { month + 3 });
-    let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
-    format!("{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02} UTC")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -215,15 +199,5 @@ mod tests {
         assert!(!start(None, 0).is_earlier_start_of(&start(None, 1)));
         let elsewhere = Holder { cluster: Some("there".into()), ..start(Some("7"), 0) };
         assert!(!elsewhere.is_earlier_start_of(&start(Some("7"), 1)));
-    }
-
-    #[test]
-    fn dates_are_the_calendars() {
-        let at = |seconds| utc(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds));
-        assert_eq!(at(0), "1970-01-01 00:00:00 UTC");
-        assert_eq!(at(951_782_399), "2000-02-28 23:59:59 UTC");
-        assert_eq!(at(951_782_400), "2000-02-29 00:00:00 UTC");
-        assert_eq!(at(1_772_366_400), "2026-03-01 12:00:00 UTC");
-        assert_eq!(at(1_798_761_599), "2026-12-31 23:59:59 UTC");
     }
 }

@@ -17,9 +17,9 @@ use serde::{Deserialize, Serialize};
 
 use self::heartbeats::Heartbeat;
 pub use self::stragglers::{Straggler, Stragglers};
-use crate::comm::{exit_now, Comm};
 use crate::config::Fault;
 use crate::error::{exit_code, Error, Result};
+use crate::stop::exit_now;
 
 /// What a rank is doing. Each has its deadline, and a mark again begins it anew.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -122,11 +122,11 @@ impl Watchdog {
     ///
     /// # Errors
     /// Communication, where the system gives no thread.
-    pub fn start(comm: &Comm, fault: &Fault) -> Result<Self> {
+    pub fn start(rank: usize, host: String, world_size: usize, fault: &Fault) -> Result<Self> {
         let shared = Arc::new(Shared {
-            rank: comm.rank,
-            host: comm.host(),
-            world_size: comm.world_size,
+            rank,
+            host,
+            world_size,
             fault: fault.clone(),
             mark: Mutex::new(Mark { phase: Phase::StartUp, step: 0, since: Instant::now(), count: 0 }),
             heartbeats: Mutex::new(None),

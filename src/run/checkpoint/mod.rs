@@ -9,21 +9,20 @@ mod tensors;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
-use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 use tracing::{debug, warn};
 
 pub use tensors::{load_model, OptimizerFiles, MOMENTS};
 
 use crate::comm::Comm;
 use crate::error::{Error, Result};
+use crate::files;
 use crate::model::parameters::Parameters;
-use crate::train::optimizer::AdamW;
+use crate::optim::adamw::AdamW;
 
 const MODEL: &str = "model.safetensors";
 const OPTIMIZER: &str = "optimizer";
@@ -82,6 +81,11 @@ impl Conditions {
         ];
         pairs.into_iter().filter(|(_, then, now)| then != now).collect()
     }
+}
+
+/// The name of a step's checkpoint.
+pub fn name(step: usize) -> String {
+    format!("step-{step:08}")
 }
 
 /// The format that this version writes and reads.
@@ -154,8 +158,8 @@ impl Saving {
         optimizer: &AdamW,
         ranks: Option<&Comm>,
     ) -> Result<Self> {
-        let target = checkpoints.join(format!("step-{:08}", state.step));
-        let temporary = checkpoints.join(format!("step-{:08}{TEMPORARY}", state.step));
+        let target = checkpoints.join(name(state.step));
+        let temporary = checkpoints.join(name(state.step) + TEMPORARY);
         let root = ranks.is_none_or(Comm::is_root);
         if root {
             clear_temporaries(checkpoints);
@@ -363,7 +367,7 @@ pub fn purge(checkpoints: &Path, keep: usize, spare: Option<usize>) -> Result<()
 pub fn set_aside_after(checkpoints: &Path, step: usize) -> Result<()> {
     for (later, path) in list(checkpoints).into_iter().filter(|(later, _)| *later > step) {
         let aside = (1..)
-            .map(|n| checkpoints.join(format!("set-aside-{n}-step-{later:08}")))
+            .map(|n| checkpoints.join(format!("set-aside-{n}-{}", name(later))))
             .find(|path| !path.exists())
             .unwrap_or_default();
         fs::rename(&path, &aside).map_err(|e| Error::write(&path, e))?;
@@ -410,20 +414,7 @@ fn read_json<T: for<'a> Deserialize<'a>>(path: &Path) -> Result<T> {
 }
 
 fn digest(path: &Path) -> std::io::Result<Entry> {
-    let mut file = File::open(path)?;
-    let mut hasher = Sha256::new();
-    let mut buffer = vec![0; 1 << 20];
-    let mut size = 0;
-    loop {
-        let n = file.read(&mut buffer)?;
-        if n == 0 {
-            break;
-        }
-        hasher.update(&buffer[..n]);
-        size += n as u64;
-    }
-    let sha256 = hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
-    Ok(Entry { size, sha256 })
+    files::digest(path).map(|(size, sha256)| Entry { size, sha256 })
 }
 
 fn sync(path: &Path) -> Result<()> {

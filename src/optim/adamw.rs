@@ -5,8 +5,8 @@ use std::ops::Range;
 use tch::{no_grad, Device, Kind, Tensor};
 
 use crate::config::Optim;
-use crate::device::{self, AdamWNumbers};
 use crate::model::parameters::Parameters;
+use crate::torch::{self, AdamWNumbers};
 
 /// Elements whose squares are added by themselves: the gradient's norm is the sum of the units' in their order, so that
 /// it has the same bits whichever ranks add up which units.
@@ -109,7 +109,7 @@ impl AdamW {
                 })
                 .collect();
             let numbers = AdamWNumbers { lr, betas, weight_decay, eps };
-            device::fused_adamw(&parts, &step, &numbers, &scale.to_kind(Kind::Float), &skip);
+            torch::fused_adamw(&parts, &step, &numbers, &scale.to_kind(Kind::Float), &skip);
         }
     }
 
