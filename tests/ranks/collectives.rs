@@ -1,5 +1,4 @@
 //! The collectives themselves, between one to four real ranks: every size, every kind of tensor, every way of cutting.
-#![cfg(feature = "mpi")]
 
 use std::path::Path;
 use std::process::Command;
@@ -15,7 +14,8 @@ const SIZES: [i64; 9] = [0, 1, 2, 3, 5, 63, 4097, 1_000_003, (1 << 22) + 7];
 /// Starts this test binary again as `ranks` ranks, each of which runs the test `name` below.
 fn as_ranks(ranks: usize, name: &str) -> std::process::Output {
     Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("launch/local"))
-        .args([&ranks.to_string(), "--exact", name, "--ignored", "--nocapture", "--test-threads=1"])
+        .arg(ranks.to_string())
+        .args(["--exact", &format!("collectives::{name}"), "--ignored", "--nocapture", "--test-threads=1"])
         .env("LOCKSTEP_BIN", std::env::current_exe().unwrap())
         .env("OMP_NUM_THREADS", "1")
         .output()

@@ -32,6 +32,7 @@ use tempfile::TempDir;
 use zip::write::SimpleFileOptions;
 use zip::ZipWriter;
 
+#[path = "../common/mod.rs"]
 mod common;
 mod memory;
 mod mutation;

@@ -1,50 +1,15 @@
 //! Resume is a promise: a run that was killed and resumed ends with the bits of one that was not.
 
-use std::path::Path;
-
-mod runs;
-
+use crate::common::alike::{assert_alike, assert_learnt_alike, columns};
+use crate::common::runs::Run;
+use crate::common::{rows, sample};
 use lockstep::data::shard::Shard;
-use runs::{rows, Run};
 
 /// Dropout, accumulation, an epoch's end inside the run, and evaluation, saving and sampling at steps of their own.
 const CONFIG: &str = "seed: 11\ndata: {layout: packed, block_size: 32, batch_size: 32, micro_batch: MICRO}\n\
     model: {n_layer: 2, n_head: 2, n_embd: 32, dropout: 0.1}\n\
     optim: {lr: 1.0e-3, schedule: cosine, warmup_steps: 10}\n\
     train: {steps: 100, eval_every: 14, save_every: 6, sample_every: 9, keep_last: 3, prompts: [' A', ' The']}\n";
-
-fn columns(path: &Path, names: &[&str]) -> Vec<Vec<String>> {
-    rows(path).iter().map(|row| names.iter().map(|&name| row[name].clone()).collect()).collect()
-}
-
-/// What must be alike, whatever happened on the way.
-fn assert_same(found: &Path, expected: &Path) {
-    let curve = ["step", "tokens", "loss", "ppl", "lr", "grad_norm", "world_size"];
-    assert_eq!(columns(&found.join("train.csv"), &curve), columns(&expected.join("train.csv"), &curve));
-    let evaluation = ["step", "split", "loss", "ppl", "word_ppl", "tokens"];
-    assert_eq!(columns(&found.join("eval.csv"), &evaluation), columns(&expected.join("eval.csv"), &evaluation));
-    let listed = |dir: &Path, folder: &str| {
-        let mut names: Vec<_> = std::fs::read_dir(dir.join(folder)).unwrap().map(|e| e.unwrap().file_name()).collect();
-        names.sort();
-        names
-    };
-    for folder in ["checkpoints", "samples"] {
-        assert_eq!(listed(found, folder), listed(expected, folder));
-    }
-    let mut files = vec!["best.json".into()];
-    for name in listed(expected, "checkpoints") {
-        let name = name.into_string().unwrap();
-        files.extend([
-            format!("checkpoints/{name}/model.safetensors"),
-            format!("checkpoints/{name}/optimizer.safetensors"),
-        ]);
-    }
-    files.extend(listed(expected, "samples").into_iter().map(|name| format!("samples/{}", name.to_str().unwrap())));
-    for file in files {
-        let bytes = |dir: &Path| std::fs::read(dir.join(&file)).unwrap();
-        assert!(bytes(found) == bytes(expected), "{file} differs");
-    }
-}
 
 fn killed_and_resumed(ranks: usize) {
     let folder = tempfile::tempdir().unwrap();
@@ -53,7 +18,7 @@ fn killed_and_resumed(ranks: usize) {
     assert!(straight.start(&[]).success());
     let steps = rows(&straight.dir.join("train.csv"));
     assert_eq!(steps.len(), 100);
-    let epoch = Shard::open(&folder.path().join("data/train.bin")).unwrap().n_tokens() / 32 / 32;
+    let epoch = Shard::open(&sample().join("train.bin")).unwrap().n_tokens() / 32 / 32;
     assert!((30..70).contains(&epoch), "an epoch of {epoch} steps does not end amid the kills");
 
     let broken = Run::new(folder.path(), "broken", &config, ranks);
@@ -64,7 +29,7 @@ fn killed_and_resumed(ranks: usize) {
     }
     assert!(kills >= 7, "only {kills} kills struck");
     assert!(broken.start(&[]).success());
-    assert_same(&broken.dir, &straight.dir);
+    assert_alike(&broken.dir, &straight.dir);
 }
 
 #[test]
@@ -73,7 +38,6 @@ fn one_rank_killed_and_resumed() {
 }
 
 #[test]
-#[cfg(feature = "mpi")]
 fn two_ranks_killed_and_resumed() {
     killed_and_resumed(2);
 }
@@ -94,20 +58,8 @@ fn stopped_and_resumed(ranks: usize, threads: usize, signal: &str) {
         assert!(saved.is_file(), "stopped after step {steps} without saving it");
     }
     assert!(broken.start(&[]).success());
-    let curve = ["step", "tokens", "loss", "lr", "grad_norm"];
-    assert_eq!(columns(&broken.dir.join("train.csv"), &curve), columns(&straight.dir.join("train.csv"), &curve));
     // What a stop left out, an evaluation or a sample that was due, the resumed run has made up for.
-    let evaluation = ["step", "loss"];
-    assert_eq!(
-        columns(&broken.dir.join("eval.csv"), &evaluation),
-        columns(&straight.dir.join("eval.csv"), &evaluation)
-    );
-    for file in
-        ["checkpoints/step-00000300/model.safetensors", "checkpoints/step-00000300/optimizer.safetensors", "best.json"]
-    {
-        let bytes = |run: &Run| std::fs::read(run.dir.join(file)).unwrap();
-        assert!(bytes(&broken) == bytes(&straight), "{file} differs");
-    }
+    assert_learnt_alike(&broken.dir, &straight.dir);
 }
 
 #[test]
@@ -116,7 +68,6 @@ fn one_rank_of_two_threads_stops_on_request_with_75() {
 }
 
 #[test]
-#[cfg(feature = "mpi")]
 fn two_ranks_stop_together_on_request_with_75() {
     stopped_and_resumed(2, 1, "TERM");
 }
@@ -159,7 +110,6 @@ fn another_runs_checkpoint_begins_a_run_and_a_restart_goes_on_with_its_own() {
 }
 
 #[test]
-#[cfg(feature = "mpi")]
 fn a_configuration_is_proved_to_resume_bit_for_bit() {
     let folder = tempfile::tempdir().unwrap();
     let config = CONFIG.replace("MICRO", "8");

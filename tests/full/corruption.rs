@@ -12,9 +12,7 @@ use lockstep::tokenizer::Tokenizer;
 use lockstep::train::record::{Best, RunDir};
 use sha2::{Digest, Sha256};
 
-mod common;
-
-use common::{snapshot, Workspace};
+use crate::common::{snapshot, Workspace};
 
 const NEWEST: &str = "run/checkpoints/step-00000012";
 const FILES: [&str; 4] = ["MANIFEST.json", "state.json", "model.safetensors", "optimizer.safetensors"];
@@ -44,7 +42,7 @@ fn beginnings(path: &Path, mut check: impl FnMut(&str)) {
 #[test]
 fn every_truncation_of_each_small_file_is_caught() {
     let work = Workspace::new();
-    work.train("run", "").ok();
+    work.trained("run");
     for name in &FILES[..2] {
         beginnings(&work.path(NEWEST).join(name), |what| falls_back(&work, name, what));
     }
@@ -72,7 +70,7 @@ fn every_truncation_of_each_small_file_is_caught() {
 #[test]
 fn a_thousand_flipped_bits_of_a_checkpoint_are_caught() {
     let work = Workspace::new();
-    work.train("run", "").ok();
+    work.trained("run");
     for flip in 0..1000 {
         let name = FILES[flip as usize % FILES.len()];
         let path = work.path(NEWEST).join(name);

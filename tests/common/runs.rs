@@ -1,10 +1,10 @@
 //! Runs through the binary, for tests of several ranks and of resuming.
-#![allow(dead_code)] // each test program uses its own part
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
+
+use super::{binary, sample};
 
 /// A training run in a folder of its own.
 pub struct Run {
@@ -16,16 +16,10 @@ pub struct Run {
 }
 
 impl Run {
-    /// Writes the configuration; the embedded sample is prepared in `folder` once.
+    /// Writes the configuration, with the sample's data folder.
     pub fn new(folder: &Path, name: &str, config: &str, ranks: usize) -> Self {
-        let data = folder.join("data");
-        if !data.exists() {
-            let mut prepare = Command::new(env!("CARGO_BIN_EXE_lockstep"));
-            prepare.args(["-q", "prepare", "--source", "sample", "--tokenizer", "bpe:512", "--out"]).arg(&data);
-            assert!(prepare.stdout(Stdio::null()).status().unwrap().success());
-        }
         let path = folder.join(format!("{name}.yaml"));
-        let folder_key = format!("data: {{dir: {}, ", data.display());
+        let folder_key = format!("data: {{dir: {}, ", sample().display());
         std::fs::write(&path, config.replace("data: {", &folder_key)).unwrap();
         Self { config: path, dir: folder.join(name), ranks, threads: 1 }
     }
@@ -40,10 +34,10 @@ impl Run {
     /// A verb on the run's ranks; one rank needs no launcher.
     pub fn verb(&self, verb: &str) -> Command {
         let mut command = if self.ranks == 1 {
-            Command::new(env!("CARGO_BIN_EXE_lockstep"))
+            Command::new(binary())
         } else {
             let mut local = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("launch/local"));
-            local.arg(self.ranks.to_string()).env("LOCKSTEP_BIN", env!("CARGO_BIN_EXE_lockstep"));
+            local.arg(self.ranks.to_string()).env("LOCKSTEP_BIN", binary());
             local
         };
         command
@@ -98,10 +92,4 @@ fn last_step(dir: &Path) -> usize {
     let text = std::fs::read_to_string(dir.join("train.csv")).unwrap_or_default();
     let whole = text.rfind('\n').map_or("", |end| &text[..end]);
     whole.lines().next_back().and_then(|line| line.split(',').next()?.parse().ok()).unwrap_or(0)
-}
-
-/// A CSV's rows by column.
-pub fn rows(path: &Path) -> Vec<BTreeMap<String, String>> {
-    let mut reader = csv::Reader::from_path(path).unwrap();
-    reader.deserialize().map(|row| row.unwrap()).collect()
 }

@@ -1,13 +1,11 @@
 //! Several CPU ranks through `launch/local`: the same run whatever their number, each computing only its share.
-#![cfg(feature = "mpi")]
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-mod runs;
-
-use runs::{rows, Run};
+use crate::common::rows;
+use crate::common::runs::Run;
 
 #[test]
 fn one_to_four_ranks_learn_the_same() {

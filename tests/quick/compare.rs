@@ -7,9 +7,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-mod common;
-
-use common::{binary, finish, not_run, numbers, table, Workspace};
+use crate::common::{binary, finish, not_run, numbers, table, Workspace};
 
 const COLUMNS: &str = "device,world_size,steps,total_s,step_ms_median,tokens_per_s,final_loss,speedup\n";
 
@@ -141,7 +139,7 @@ fn what_cannot_be_compared_is_refused_before_anything_is_run() {
     refused("--out nowhere/table.csv", 4, &["cannot write nowhere/table.csv", "No such file or directory"]);
     refused("--out data", 4, &["cannot write data", "directory"]);
     refused("--out tiny.yaml", 4, &["tiny.yaml is there and is no comparison", "begin with device,", "another --out"]);
-    assert_eq!(fs::read_to_string(work.path("tiny.yaml")).unwrap(), common::TINY);
+    assert_eq!(fs::read_to_string(work.path("tiny.yaml")).unwrap(), crate::common::TINY);
     assert!(left(&work).is_empty(), "{:?}", left(&work));
     work.lockstep("compare --config missing.yaml").fails(2, &["missing.yaml"]);
     work.lockstep("compare").fails(2, &["--config <CONFIG>", "--help"]);

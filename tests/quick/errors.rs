@@ -8,9 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 use lockstep::config::Config;
 use lockstep::error::exit_code;
 
-mod common;
-
-use common::{not_run, snapshot, table, Workspace, TINY};
+use crate::common::{not_run, snapshot, table, Workspace, TINY};
 
 /// Asserts that `tiny.yaml` with these overrides cannot be run by so many ranks: the error that `train` ends with.
 #[track_caller]
@@ -114,7 +112,7 @@ fn data_that_cannot_be_trained_on_is_refused() {
         fs::File::options().write(true).open(&shard).unwrap().set_len(keep).unwrap();
         refused("data.dir=cut", &[&format!("cut/{name}"), " at byte ", "expected", "found", remedy]);
     }
-    common::flip(&work.own_data("cut").join("test.bin"), 1000);
+    crate::common::flip(&work.own_data("cut").join("test.bin"), 1000);
     refused("data.dir=cut", &["cut/test.bin", "checksum at byte 72", "expected", "found", remedy]);
 
     let meta: serde_json::Value = serde_json::from_slice(&fs::read(work.path("data/meta.json")).unwrap()).unwrap();
@@ -208,7 +206,7 @@ fn a_model_meets_only_the_vocabulary_it_was_trained_with() {
 #[test]
 fn a_prompt_outside_the_vocabulary_is_refused() {
     let work = Workspace::new();
-    work.train("run", "").ok();
+    work.trained("run");
     let arguments = ["generate", "--run-dir", "run", "--prompt"].map(OsStr::new);
     work.run(&[&arguments[..], &[OsStr::from_bytes(b"caf\xe9")]].concat()).fails(2, &["UTF-8", "--prompt"]);
 
@@ -258,7 +256,7 @@ fn a_gpu_that_is_not_there_is_not_silently_replaced() {
 #[test]
 fn a_run_directory_of_another_configuration_is_left_alone() {
     let work = Workspace::new();
-    work.train("run", "").ok();
+    work.trained("run");
     let before = snapshot(&work.path("run"));
     let other = "--set optim.lr=1e-3 --set model.dropout=0.5 --set train.steps=14 --set threads=1";
     let parts = ["optim.lr was 0.0005 and is 0.001", "model.dropout was 0.0 and is 0.5", "--run-dir", "KEY"];

@@ -3,9 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-mod common;
-
-use common::{finish, not_run, Output, Workspace};
+use crate::common::{finish, not_run, Output, Workspace};
 
 /// The folder of NVIDIA's wheels beside LibTorch's, or why there is none.
 fn wheels() -> Result<PathBuf, String> {

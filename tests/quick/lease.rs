@@ -9,9 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{json, Value};
 
-mod common;
-
-use common::{binary, numbers, snapshot, table, Output, Workspace};
+use crate::common::{binary, numbers, snapshot, table, Output, Workspace};
 
 /// Steps of some milliseconds, and more of them than any test waits for.
 const ENDLESS: &str = "--set train.steps=1000000 --set train.eval_every=0 --set train.sample_every=0";
@@ -147,7 +145,7 @@ fn a_lease_of_another_machine_expires_by_the_observers_clock_alone() {
     let works: Vec<Workspace> = leases.iter().map(|_| Workspace::new()).collect();
     let mut running = Vec::new();
     for (work, lease) in works.iter().zip(&leases) {
-        work.train("run", "").ok();
+        work.trained("run");
         put(work, lease);
     }
     let start = Instant::now();
@@ -176,7 +174,7 @@ fn a_lease_of_another_machine_expires_by_the_observers_clock_alone() {
 #[test]
 fn a_lease_of_another_machine_that_is_renewed_is_respected() {
     let work = Workspace::new();
-    work.train("run", "").ok();
+    work.trained("run");
     let before = snapshot(&work.path("run"));
     let parts = ["run is in use", "job 4711, process 1 on node7 since", "which is alive", "another --run-dir"];
     for lease in [elsewhere(0, "2999-01-01 00:00:00 UTC").to_string(), "half a le".into()] {

@@ -1,5 +1,4 @@
 //! Ranks that hang, and ranks that are slow: each is named, and nothing waits for ever.
-#![cfg(feature = "mpi")]
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -8,9 +7,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-mod runs;
-
-use runs::{rows, Run};
+use crate::common::rows;
+use crate::common::runs::Run;
 
 /// Steps of milliseconds, and no end in sight.
 const TINY: &str = "device: cpu\ndata: {block_size: 32, batch_size: 8}\nmodel: {n_layer: 2, n_head: 2, n_embd: 32}\n\

@@ -6,9 +6,8 @@ use std::process::Stdio;
 use lockstep::checkpoint;
 use lockstep::data::prepare::DataDir;
 
-mod common;
-
-use common::{flip, numbers, snapshot, table, Workspace};
+use crate::common::alike::{assert_alike, assert_learnt_alike};
+use crate::common::{flip, numbers, snapshot, table, Workspace};
 
 fn model(step: usize) -> String {
     format!("run/checkpoints/step-{step:08}/model.safetensors")
@@ -18,7 +17,7 @@ fn model(step: usize) -> String {
 fn a_damaged_newest_checkpoint_is_passed_over_aloud() {
     let work = Workspace::new();
     work.train("straight", "--set train.steps=14").ok();
-    work.train("run", "").ok();
+    work.trained("run");
     flip(&work.path(&model(12)), 100_000);
     let parts = ["WARN", "passing over", &model(12), "SHA-256"];
     work.lockstep("generate --run-dir run --checkpoint latest --prompt A --tokens 1").ok().says(&parts);
@@ -28,15 +27,14 @@ fn a_damaged_newest_checkpoint_is_passed_over_aloud() {
     let said = work.train("run", "--set train.steps=14").ok().says(&parts);
     said.says(&["resuming from run/checkpoints/step-00000008 after 8 steps", "set-aside-1-step-00000012"]);
     assert!(work.path("run/checkpoints/set-aside-1-step-00000012/model.safetensors").is_file());
-    let [found, expected] = ["run", "straight"].map(|run| numbers(&work.path(run).join("train.csv"), "loss"));
-    assert_eq!((found.len(), &found), (14, &expected));
+    assert_learnt_alike(&work.path("run"), &work.path("straight"));
     work.lockstep("checkpoint verify --run-dir run").ok();
 }
 
 #[test]
 fn without_a_good_checkpoint_nothing_begins() {
     let work = Workspace::new();
-    work.train("run", "").ok();
+    work.trained("run");
     for step in [4, 8, 12] {
         flip(&work.path(&model(step)), 100_000);
     }
@@ -76,16 +74,14 @@ fn a_full_disk_keeps_what_was_there() {
     work.lockstep("eval --run-dir out").ok();
     // With room, the run goes on as if nothing had happened.
     work.train("out", "").ok().says(&["after 8 steps"]);
-    work.train("straight", "").ok();
-    assert!(snapshot(&work.path("out"))["best.json"] == snapshot(&work.path("straight"))["best.json"]);
-    let name = "checkpoints/step-00000012/model.safetensors";
-    assert!(snapshot(&work.path("out"))[name] == snapshot(&work.path("straight"))[name]);
+    work.trained("straight");
+    assert_alike(&work.path("out"), &work.path("straight"));
 }
 
 #[test]
 fn a_disk_full_between_checkpoints_leaves_whole_rows() {
     let work = Workspace::new();
-    work.train("run", "").ok();
+    work.trained("run");
     // The disk is filled, then six pages are freed: the log of steps is the first to need more.
     let script = "mount -t tmpfs -o size=4m none mnt
         cp -r run mnt/run; cat /dev/zero >mnt/rest 2>/dev/null; truncate -s -24K mnt/rest
@@ -124,7 +120,7 @@ fn a_full_disk_during_prepare_keeps_the_old_data_folder() {
 #[test]
 fn a_read_only_folder_is_a_storage_error() {
     let work = Workspace::new();
-    work.train("run", "").ok();
+    work.trained("run");
     let remedy = "name a folder that you may write to";
     for (command, place) in [
         ("prepare --source sample --tokenizer bpe:300 --out mnt/made", "mnt/made"),
@@ -162,7 +158,7 @@ fn what_stands_in_the_way_is_left_alone() {
 #[test]
 fn output_that_nobody_takes_is_an_error_and_no_panic() {
     let work = Workspace::new();
-    work.train("run", "").ok();
+    work.trained("run");
     let full = || Stdio::from(fs::File::options().write(true).open("/dev/full").unwrap());
     for verb in [
         "eval --run-dir run",
@@ -176,7 +172,7 @@ fn output_that_nobody_takes_is_an_error_and_no_panic() {
         let arguments: Vec<&str> = verb.split(' ').collect();
         let mut command = work.command(&arguments);
         command.stdout(full());
-        common::finish(command).fails(4, &["standard output", "No space left"]);
+        crate::common::finish(command).fails(4, &["standard output", "No space left"]);
     }
     let mut silent = work.command(&["eval", "--run-dir", "nowhere"]);
     assert_eq!(silent.stderr(full()).status().unwrap().code(), Some(2));

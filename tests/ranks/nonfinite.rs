@@ -1,13 +1,11 @@
 //! A loss that is not finite on one rank: named, with its samples; no rank's weights change; and skipped, if so wanted.
-#![cfg(feature = "mpi")]
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-mod runs;
-
+use crate::common::runs::Run;
+use crate::common::{rows, sample};
 use lockstep::data::shard::Shard;
-use runs::{rows, Run};
 use safetensors::SafeTensors;
 use sha2::{Digest, Sha256};
 
@@ -19,7 +17,7 @@ const CONFIG: &str = "seed: 3\ndata: {layout: packed, block_size: 16, batch_size
 fn poisoned(folder: &Path) -> (PathBuf, i64) {
     let run = Run::new(folder, "healthy", CONFIG, 1);
     assert!(run.start(&["--set", "train.steps=1"]).success());
-    let shard = Shard::open(&folder.join("data/train.bin")).unwrap();
+    let shard = Shard::open(&sample().join("train.bin")).unwrap();
     let mut counts = vec![0; 512];
     // The batches of the 30 steps are a part of the epoch, so take a token that occurs now and then.
     tokens(&shard).iter().for_each(|&id| counts[id as usize] += 1);
@@ -63,7 +61,7 @@ fn samples(line: &str) -> Vec<usize> {
 fn a_rank_whose_loss_is_not_finite_is_named_with_its_samples() {
     let folder = tempfile::tempdir().unwrap();
     let (checkpoint, token) = poisoned(folder.path());
-    let text = tokens(&Shard::open(&folder.path().join("data/train.bin")).unwrap());
+    let text = tokens(&Shard::open(&sample().join("train.bin")).unwrap());
     let run = Run::new(folder.path(), "stops", CONFIG, 2);
     let from = format!("train.init_from={}", checkpoint.display());
     let done = run.command(&["--set", &from]).output().unwrap();

@@ -4,9 +4,7 @@
 use std::fs;
 use std::process::Command;
 
-mod common;
-
-use common::{finish, Output, Workspace};
+use crate::common::{finish, Output, Workspace};
 
 /// Answers with the numbers in FAKE_INIT, FAKE_COUNT and FAKE_VERSION; says which variables the libraries would see.
 const DRIVER: &str = r#"
@@ -93,7 +91,7 @@ fn deterministic_kernels_do_not_cost_a_filling_of_new_memory() {
 #[test]
 fn a_driver_that_is_too_old_for_libtorch_is_named_with_both_versions() {
     if !lockstep::device::libtorch_version().contains("+cu13") {
-        return common::not_run("this LibTorch is not made with CUDA 13");
+        return crate::common::not_run("this LibTorch is not made with CUDA 13");
     }
     let work = with_driver();
     let parts = ["CUDA up to 12.8", "CUDA 13.0", "580 or newer", "LIBTORCH"];

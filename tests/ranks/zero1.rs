@@ -1,12 +1,10 @@
 //! Ways for the gradients that must not change what is learnt: buckets, overlap, and ZeRO-1's sharded optimizer state.
-#![cfg(feature = "mpi")]
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-mod runs;
-
-use runs::{rows, Run};
+use crate::common::alike::{assert_alike, assert_learnt_alike};
+use crate::common::runs::Run;
 
 /// 4.5 MiB of gradients, so that there are several buckets of 1 MiB, the last of them odd; dropout and accumulation.
 const CONFIG: &str = "seed: 5\ndata: {layout: packed, block_size: 16, batch_size: 12, micro_batch: MICRO}\n\
@@ -19,16 +17,6 @@ fn run(folder: &Path, name: &str, ranks: usize) -> Run {
     Run::new(folder, name, &CONFIG.replace("MICRO", &(6 / ranks).to_string()), ranks)
 }
 
-/// Everything of the run's rows that does not tell the time.
-fn curve(run: &Run) -> Vec<[String; 5]> {
-    let columns = ["step", "tokens", "loss", "lr", "grad_norm"];
-    rows(&run.dir.join("train.csv")).iter().map(|row| columns.map(|name| row[name].clone())).collect()
-}
-
-fn weights(run: &Run, step: usize) -> Vec<u8> {
-    fs::read(run.dir.join(format!("checkpoints/step-{step:08}/model.safetensors"))).unwrap()
-}
-
 /// The optimizer's files of a checkpoint, in order.
 fn optimizer_files(run: &Run, step: usize) -> Vec<PathBuf> {
     let folder = run.dir.join(format!("checkpoints/step-{step:08}"));
@@ -36,11 +24,6 @@ fn optimizer_files(run: &Run, step: usize) -> Vec<PathBuf> {
     files.retain(|path| path.file_name().unwrap().to_str().unwrap().starts_with("optimizer"));
     files.sort();
     files
-}
-
-fn assert_same(found: &Run, expected: &Run) {
-    assert_eq!(curve(found), curve(expected), "{}", found.dir.display());
-    assert!(weights(found, 6) == weights(expected, 6), "the weights of {} differ", found.dir.display());
 }
 
 #[test]
@@ -55,13 +38,12 @@ fn neither_overlap_nor_buckets_nor_zero1_change_a_bit() {
 
         let overlapped = run(folder.path(), &format!("overlapped-{ranks}"), ranks);
         assert!(overlapped.start(&[]).success());
-        assert_same(&overlapped, &plain);
-        assert_eq!(fs::read(&optimizer_files(&overlapped, 6)[0]).unwrap(), fs::read(&whole[0]).unwrap());
+        assert_alike(&overlapped.dir, &plain.dir);
 
         for (name, more) in [("zero1", "comm.overlap=true"), ("zero1-later", "comm.overlap=false")] {
             let sharded = run(folder.path(), &format!("{name}-{ranks}"), ranks);
             assert!(sharded.start(&["--set", "optim.zero1=true", "--set", more]).success());
-            assert_same(&sharded, &plain);
+            assert_learnt_alike(&sharded.dir, &plain.dir);
             let parts = optimizer_files(&sharded, 6);
             let names: Vec<_> =
                 parts.iter().map(|path| path.file_name().unwrap().to_str().unwrap().to_owned()).collect();
@@ -84,7 +66,7 @@ fn a_sharded_state_is_taken_up_by_any_number_of_ranks() {
     assert!(sharded.start(&["--set", "optim.zero1=true", "--set", "train.steps=3"]).success());
     let whole = run(folder.path(), "whole", 3);
     assert!(whole.start(&["--set", "train.steps=3"]).success());
-    assert!(weights(&sharded, 3) == weights(&whole, 3));
+    assert_learnt_alike(&sharded.dir, &whole.dir);
 
     // Both states, written in three parts and in one, are the same state: whoever goes on from them learns the same.
     for (ranks, zero1) in [(1, "false"), (1, "true"), (2, "true"), (3, "true"), (2, "false")] {
@@ -99,7 +81,7 @@ fn a_sharded_state_is_taken_up_by_any_number_of_ranks() {
             next
         };
         let found = go_on(&sharded, "from-parts");
-        assert_same(&found, &go_on(&whole, "from-one"));
+        assert_learnt_alike(&found.dir, &go_on(&whole, "from-one").dir);
         assert_eq!(optimizer_files(&found, 6).len(), if zero1 == "true" { ranks } else { 1 });
     }
 }

@@ -2,9 +2,8 @@
 
 use std::io::Write;
 
-mod runs;
-
-use runs::{rows, Run};
+use crate::common::rows;
+use crate::common::runs::Run;
 
 const CONFIG: &str = "seed: 5\ndata: {layout: packed, block_size: 32, batch_size: 16, micro_batch: 8}\n\
     model: {preset: gpt-nano, tied_head: false}\noptim: {lr: 1.0e-3}\ntrain: {steps: 20, eval_every: 10, save_every: 0}\n";
