@@ -123,6 +123,19 @@ impl Config {
             .collect())
     }
 
+    /// The value of one key, such as `data.batch_size`, in a line: text as it is, nothing for a key that is not set.
+    ///
+    /// # Errors
+    /// Usage: a key that does not exist, with the nearest one.
+    pub fn value(&self, key: &str) -> Result<String> {
+        Self::check_names(&[key.into()])?;
+        Ok(match flatten(self)?.remove(key) {
+            None | Some(Value::Null) => String::new(),
+            Some(Value::String(text)) => text,
+            Some(value) => serde_json::to_string(&value)?,
+        })
+    }
+
     /// The resolved configuration as YAML, for `config.yaml`.
     pub fn to_yaml(&self) -> Result<String> {
         Ok(serde_yaml::to_string(self)?)
