@@ -32,7 +32,7 @@ fn main() {
 
 /// Compiles the calls that the `tch` crate lacks.
 fn compile_libtorch_calls(headers: &Path) {
-    println!("cargo:rerun-if-changed=src/libtorch.cpp");
+    println!("cargo:rerun-if-changed=src/torch/libtorch.cpp");
     let abi = env::var("LIBTORCH_CXX11_ABI").unwrap_or("1".into());
     cc::Build::new()
         .cpp(true)
@@ -40,7 +40,7 @@ fn compile_libtorch_calls(headers: &Path) {
         .warnings(false) // LibTorch's headers have plenty
         .define("_GLIBCXX_USE_CXX11_ABI", abi.as_str())
         .include(headers)
-        .file("src/libtorch.cpp")
+        .file("src/torch/libtorch.cpp")
         .compile("lockstep_libtorch");
     println!("cargo:rustc-link-lib=dylib=c10");
 }
@@ -68,7 +68,7 @@ fn name_nccl(libtorch: &Path) {
     }
 }
 
-/// Lets LibTorch see the function of `src/device/mod.rs` that answers MKL's question for the processor's maker; an
+/// Lets LibTorch see the function of `src/torch/mod.rs` that answers MKL's question for the processor's maker; an
 /// executable keeps its functions to itself otherwise.
 fn export_mkl_answer() {
     let Some(folder) = env::var_os("OUT_DIR") else { return };

@@ -20,7 +20,9 @@ use tracing::{info, warn};
 
 use crate::config::{Config, DeviceChoice};
 use crate::error::{Error, Result};
-use crate::metrics::{replace, rounded, Log, TrainRow};
+use crate::files::write_durably;
+use crate::launcher::{self, Launch};
+use crate::run::tables::{header, rounded, Table, TrainRow};
 
 /// First steps that no median and no rate counts: kernels are chosen, memory is taken, and a GPU's clock rises. Of a run
 /// of fewer than ten steps, the first half.
@@ -43,7 +45,7 @@ pub struct Comparison<'a> {
 }
 
 /// A row of compare.csv.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct CompareRow {
     /// `cpu` or `cuda`.
     pub device: &'static str,
@@ -64,10 +66,6 @@ pub struct CompareRow {
 }
 
 impl CompareRow {
-    /// The columns' names, in order.
-    pub const COLUMNS: [&'static str; 8] =
-        ["device", "world_size", "steps", "total_s", "step_ms_median", "tokens_per_s", "final_loss", "speedup"];
-
     /// Sums up a run, with a speed-up of 1; `None` where there are no rows.
     fn of(device: DeviceChoice, rows: &[TrainRow]) -> Option<Self> {
         let last = rows.last()?;
@@ -117,7 +115,7 @@ pub fn compare(comparison: &Comparison<'_>, mut show: impl FnMut(&str) -> Result
         }
         rows.push(row);
         let table = table(&rows)?;
-        replace(out, table.as_bytes())?;
+        write_durably(out, table.as_bytes())?;
         show(table[shown..].trim_end())?;
         shown = table.len();
     }
@@ -127,10 +125,7 @@ pub fn compare(comparison: &Comparison<'_>, mut show: impl FnMut(&str) -> Result
 impl Comparison<'_> {
     /// Refuses what can be known to fail, since a run may take long.
     fn check(&self) -> Result<()> {
-        // As a launcher says it; inside a Slurm job, mpirun's variables outrank Slurm's.
-        let ranks = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"];
-        let ranks = ranks.iter().find_map(|name| std::env::var(name).ok()?.parse::<usize>().ok());
-        if let Some(ranks @ 2..) = ranks {
+        if let Some(ranks @ 2..) = Launch::from_environment().world_size {
             return usage(format!(
                 "compare runs once, and found itself one of {ranks} ranks that would slow each other down; start it \
                  without a launcher, or with `srun --ntasks=1`"
@@ -159,12 +154,14 @@ impl Comparison<'_> {
         let plan = Config::load(self.config, &overrides)?.validate(1);
         plan.map_err(|e| e.context(format!("in {}", self.config.display())))?;
         match fs::read(self.out) {
-            Ok(bytes) if !bytes.is_empty() && !bytes.starts_with(header().as_bytes()) => Err(Error::Storage(format!(
-                "{} is there and is no comparison (expected it to begin with {}); name another --out",
-                self.out.display(),
-                header().trim_end()
-            ))
-            .into()),
+            Ok(bytes) if !bytes.is_empty() && !bytes.starts_with(header::<CompareRow>().as_bytes()) => {
+                Err(Error::Storage(format!(
+                    "{} is there and is no comparison (expected it to begin with {}); name another --out",
+                    self.out.display(),
+                    header::<CompareRow>()
+                ))
+                .into())
+            }
             Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Error::write(self.out, e)),
             _ => Ok(()),
         }
@@ -179,6 +176,8 @@ impl Comparison<'_> {
         for item in self.overrides.iter().chain(&own_overrides(device, self.steps)) {
             train.arg("--set").arg(item);
         }
+        // It must not take this process's place among ranks, but be a world of one.
+        let is_launchers = |name: &OsString| name.to_str().is_some_and(launcher::is_variable);
         for (name, _) in std::env::vars_os().filter(|(name, _)| is_launchers(name)) {
             train.env_remove(name);
         }
@@ -189,7 +188,7 @@ impl Comparison<'_> {
             return Err(failed(status, device));
         }
         let path = folder.join("train.csv");
-        let rows: Vec<TrainRow> = Log::rows(&path)?;
+        let rows: Vec<TrainRow> = Table::rows(&path)?;
         let row = CompareRow::of(device, &rows).filter(|_| rows.len() == self.steps);
         let row = row.ok_or_else(|| {
             let (path, found) = (path.display(), rows.len());
@@ -254,13 +253,6 @@ fn own_overrides(device: DeviceChoice, steps: usize) -> Vec<String> {
     ]
 }
 
-/// Whether a variable tells a process of its place among others: where `srun` or `mpirun` started this one, the run must
-/// not take that place, but be a world of one.
-fn is_launchers(name: &OsString) -> bool {
-    let prefixes = ["PMI_", "PMIX_", "OMPI_", "PRTE_", "HYDRA_", "MPI_LOCAL", "SLURM_"];
-    name.to_str().is_some_and(|name| prefixes.iter().any(|prefix| name.starts_with(prefix)))
-}
-
 fn failed(status: ExitStatus, device: DeviceChoice) -> anyhow::Error {
     let remedy = match device {
         DeviceChoice::Cuda => "correct that, or compare without it: --devices cpu",
@@ -306,10 +298,6 @@ fn remove(folder: &Path) {
     if let Err(e) = fs::remove_dir_all(folder) {
         warn!("cannot remove {}: {e}; nothing needs it any more", folder.display());
     }
-}
-
-fn header() -> String {
-    CompareRow::COLUMNS.join(",") + "\n"
 }
 
 fn table(rows: &[CompareRow]) -> Result<String> {
@@ -382,14 +370,6 @@ mod tests {
     #[test]
     fn the_columns_are_those_written() {
         let row = CompareRow::of(DeviceChoice::Cuda, &rows(&[1.0])).unwrap();
-        assert_eq!(table(&[row]).unwrap(), header() + "cuda,1,1,0.001,1.0,100000.0,10.0,1.0\n");
-    }
-
-    #[test]
-    fn only_a_launchers_variables_are_taken_away() {
-        let taken = ["PMIX_RANK", "PMI_FD", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"];
-        assert!(taken.iter().all(|name| is_launchers(&name.into())));
-        let left = ["PATH", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "OPAL_PREFIX", "CUDA_VISIBLE_DEVICES"];
-        assert!(!left.iter().any(|name| is_launchers(&name.into())));
+        assert_eq!(table(&[row]).unwrap(), header::<CompareRow>() + "\ncuda,1,1,0.001,1.0,100000.0,10.0,1.0\n");
     }
 }

@@ -4,14 +4,14 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::Parser;
-use lockstep::cli::Cli;
-use lockstep::{commands, error};
+use lockstep::cli::args::Cli;
+use lockstep::{cli, error};
 
 fn main() -> ExitCode {
     // The message of a panic is printed below, as any other error's.
     std::panic::set_hook(Box::new(|_| {}));
-    let cli = Cli::parse();
-    let done = std::panic::catch_unwind(|| commands::run(&cli));
+    let arguments = Cli::parse();
+    let done = std::panic::catch_unwind(|| cli::run(&arguments));
     match done.unwrap_or_else(|panic| Err(error::from_panic(panic.as_ref()))) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -58,8 +58,3 @@ impl World {
         match self.never {}
     }
 }
-
-/// Ends this process. Nothing in it waits for a peer.
-pub fn exit_now(code: u8) -> ! {
-    std::process::exit(code.into())
-}

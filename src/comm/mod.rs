@@ -12,8 +12,10 @@ use std::time::{Duration, Instant};
 
 use tch::{Device, Tensor};
 
-use crate::device::{Mark, Marks};
 use crate::error::{Error, Result};
+use crate::host;
+use crate::launcher::{Launch, Starter};
+use crate::torch::{Mark, Marks};
 
 #[cfg(feature = "mpi")]
 mod mpi;
@@ -21,8 +23,6 @@ mod mpi;
 #[path = "absent.rs"]
 mod mpi;
 mod nccl;
-
-pub use mpi::exit_now;
 
 /// This process's place among the ranks of the job.
 pub struct Comm {
@@ -73,30 +73,32 @@ impl Comm {
     /// Communication, where MPI cannot be started in time or was not built in, or disagrees with Slurm; usage, where a
     /// launcher started several processes that MPI takes for worlds of one each.
     pub fn start(deadlines: Deadlines) -> Result<Self> {
-        let Some(launched) = launched_world_size() else {
-            return Ok(Self { rank: 0, local_rank: 0, world_size: 1, deadlines, gpus: None, world: None });
-        };
-        // Without a process manager's variables some MPIs abort inside their initialisation, others see a world of one.
-        if !MANAGERS.iter().any(|name| std::env::var_os(name).is_some()) {
-            return Err(apart(launched.unwrap_or(1)));
-        }
         // Before MPI starts, since it sets variables of its own.
-        let slurm = slurm_place();
+        let launch = Launch::from_environment();
+        if !launch.is_joined() {
+            return Ok(Self { rank: 0, local_rank: 0, world_size: 1, deadlines, gpus: None, world: None });
+        }
+        // Without a process manager some MPIs abort inside their initialisation, others see a world of one.
+        if launch.manager.is_none() {
+            return Err(apart(launch.world_size.unwrap_or(1)));
+        }
         let world = mpi::World::start(deadlines.startup)?;
         let (rank, local_rank, world_size) = (world.rank, world.local_rank, world.world_size);
-        if launched.is_some_and(|n| n > 1) && world_size == 1 {
-            return Err(apart(launched.unwrap_or(1)));
+        if world_size == 1 && launch.world_size.is_some_and(|n| n > 1) {
+            return Err(apart(launch.world_size.unwrap_or(1)));
         }
-        if let Some(slurm) = slurm.filter(|&slurm| slurm != [rank, local_rank, world_size]) {
-            // Not finalised: that would wait for ranks which have nothing to complain of.
-            std::mem::forget(world);
-            return Err(Error::Communication(format!(
-                "MPI says that this is rank {rank} of {world_size}, {local_rank} on its node; Slurm says that it is task {} \
-                 of {}, {} on its node; start the ranks with `srun --mpi=pmix` and nothing in between that changes the \
-                 environment",
-                slurm[0], slurm[2], slurm[1]
-            ))
-            .into());
+        let slurm = [launch.rank, launch.local_rank, launch.world_size];
+        if let (Starter::Srun, [Some(task), Some(local_task), Some(tasks)]) = (&launch.by, slurm) {
+            if [task, local_task, tasks] != [rank, local_rank, world_size] {
+                // Not finalised: that would wait for ranks which have nothing to complain of.
+                std::mem::forget(world);
+                return Err(Error::Communication(format!(
+                    "MPI says that this is rank {rank} of {world_size}, {local_rank} on its node; Slurm says that it is task \
+                     {task} of {tasks}, {local_task} on its node; start the ranks with `srun --mpi=pmix` and nothing in \
+                     between that changes the environment"
+                ))
+                .into());
+            }
         }
         Ok(Self { rank, local_rank, world_size, deadlines, gpus: None, world: Some(world) })
     }
@@ -113,7 +115,7 @@ impl Comm {
         self.gather_within(&[0.0], self.deadlines.startup)?;
         let place = match device {
             Device::Cuda(index) => {
-                let gpu = crate::device::gpu(index).map_err(Error::Usage)?;
+                let gpu = crate::torch::gpu(index).map_err(Error::Usage)?;
                 let id = std::env::var("NCCL_HOSTID").unwrap_or_default();
                 format!("{}\n{}\n{id}", world.host, gpu.bus)
             }
@@ -151,7 +153,7 @@ impl Comm {
 
     /// The name of this rank's node.
     pub fn host(&self) -> String {
-        self.world.as_ref().map_or_else(crate::device::host, |world| world.host.clone())
+        self.world.as_ref().map_or_else(host::name, |world| world.host.clone())
     }
 
     /// Begins to replace a tensor by its sum over all ranks: it must not be read or written until [`Comm::finish`].
@@ -389,9 +391,6 @@ fn check_gpus(places: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// The variables through which MPI finds the other processes: PMIx's, and PMI's as Slurm and Hydra set them.
-const MANAGERS: [&str; 4] = ["PMIX_RANK", "PMI_RANK", "PMI_FD", "PMI_SIZE"];
-
 /// What to say where N processes would be N worlds of one.
 fn apart(processes: usize) -> anyhow::Error {
     Error::Usage(format!(
@@ -400,31 +399,6 @@ fn apart(processes: usize) -> anyhow::Error {
          `mpicc` belongs to"
     ))
     .into()
-}
-
-/// [task, task on its node, tasks] as Slurm says, where `srun` itself started this process: under mpirun or Hydra inside a
-/// Slurm job its variables describe their daemon.
-fn slurm_place() -> Option<[usize; 3]> {
-    if ["OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS"].iter().any(|name| std::env::var_os(name).is_some()) {
-        return None;
-    }
-    let number = |name: &str| std::env::var(name).ok()?.parse().ok();
-    Some([number("SLURM_PROCID")?, number("SLURM_LOCALID")?, number("SLURM_STEP_NUM_TASKS")?])
-}
-
-/// `Some` where a launcher started this process, with the number of processes where it says so.
-///
-/// Inside a Slurm job mpirun's own variables outrank Slurm's, which then describe mpirun's daemon. Slurm's step size
-/// counts, not `SLURM_NTASKS`, which batch shells carry too.
-fn launched_world_size() -> Option<Option<usize>> {
-    let number = |name: &str| std::env::var(name).ok()?.parse::<usize>().ok();
-    if let Some(n) = number("OMPI_COMM_WORLD_SIZE").or_else(|| number("PMI_SIZE")) {
-        return Some(Some(n));
-    }
-    if std::env::var_os("PMIX_RANK").is_some() {
-        return Some(number("SLURM_STEP_NUM_TASKS"));
-    }
-    number("SLURM_STEP_NUM_TASKS").filter(|&n| n > 1).map(Some)
 }
 
 #[cfg(test)]

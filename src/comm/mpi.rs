@@ -23,6 +23,7 @@ use mpi::{Count, Threading};
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
+use crate::stop::exit_now;
 
 /// Elements of one exchange of an all-reduce or a broadcast: bounds the scratch memory and keeps MPI's counts far from
 /// `i32::MAX`.
@@ -183,15 +184,6 @@ impl Drop for World {
             let _ = thread.join();
         }
     }
-}
-
-/// Ends this process now, without its destructors, which may wait for a peer or a GPU that no longer answers.
-pub fn exit_now(code: u8) -> ! {
-    extern "C" {
-        fn _exit(code: std::ffi::c_int) -> !;
-    }
-    // SAFETY: POSIX's function, which takes any number and touches no memory of this process.
-    unsafe { _exit(i32::from(code)) }
 }
 
 /// Without this, MPI would end the job with a number of its own when a peer is lost.

@@ -245,17 +245,10 @@ fn coerce_numbers(value: &mut Value, known: &Value) {
 
 /// Deserializes, and names the key that an error is about.
 fn serde_path(root: &Value) -> Result<Config> {
-    let whole: std::result::Result<Config, _> = serde_yaml::from_value(root.clone());
-    let Err(error) = whole else { return Ok(whole?) };
-    // serde_yaml names no key in a value tree. Every key has a default, so the culprit fails alone too.
-    for (key, value) in leaves(root, "") {
-        let mut alone = Value::Null;
-        set(&mut alone, &key, value)?;
-        if let Err(error) = serde_yaml::from_value::<Config>(alone) {
-            return usage(format!("{key}: {}", in_words(&error.to_string())));
-        }
-    }
-    usage(in_words(&error.to_string()))
+    serde_path_to_error::deserialize(root).map_err(|error| {
+        let (key, reason) = (error.path().to_string(), in_words(&error.inner().to_string()));
+        Error::Usage(if key == "." { reason } else { format!("{key}: {reason}") }).into()
+    })
 }
 
 /// Rust's names of types, as words.

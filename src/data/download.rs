@@ -1,17 +1,16 @@
 //! Downloads one file: resumed where it was cut, verified by its SHA-256 before anything reads it.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::fs::{self, OpenOptions};
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use sha2::{Digest, Sha256};
 use ureq::http::header::{CONTENT_RANGE, RANGE};
 use ureq::Agent;
 
-use super::shard::hex;
 use crate::error::{Error, Result};
+use crate::files;
 
 /// Attempts in a row that may fail without much progress.
 const ATTEMPTS: u32 = 5;
@@ -187,14 +186,12 @@ fn size_of(path: &Path) -> u64 {
     path.metadata().map_or(0, |metadata| metadata.len())
 }
 
-/// SHA-256 of a file in lower-case hexadecimal digits, in constant memory.
+/// SHA-256 of a file in lower-case hexadecimal digits.
 ///
 /// # Errors
-/// Data where the file cannot be read.
+/// Data, if the file cannot be read.
 pub(super) fn sha256_of(path: &Path) -> Result<String> {
-    let mut hash = Sha256::new();
-    File::open(path).and_then(|mut file| io::copy(&mut file, &mut hash)).map_err(|e| Error::read(path, e))?;
-    Ok(hex(&hash.finalize()))
+    files::digest(path).map(|(_, sha256)| sha256).map_err(|e| Error::read(path, e))
 }
 
 /// A progress bar in bytes on stderr, visible on terminals only.

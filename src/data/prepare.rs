@@ -13,9 +13,10 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::download::{byte_bar, sha256_of};
-use super::shard::{hex, Counts, Shard, ShardWriter, MAGIC};
+use super::shard::{Counts, Shard, ShardWriter, MAGIC};
 use super::wikitext::{Source, Split, Text};
 use crate::error::{Error, Result};
+use crate::files::hex;
 use crate::tokenizer::{train, Tokenizer, WordCounts};
 
 const FORMAT_VERSION: u32 = 1;

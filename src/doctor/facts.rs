@@ -7,7 +7,8 @@ use tch::{Cuda, Device};
 
 use super::network::{self, Interface};
 use crate::comm::Comm;
-use crate::device::{self, Driver, Gpu};
+use crate::host;
+use crate::torch::{self, Driver, Gpu};
 
 /// A rank's place, its share of its node, and what its libraries are.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -40,12 +41,12 @@ impl Facts {
     /// This rank's facts, and the device that it would train on.
     pub fn collect(comm: &Comm, wanted: &str) -> (Self, Device) {
         let libraries = comm.libraries();
-        let threads = device::set_threads(None);
+        let threads = torch::set_threads(None);
         // In training, `auto` takes the CPU where the GPU cannot be used; here that is what is to be found out.
-        let wanted = if wanted == "auto" && device::has_driver() { "cuda" } else { wanted };
-        let device = device::select(wanted, comm.local_rank).map_err(|e| format!("{e:#}"));
+        let wanted = if wanted == "auto" && torch::has_driver() { "cuda" } else { wanted };
+        let device = torch::select(wanted, comm.local_rank).map_err(|e| format!("{e:#}"));
         let gpu = match &device {
-            Ok(Device::Cuda(index)) => device::gpu(*index).map(Some),
+            Ok(Device::Cuda(index)) => torch::gpu(*index).map(Some),
             Ok(_) => Ok(None),
             Err(reason) => Err(reason.clone()),
         };
@@ -55,17 +56,17 @@ impl Facts {
             .filter(|choice| network::chosen_by_nccl(choice, &interfaces).is_empty())
             .map(|choice| format!("{}={choice} names no interface of this node", network::NCCL_INTERFACE));
         let choices = [network::MPI_INCLUDE, "OMPI_MCA_btl_tcp_if_exclude", network::NCCL_INTERFACE];
-        let (binary, digest) = device::binary().unwrap_or_else(|e| (format!("unknown ({e})"), "unknown".into()));
+        let (binary, digest) = host::binary().unwrap_or_else(|e| (format!("unknown ({e})"), "unknown".into()));
         let facts = Self {
             rank: comm.rank,
             local_rank: comm.local_rank,
-            host: libraries.host.unwrap_or_else(device::host),
+            host: libraries.host.unwrap_or_else(host::name),
             cores: cores(),
             threads,
             gpu,
             visible_gpus: variable("CUDA_VISIBLE_DEVICES").unwrap_or_else(|| "not set".into()),
             host_id: variable("NCCL_HOSTID"),
-            libtorch: device::libtorch_version(),
+            libtorch: torch::libtorch_version(),
             cuda: cuda(&device),
             nccl: libraries.nccl,
             mpi: libraries.mpi,
@@ -112,7 +113,7 @@ fn cuda(device: &std::result::Result<Device, String>) -> String {
             let runtime = format!("libtorch_cuda loaded, CUDA {}.{}", version / 1000, version % 1000 / 10);
             format!("{runtime}, driver {}, GPUs visible: {}", driver(), Cuda::device_count())
         }
-        Ok(_) => match device::driver() {
+        Ok(_) => match torch::driver() {
             Driver::Absent(reason) => format!("not used: {reason}"),
             _ => format!("not used: --device cpu (driver {})", driver()),
         },
@@ -122,7 +123,7 @@ fn cuda(device: &std::result::Result<Device, String>) -> String {
 
 /// The version of NVIDIA's kernel module.
 fn driver() -> String {
-    device::driver_module().unwrap_or_else(|| "unknown".into())
+    torch::driver_module().unwrap_or_else(|| "unknown".into())
 }
 
 #[cfg(test)]

@@ -210,7 +210,7 @@ pub fn clocks(all: &[Facts], ahead_s: &[f64], report: &mut Report) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::Gpu;
+    use crate::torch::Gpu;
 
     fn rank(rank: usize, host: &str) -> Facts {
         let gpu = Gpu { index: 0, name: "GPU".into(), memory_mib: 1024, bus: "0000:01:00".into() };

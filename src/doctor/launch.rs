@@ -9,91 +9,63 @@ use super::network::{self, Interface, MPI_INCLUDE};
 use super::probes::within;
 use super::reach::{Finding, Meeting};
 use super::report::{Place, Report};
-use crate::device;
+use crate::host;
+use crate::launcher::{Launch, SlurmJob, Starter};
 
-/// What the environment says of the launcher.
-pub struct Launch {
-    launcher: String,
-    pmi: Option<String>,
-    /// This process' number and the number of all, as far as the launcher says.
-    rank: Option<usize>,
-    ranks: Option<usize>,
-    several_nodes: bool,
-    in_slurm_job: bool,
+/// How this rank was started, and what MPI will meet.
+pub struct Job {
+    launch: Launch,
 }
 
-impl Launch {
+impl Job {
     pub fn from_environment() -> Self {
-        let is_set = |name: &str| std::env::var_os(name).is_some();
-        let number = |name: &str| std::env::var(name).ok()?.parse::<usize>().ok();
-        // mpirun's variables outrank Slurm's: inside a job those describe mpirun's daemon.
-        let (launcher, rank, ranks, several_nodes) = if let Some(ranks) = number("OMPI_COMM_WORLD_SIZE") {
-            let version = std::env::var("OMPI_VERSION").map(|v| format!(" {v}")).unwrap_or_default();
-            let here = number("OMPI_COMM_WORLD_LOCAL_SIZE").unwrap_or(ranks);
-            (
-                format!("mpirun of Open MPI{version}, ranks: {ranks}"),
-                number("OMPI_COMM_WORLD_RANK"),
-                Some(ranks),
-                here < ranks,
-            )
-        } else if let Some(here) = number("MPI_LOCALNRANKS") {
-            let ranks = number("PMI_SIZE").unwrap_or(here);
-            (format!("mpirun of MPICH's family (Hydra), ranks: {ranks}"), number("PMI_RANK"), Some(ranks), here < ranks)
-        } else if let (Some(tasks), true) = (number("SLURM_STEP_NUM_TASKS"), is_set("SLURM_PROCID")) {
-            let nodes = number("SLURM_STEP_NUM_NODES").unwrap_or(1);
-            (format!("srun, tasks: {tasks}, nodes: {nodes}"), number("SLURM_PROCID"), Some(tasks), nodes > 1)
-        } else {
-            let tasks = number("SLURM_STEP_NUM_TASKS").filter(|&n| n > 1);
-            let found = tasks.map_or("none: started by hand".into(), |n| format!("a Slurm step, tasks: {n}"));
-            (found, number("PMIX_RANK").or_else(|| number("PMI_RANK")), tasks, false)
-        };
-        let version = |name: &str| std::env::var(name).map(|v| format!(" {v}")).unwrap_or_default();
-        let pmi = [
-            ("PMIX_RANK", format!("PMIx{}", version("PMIX_VERSION"))),
-            ("PMI_FD", "PMI (through the socket PMI_FD)".into()),
-            ("PMI_RANK", "PMI (PMI_RANK)".into()),
-        ];
-        Self {
-            launcher,
-            pmi: pmi.into_iter().find_map(|(name, text)| is_set(name).then_some(text)),
-            rank,
-            ranks,
-            several_nodes,
-            in_slurm_job: is_set("SLURM_JOB_ID"),
-        }
+        Self { launch: Launch::from_environment() }
     }
 
     pub fn describe(&self, report: &mut Report) {
-        report.row("launcher", &self.launcher);
-        report.row("PMI", self.pmi.as_deref().unwrap_or("none"));
+        let Launch { by, world_size, nodes, .. } = &self.launch;
+        let ranks = world_size.unwrap_or(1);
+        let launcher = match by {
+            Starter::OpenMpi(version) => {
+                let version = version.as_ref().map(|version| format!(" {version}")).unwrap_or_default();
+                format!("mpirun of Open MPI{version}, ranks: {ranks}")
+            }
+            Starter::Hydra => format!("mpirun of MPICH's family (Hydra), ranks: {ranks}"),
+            Starter::Srun => format!("srun, tasks: {ranks}, nodes: {}", nodes.unwrap_or(1)),
+            Starter::Hand if ranks > 1 => format!("a Slurm step, tasks: {ranks}"),
+            Starter::Hand => "none: started by hand".into(),
+        };
+        report.row("launcher", &launcher);
+        report.row("PMI", self.launch.manager.as_deref().unwrap_or("none"));
         report.row("linked MPI", &linked_mpi().unwrap_or_else(|| "none in this binary".into()));
     }
 
     /// Whether this is the first process, as far as the launcher says.
     pub fn is_first(&self) -> bool {
-        self.rank.unwrap_or(0) == 0
+        self.launch.rank.unwrap_or(0) == 0
     }
 
     /// What is wrong with the networks that MPI would take. Open MPI would end the job itself, inside its initialisation.
     pub fn check_networks(&self, run_dir: &Path, report: &mut Report) {
-        if self.pmi.is_none() {
+        if self.launch.manager.is_none() {
             return;
         }
+        let several_nodes = self.launch.has_several_nodes();
         let choice = std::env::var(MPI_INCLUDE).ok();
         let all = network::interfaces();
         let mut found = Vec::new();
-        let wrong = choice.as_ref().and_then(|choice| network::wrong_for_mpi(choice, &all, self.several_nodes));
+        let wrong = choice.as_ref().and_then(|choice| network::wrong_for_mpi(choice, &all, several_nodes));
         if let Some(wrong) = wrong {
-            let what = format!("on {}: {wrong}; it has {}", device::host(), network::describe(&all));
+            let what = format!("on {}: {wrong}; it has {}", host::name(), network::describe(&all));
             // Ranks on one node share its memory, unless they are told not to.
-            found.push(Finding { is_fault: self.several_nodes || !btl("sm") && !btl("vader"), what });
+            found.push(Finding { is_fault: several_nodes || !btl("sm") && !btl("vader"), what });
         }
         if let Some(meeting) = self.meeting(run_dir) {
             let taken: Vec<&Interface> = match &choice {
                 Some(choice) => network::chosen_by_mpi(choice, &all),
                 None => all.iter().filter(|interface| !interface.is_loopback()).collect(),
             };
-            found = meeting.hold(&device::host(), &taken, choice.is_some() && found.is_empty(), found);
+            found = meeting.hold(&host::name(), &taken, choice.is_some() && found.is_empty(), found);
         }
         for Finding { is_fault, what } in found {
             let unset = if choice.is_some() { ", or unset it" } else { "" };
@@ -116,15 +88,15 @@ impl Launch {
 
     /// Where the ranks can meet before MPI starts: several nodes, on which MPI may use TCP.
     fn meeting(&self, run_dir: &Path) -> Option<Meeting> {
-        let (rank, ranks) = (self.rank?, self.ranks?);
+        let (rank, ranks) = (self.launch.rank?, self.launch.world_size?);
         let restarts = std::env::var("SLURM_RESTART_COUNT").unwrap_or_default();
         let job = format!("{} {restarts}", std::env::var("PMIX_NAMESPACE").ok()?);
-        (self.several_nodes && btl("tcp")).then(|| Meeting::new(run_dir, &job, rank, ranks))
+        (self.launch.has_several_nodes() && btl("tcp")).then(|| Meeting::new(run_dir, &job, rank, ranks))
     }
 
     /// Says what comes next, on one rank: MPI may end the process itself, or be stuck for as long as it is waited for.
     pub fn announce(&self, deadline: Duration) {
-        if self.is_first() && self.pmi.is_some() {
+        if self.is_first() && self.launch.manager.is_some() {
             tracing::info!(
                 "joining the ranks through MPI; where that fails without a report within {} s, {}",
                 deadline.as_secs(),
@@ -138,8 +110,9 @@ impl Launch {
         if place == Place::Peers {
             return network_remedy();
         }
-        let refused = self.pmi.as_ref().map(|pmi| format!("the linked MPI does not take {pmi}; ")).unwrap_or_default();
-        let offered = self.in_slurm_job.then(offered_by_srun).flatten();
+        let refused =
+            self.launch.manager.as_ref().map(|pmi| format!("the linked MPI does not take {pmi}; ")).unwrap_or_default();
+        let offered = SlurmJob::from_environment().and_then(|_| offered_by_srun());
         let pmix = offered.iter().flatten().find(|name| name.starts_with("pmix"));
         refused
             + &match (offered.as_ref(), pmix) {
@@ -165,7 +138,7 @@ pub fn network_remedy() -> String {
     let choice = std::env::var(MPI_INCLUDE).map_or("is not set".into(), |value| format!("is {value}"));
     format!(
         "set {MPI_INCLUDE} to the interface that joins the nodes: on {} it {choice}, and there are {}",
-        device::host(),
+        host::name(),
         network::describe(&network::interfaces())
     )
 }

@@ -1,8 +1,8 @@
 //! `lockstep doctor --libraries`: whether all is there that training on a GPU loads, on a machine that may have none.
 
 use super::report::{Place, Report};
-use crate::device::{self, Driver};
 use crate::error::Result;
+use crate::torch::{self, Driver};
 
 /// The GPUs that a kernel is compiled for: A100, H100 and H200, B200.
 const CAPABILITIES: [i32; 3] = [80, 90, 100];
@@ -17,17 +17,17 @@ const REMEDY: &str =
 /// Usage, where one is missing or does not work; what `show` returns.
 pub fn run(show: impl Fn(&str) -> Result<()>) -> Result<()> {
     let mut report = Report::about("every library that training on a GPU needs is here", "libraries are missing");
-    report.row("LibTorch", &device::libtorch_version());
-    let driver = match device::driver() {
+    report.row("LibTorch", &torch::libtorch_version());
+    let driver = match torch::driver() {
         Driver::Ready { cuda: [major, minor] } => {
-            let module = device::driver_module().map(|version| format!(", kernel module {version}"));
+            let module = torch::driver_module().map(|version| format!(", kernel module {version}"));
             format!("serves CUDA up to {major}.{minor}{}", module.unwrap_or_default())
         }
         Driver::Absent(reason) | Driver::Unusable(reason) => format!("not used here: {reason}"),
     };
     report.row("driver", &driver);
     report.gap();
-    let libraries = device::load_every_library();
+    let libraries = torch::load_every_library();
     let rows: Vec<[String; 3]> = libraries
         .iter()
         .map(|library| match &library.found {
@@ -44,7 +44,7 @@ pub fn run(show: impl Fn(&str) -> Result<()>) -> Result<()> {
     }
     let compiler_is_here = libraries.iter().any(|library| library.name == "libnvrtc" && library.found.is_ok());
     for capability in CAPABILITIES.into_iter().filter(|_| compiler_is_here) {
-        let said = match device::compile_for(capability) {
+        let said = match torch::compile_for(capability) {
             Ok(Some(bytes)) => format!("compiles a kernel for sm_{capability}: {bytes} bytes"),
             Ok(None) => format!("knows no sm_{capability}"),
             Err(reason) => {

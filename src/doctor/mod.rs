@@ -24,7 +24,7 @@ mod reach;
 mod report;
 
 use facts::Facts;
-use launch::{network_remedy, Launch};
+use launch::{network_remedy, Job};
 pub use libraries::run as run_libraries;
 use nccl_log::NcclLog;
 use report::{Place, Report};
@@ -42,7 +42,7 @@ const HEAD_START: Duration = Duration::from_secs(3);
 /// machine has; what `show` returns.
 pub fn run(run_dir: &Path, device: &str, show: impl Fn(&str) -> Result<()>) -> Result<()> {
     let mut report = Report::default();
-    let launch = Launch::from_environment();
+    let launch = Job::from_environment();
     launch.describe(&mut report);
     launch.check_networks(run_dir, &mut report);
     // Before MPI's thread exists: it sets variables.

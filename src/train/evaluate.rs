@@ -8,9 +8,9 @@ use crate::comm::Comm;
 use crate::config::Layout;
 use crate::data::loader::Samples;
 use crate::error::Result;
-use crate::fault::watchdog::Phase;
-use crate::metrics::{rounded, EvalRow};
 use crate::model::Gpt;
+use crate::run::tables::{rounded, EvalRow};
+use crate::watch::Phase;
 
 /// A split to evaluate on, and how.
 pub struct Evaluation {

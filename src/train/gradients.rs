@@ -9,11 +9,11 @@ use std::ops::Range;
 
 use tch::{no_grad, Kind, Tensor};
 
-use super::optimizer::UNIT;
 use crate::comm::{even_parts, Comm};
 use crate::config::{CommOptions, GradDtype};
 use crate::error::Result;
 use crate::model::parameters::Parameters;
+use crate::optim::adamw::UNIT;
 
 /// A slice of the flat tensors.
 struct Bucket {

@@ -2,13 +2,10 @@
 
 pub mod evaluate;
 mod gradients;
-mod laps;
 mod nonfinite;
-pub mod optimizer;
 pub mod prove;
-pub mod record;
-pub mod schedule;
 mod start;
+mod timeline;
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -18,23 +15,23 @@ use tracing::{debug, info};
 
 use self::evaluate::Evaluation;
 use self::gradients::Gradients;
-use self::laps::{Laps, Part};
-use self::optimizer::{norm, squares, AdamW};
-use self::record::{Recorder, RunDir};
-use self::schedule::learning_rate;
-use crate::checkpoint::{self, Saving, State};
+use self::timeline::{Laps, Part};
 use crate::comm::{Comm, Deadlines};
 use crate::config::{Plan, Precision};
 use crate::data::loader::{Batch, Loader};
-use crate::device::{self, Marks};
 use crate::error::{Error, Result};
-use crate::fault::watchdog::{Phase, Watchdog};
-use crate::fault::StopRequest;
-use crate::metrics::{rounded, TrainRow};
 use crate::model::generate::{generate, Sampling};
 use crate::model::Gpt;
+use crate::optim::adamw::{norm, squares, AdamW};
+use crate::optim::schedule::learning_rate;
 use crate::random::mix;
+use crate::run::checkpoint::{self, Saving, State};
+use crate::run::tables::{rounded, TrainRow};
+use crate::run::{Recorder, RunDir};
+use crate::stop::StopRequest;
 use crate::tokenizer::Tokenizer;
+use crate::torch::{self, Marks};
+use crate::watch::{Phase, Watchdog};
 
 /// Where a run begins.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,9 +58,9 @@ pub fn train(
     allowed: &[String],
 ) -> Result<()> {
     watchdog.enter(Phase::StartUp, 0);
-    let device = device::select(plan.config.device.name(), comm.local_rank)?;
+    let device = torch::select(plan.config.device.name(), comm.local_rank)?;
     if plan.config.deterministic {
-        device::use_deterministic_kernels();
+        torch::use_deterministic_kernels();
     }
     watchdog.enter(Phase::StartUp, 0);
     comm.use_device(device)?;
@@ -234,7 +231,7 @@ impl<'a> Trainer<'a> {
         let mut laps = Laps::begin(&self.marks, start)?;
         self.model.parameters.zero_grad();
         let mut loss = Tensor::zeros([1], (Kind::Double, self.device));
-        device::allow_cudnn_attention(self.cudnn_attention);
+        torch::allow_cudnn_attention(self.cudnn_attention);
         for micro_step in 0..self.plan.accumulation {
             laps.wait_for_compute(self.comm, 1)?;
             self.watchdog.enter(Phase::Step, step);
@@ -254,7 +251,7 @@ impl<'a> Trainer<'a> {
             self.sequences += batch.inputs.size()[0] as usize;
             laps.end(Part::Compute)?;
         }
-        device::allow_cudnn_attention(false);
+        torch::allow_cudnn_attention(false);
         let lr = learning_rate(&self.plan.config.optim, step, self.plan.config.train.steps);
         let norm = self.update(step, lr, &mut laps)?;
         let numbers = Tensor::cat(&[loss, norm], 0);
@@ -265,7 +262,7 @@ impl<'a> Trainer<'a> {
         let numbers: Vec<f64> = numbers.try_into()?;
         let (loss, grad_norm) = (numbers[0], numbers[1]);
 
-        let memory = device::peak_memory_mib(self.device).unwrap_or(0.0);
+        let memory = torch::peak_memory_mib(self.device).unwrap_or(0.0);
         let written = self.saving.as_ref().is_none_or(Saving::is_written);
         let [stop, written] = [self.stop.raised(), written].map(|flag| f64::from(u8::from(flag)));
         let ranks = self.comm.gather(&[loss, stop, memory, written, times[Part::Compute as usize]])?;

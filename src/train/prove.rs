@@ -4,15 +4,14 @@
 use std::fs;
 use std::path::Path;
 
-use super::record::RunDir;
 use super::{train, Resume};
-use crate::checkpoint;
 use crate::comm::Comm;
 use crate::config::{Config, Train};
 use crate::error::{Error, Result};
-use crate::fault::watchdog::{Phase, Watchdog};
-use crate::fault::StopRequest;
-use crate::metrics::{Log, TrainRow};
+use crate::run::tables::{Table, TrainRow};
+use crate::run::{checkpoint, RunDir};
+use crate::stop::StopRequest;
+use crate::watch::{Phase, Watchdog};
 
 /// Trains `steps` steps straight, then the second half of them again from the checkpoint in the middle, and compares both
 /// ends. The runs lie in `folder`, which must not exist, and is removed once they are alike. `show` gets what was
@@ -44,7 +43,7 @@ pub fn prove(
         })?;
     }
     let [straight, resumed] = ["straight", "resumed"].map(|name| RunDir(folder.join(name)));
-    let middle = straight.checkpoints().join(format!("step-{half:08}"));
+    let middle = straight.checkpoint(half);
     for (dir, resume) in [(&straight, Resume::Never), (&resumed, Resume::From(middle))] {
         let plan = config.clone().validate(comm.world_size)?;
         train(comm, watchdog, stop, plan, &dir.0, &resume, &[])?;
@@ -70,7 +69,7 @@ fn compare(straight: &RunDir, resumed: &RunDir, half: usize, steps: usize) -> Re
             straight.0.parent().unwrap_or(&straight.0).display()
         ))
     };
-    let rows = |dir: &RunDir| Log::rows::<TrainRow>(&dir.0.join("train.csv"));
+    let rows = |dir: &RunDir| Table::rows::<TrainRow>(&dir.0.join("train.csv"));
     let (expected, found) = (rows(straight)?, rows(resumed)?);
     if expected.len() != steps || found.len() != steps - half {
         return Err(different(format!("{} rows after step {half}, expected {}", found.len(), steps - half)).into());
@@ -86,10 +85,9 @@ fn compare(straight: &RunDir, resumed: &RunDir, half: usize, steps: usize) -> Re
         }
     }
     let mut alike = vec![format!("steps {} to {steps}: tokens, loss, lr and grad_norm are alike", half + 1)];
-    let last = |dir: &RunDir| dir.checkpoints().join(format!("step-{steps:08}"));
-    for name in checkpoint::tensor_files(&last(straight))? {
+    for name in checkpoint::tensor_files(&straight.checkpoint(steps))? {
         let read = |dir: &RunDir| {
-            let path = last(dir).join(&name);
+            let path = dir.checkpoint(steps).join(&name);
             fs::read(&path).map_err(|e| different(format!("cannot read {}: {e}", path.display())))
         };
         if read(straight)? != read(resumed)? {
@@ -107,28 +105,12 @@ mod tests {
     /// The log and the last checkpoint of steps `from` to 4.
     fn run(folder: &Path, name: &str, from: usize, loss: f64, weights: &str) -> RunDir {
         let dir = RunDir(folder.join(name));
-        let last = dir.checkpoints().join("step-00000004");
+        let last = dir.checkpoint(4);
         fs::create_dir_all(&last).unwrap();
-        let (mut log, _) = Log::open::<TrainRow>(&dir.0.join("train.csv"), 0).unwrap();
+        let (mut log, _) = Table::open::<TrainRow>(&dir.0.join("train.csv"), 0).unwrap();
         for step in from..=4 {
-            let row = TrainRow {
-                step,
-                tokens: 8 * step as u64,
-                loss: if step == 3 { loss } else { 2.0 },
-                ppl: 1.0,
-                lr: 0.1,
-                grad_norm: 1.0,
-                step_ms: 1.0,
-                data_ms: 0.0,
-                compute_ms: 1.0,
-                comm_exposed_ms: 0.0,
-                optimizer_ms: 0.0,
-                tokens_per_s: 1.0,
-                mfu: None,
-                memory_mib: None,
-                world_size: 1,
-                elapsed_s: 1.0,
-            };
+            let loss = if step == 3 { loss } else { 2.0 };
+            let row = TrainRow { step, tokens: 8 * step as u64, loss, lr: 0.1, grad_norm: 1.0, ..TrainRow::default() };
             log.append(&row).unwrap();
         }
         let names = ["model.safetensors", "optimizer.safetensors", "state.json"];

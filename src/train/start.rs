@@ -8,22 +8,24 @@ use tracing::{info, warn};
 
 use super::evaluate::Evaluation;
 use super::gradients::Gradients;
-use super::optimizer::AdamW;
-use super::record::{find_checkpoint, Recorder, RunDir};
 use super::{kind, Resume, Trainer};
-use crate::checkpoint::{self, Conditions, OptimizerFiles, State, FORMAT_VERSION, MOMENTS};
 use crate::comm::Comm;
 use crate::config::{Auto, Config, Layout, Plan};
 use crate::data::loader::{Loader, Samples};
 use crate::data::prepare::DataDir;
-use crate::data::shard::hex;
-use crate::device::{self, Marks};
 use crate::error::{Error, Result};
-use crate::fault::lease::Lease;
-use crate::fault::watchdog::{Phase, Watchdog};
-use crate::fault::{restarts, StopRequest};
+use crate::files::hex;
+use crate::host;
 use crate::model::{Gpt, GptConfig};
+use crate::optim::adamw::AdamW;
+use crate::run::checkpoint::{self, Conditions, OptimizerFiles, State, FORMAT_VERSION, MOMENTS};
+use crate::run::lease::Lease;
+use crate::run::restarts;
+use crate::run::{find_checkpoint, Recorder, RunDir};
+use crate::stop::StopRequest;
 use crate::tokenizer::Tokenizer;
+use crate::torch::{self, Marks};
+use crate::watch::{Phase, Watchdog};
 
 impl<'a> Trainer<'a> {
     pub(super) fn new(
@@ -35,7 +37,7 @@ impl<'a> Trainer<'a> {
         run_dir: &Path,
     ) -> Result<Self> {
         let config = &plan.config;
-        let threads = device::set_threads(match config.threads {
+        let threads = torch::set_threads(match config.threads {
             Auto::Number(n) => Some(n),
             Auto::Auto => None,
         });
@@ -66,18 +68,17 @@ impl<'a> Trainer<'a> {
             }),
         };
         let kind = kind(config.precision);
-        let cudnn_attention = kind == Kind::BFloat16
-            && layout == Layout::Packed
-            && device::cudnn_attention_is_exact(config.model.dropout);
+        let cudnn_attention =
+            kind == Kind::BFloat16 && layout == Layout::Packed && torch::cudnn_attention_is_exact(config.model.dropout);
         let mut model = Gpt::new(GptConfig::new(&plan, tokenizer.vocab_size()), device, kind);
         model.initialize(config.seed);
         let gradients = Gradients::new(comm, &model.parameters, &config.comm, config.optim.zero1);
         let optimizer = AdamW::new(&model.parameters, gradients.owned(comm.rank), &config.optim);
         let conditions = Conditions {
             lockstep: env!("CARGO_PKG_VERSION").into(),
-            libtorch: device::libtorch_version(),
+            libtorch: torch::libtorch_version(),
             device: if device.is_cuda() { "cuda" } else { "cpu" }.into(),
-            hardware: device::hardware(device),
+            hardware: torch::hardware(device),
             world_size: comm.world_size,
             threads,
             micro_batch: plan.micro_batch,
@@ -99,7 +100,7 @@ impl<'a> Trainer<'a> {
             optimizer,
             state,
             stop,
-            peak: device::measure_peak(device, kind),
+            peak: torch::measure_peak(device, kind),
             cudnn_attention,
             sequences: 0,
             skipped: 0,
@@ -171,7 +172,7 @@ impl<'a> Trainer<'a> {
             ("training data", format!("SHA-256 {}", self.state.data_sha256), true),
             ("tokenizer", format!("SHA-256 {}", hex(&Sha256::digest(tokenizer))), true),
             ("versions of Lockstep and LibTorch", format!("{lockstep}, {libtorch}"), true),
-            ("program", device::binary().map_or("unknown".into(), |(_, digest)| format!("SHA-256 {digest}")), true),
+            ("program", host::binary().map_or("unknown".into(), |(_, digest)| format!("SHA-256 {digest}")), true),
             ("kind of hardware", hardware.clone(), false),
         ];
         // 48 bits of each digest, exact in a float.
@@ -301,7 +302,7 @@ impl<'a> Trainer<'a> {
             self.plan.accumulation,
             self.plan.micro_batch,
         );
-        if let Some(text) = device::describe_peak(self.device, self.model.kind(), self.peak) {
+        if let Some(text) = torch::describe_peak(self.device, self.model.kind(), self.peak) {
             info!("{text}");
         }
         let global = self.loader.global_batch(*step);

@@ -3,14 +3,17 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
-use std::fs;
+use std::fs::{self, Permissions};
 use std::io::Write;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{symlink, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use tempfile::TempDir;
+
+pub mod alike;
+pub mod runs;
 
 /// `tiny.yaml`: 256 targets a step, milliseconds each.
 pub const TINY: &str = "name: tiny\ndevice: cpu\ndata: {dir: data, block_size: 32, batch_size: 8}\n\
@@ -20,7 +23,6 @@ pub const TINY: &str = "name: tiny\ndevice: cpu\ndata: {dir: data, block_size: 3
 /// A folder with `tiny.yaml` and `data/`, the sample under `bpe:512`.
 pub struct Workspace {
     folder: TempDir,
-    _data: Arc<TempDir>,
 }
 
 /// What a command said and how it ended.
@@ -32,15 +34,40 @@ pub struct Output {
 
 impl Workspace {
     pub fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let data = sample();
-        symlink(data.path().join("data"), folder.path().join("data")).unwrap();
+        Self::in_folder(tempfile::tempdir().unwrap())
+    }
+
+    /// In memory, so that no slow disk keeps a process from writing for seconds.
+    pub fn in_memory() -> Self {
+        Self::in_folder(TempDir::new_in("/dev/shm").or_else(|_| TempDir::new()).unwrap())
+    }
+
+    fn in_folder(folder: TempDir) -> Self {
+        symlink(sample(), folder.path().join("data")).unwrap();
         fs::write(folder.path().join("tiny.yaml"), TINY).unwrap();
-        Self { folder, _data: data }
+        Self { folder }
+    }
+
+    /// A finished run of `tiny.yaml` in `run`: a copy, trained once for all tests.
+    pub fn trained(&self, run: &str) {
+        let tiny = shared("tiny", |folder| {
+            let work = Self::new();
+            work.train("run", "").ok();
+            copy_folder(&work.path("run"), folder);
+        });
+        copy_folder(&tiny, &self.path(run));
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
+    }
+
+    /// Writes an executable shell script into the folder.
+    pub fn script(&self, name: &str, text: &str) -> PathBuf {
+        let path = self.path(name);
+        fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
+        fs::set_permissions(&path, Permissions::from_mode(0o755)).unwrap();
+        path
     }
 
     /// A copy of `data/` that may be damaged.
@@ -114,6 +141,14 @@ impl Output {
         self.says(parts)
     }
 
+    /// Asserts that stdout has all of these.
+    #[track_caller]
+    pub fn reports(&self, parts: &[&str]) {
+        for part in parts {
+            assert!(self.stdout.contains(part), "no {part:?} in\n{}\n{}", self.stdout, self.stderr);
+        }
+    }
+
     /// Asserts that stderr has all of these.
     #[track_caller]
     pub fn says(self, parts: &[&str]) -> Self {
@@ -146,20 +181,38 @@ pub fn not_run(reason: &str) {
     let _ = writeln!(std::io::stderr(), "NOT RUN: {name}: {reason}");
 }
 
-/// The sample's data folder, made once for the tests that run at a time, and removed after them.
-fn sample() -> Arc<TempDir> {
-    static SHARED: Mutex<Weak<TempDir>> = Mutex::new(Weak::new());
-    let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(there) = shared.upgrade() {
-        return there;
+/// A folder that the tests of this process share, made by the first that asks for it. Copy what is to be changed.
+fn shared(name: &'static str, make: impl FnOnce(&Path)) -> PathBuf {
+    static MADE: Mutex<BTreeMap<&str, Arc<OnceLock<PathBuf>>>> = Mutex::new(BTreeMap::new());
+    let made = MADE.lock().unwrap_or_else(PoisonError::into_inner).entry(name).or_default().clone();
+    let make = || {
+        let folder = session().join(name);
+        let _ = fs::remove_dir_all(&folder); // of an attempt that failed
+        fs::create_dir_all(&folder).unwrap();
+        make(&folder);
+        folder
+    };
+    made.get_or_init(make).clone()
+}
+
+/// This process's folder for [`shared`] ones. Nothing runs at the end of a test program, so the next one removes it.
+fn session() -> PathBuf {
+    let all = Path::new(env!("CARGO_TARGET_TMPDIR")).join("sessions");
+    for entry in fs::read_dir(&all).into_iter().flatten().flatten() {
+        if !Path::new("/proc").join(entry.file_name()).exists() {
+            let _ = fs::remove_dir_all(entry.path());
+        }
     }
-    let folder = Arc::new(tempfile::tempdir().unwrap());
-    let mut prepare = Command::new(binary());
-    prepare.args(["-q", "prepare", "--source", "sample", "--tokenizer", "bpe:512", "--out", "data"]);
-    prepare.current_dir(folder.path());
-    finish(prepare).ok();
-    *shared = Arc::downgrade(&folder);
-    folder
+    all.join(std::process::id().to_string())
+}
+
+/// The data folder of the sample under `bpe:512`.
+pub fn sample() -> PathBuf {
+    shared("data", |folder| {
+        let mut prepare = Command::new(binary());
+        prepare.args(["-q", "prepare", "--source", "sample", "--tokenizer", "bpe:512", "--out"]).arg(folder);
+        finish(prepare).ok();
+    })
 }
 
 fn is_root() -> bool {
@@ -204,6 +257,12 @@ pub fn table(text: &str) -> (Vec<String>, Vec<BTreeMap<String, String>>) {
     let mut reader = csv::Reader::from_reader(text.as_bytes());
     let columns = reader.headers().unwrap().iter().map(String::from).collect();
     (columns, reader.deserialize().map(|row| row.unwrap()).collect())
+}
+
+/// The rows of a CSV file, which may be growing, by column.
+pub fn rows(path: &Path) -> Vec<BTreeMap<String, String>> {
+    let mut reader = csv::Reader::from_path(path).unwrap();
+    reader.deserialize().map(|row| row.unwrap()).collect()
 }
 
 /// A column of a CSV file as numbers.

@@ -1,0 +1,162 @@
+//! `lockstep eval` and `lockstep generate`: what uses a trained model.
+
+use std::fs;
+use std::io;
+
+use tch::{Device, Kind};
+
+use super::args::{Run, SplitName};
+use super::checkpoint::checkpoints;
+use super::{print, stdout_failed};
+use crate::comm::Comm;
+use crate::config::{DeviceChoice, Plan};
+use crate::data::loader::Samples;
+use crate::data::prepare::DataDir;
+use crate::error::{Error, Result};
+use crate::model::generate::{generate, Sampling};
+use crate::model::{Gpt, GptConfig};
+use crate::run::{self, find_checkpoint, RunDir};
+use crate::tokenizer::Tokenizer;
+use crate::torch;
+use crate::train;
+use crate::train::evaluate::Evaluation;
+
+/// A run's model, loaded from one of its checkpoints.
+struct Loaded {
+    plan: Plan,
+    tokenizer: Tokenizer,
+    model: Gpt,
+    device: Device,
+    step: usize,
+}
+
+fn load(run: &Run, world_size: usize, local_rank: usize) -> Result<Loaded> {
+    let dir = RunDir(run.run_dir.clone());
+    if !dir.config().is_file() {
+        return Err(Error::Usage(format!(
+            "{} is not a run directory: it has no config.yaml; name the folder that `lockstep train` wrote",
+            run.run_dir.display()
+        ))
+        .into());
+    }
+    let path = match run.checkpoint.as_str() {
+        "latest" => find_checkpoint(&run.run_dir)?,
+        "best" => match fs::read(dir.best()) {
+            Ok(bytes) => {
+                let best: run::Best = serde_json::from_slice(&bytes)
+                    .map_err(|e| Error::Storage(format!("{}: {e}", dir.best().display())))?;
+                dir.checkpoint(best.step)
+            }
+            // A run without evaluations has no best.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => find_checkpoint(&run.run_dir)?,
+            Err(e) => return Err(Error::Storage(format!("cannot read {}: {e}", dir.best().display())).into()),
+        },
+        name => {
+            let step = name.strip_prefix("step-").and_then(|step| step.parse::<usize>().ok()).ok_or_else(|| {
+                Error::Usage(format!("--checkpoint {name}: expected best, latest or step-N, for example step-1000"))
+            })?;
+            dir.checkpoint(step)
+        }
+    };
+    let there = checkpoints(&run.run_dir)?;
+    if !there.iter().any(|(_, found)| *found == path) {
+        let steps: Vec<String> = there.iter().map(|(step, _)| format!("step-{step}")).collect();
+        return Err(Error::Storage(format!(
+            "--checkpoint {}: there is no {}; there are {}",
+            run.checkpoint,
+            path.display(),
+            steps.join(", ")
+        ))
+        .into());
+    }
+    let state = run::checkpoint::verify(&path)
+        .and_then(|()| run::checkpoint::load_state(&path))
+        .map_err(|e| e.context("the checkpoint cannot be used; --checkpoint latest takes the newest good one"))?;
+    let mut config = dir.load_config()?;
+    // How a finished model is used need not divide as its training did.
+    config.data.batch_size = config.data.batch_size.div_ceil(world_size) * world_size;
+    config.data.micro_batch = crate::config::Auto::Auto;
+    let plan = config.validate(world_size)?;
+    torch::set_threads(None);
+    let wanted = match plan.config.device {
+        DeviceChoice::Cpu => "cpu",
+        DeviceChoice::Cuda | DeviceChoice::Auto => "auto",
+    };
+    let device = torch::select(wanted, local_rank)?;
+    let tokenizer = Tokenizer::from_file(&dir.tokenizer())?;
+    let config = GptConfig::new(&plan, tokenizer.vocab_size());
+    // The weights are kept in fp32; bf16 pays on a GPU only.
+    let kind = if device.is_cuda() { train::kind(plan.config.precision) } else { Kind::Float };
+    let mut model = Gpt::new(config, device, kind);
+    run::checkpoint::load_model(&path, &mut model.parameters).map_err(|e| {
+        e.context(format!("a model of {} with a vocabulary of {}", dir.config().display(), tokenizer.vocab_size()))
+    })?;
+    Ok(Loaded { plan, tokenizer, model, device, step: state.step })
+}
+
+/// Evaluates a checkpoint on a split; rank 0 prints the row.
+pub fn eval(comm: &Comm, run: &Run, split: SplitName) -> Result<()> {
+    let Loaded { plan, tokenizer, model, device, step } = load(run, comm.world_size, comm.local_rank)?;
+    let config = &plan.config.data;
+    let data = DataDir::open(&config.dir)?;
+    if data.train.tokenizer_digest() != tokenizer.digest() {
+        return Err(Error::Data(format!(
+            "{} was tokenized with another tokenizer (vocabulary {}) than {} was trained with (vocabulary {}); prepare the \
+             text with --tokenizer {}",
+            config.dir.display(),
+            data.meta.vocab_size,
+            run.run_dir.display(),
+            tokenizer.vocab_size(),
+            RunDir(run.run_dir.clone()).tokenizer().display()
+        ))
+        .into());
+    }
+    let (shard, split) = match split {
+        SplitName::Valid => (data.valid, "valid"),
+        SplitName::Test => (data.test, "test"),
+    };
+    let evaluation = Evaluation {
+        split,
+        samples: Samples::for_evaluation(shard, config.layout, config.block_size)?,
+        layout: config.layout,
+        micro_batch: plan.micro_batch,
+        padding: i64::from(tokenizer.end_of_text()),
+    };
+    let row = evaluation.run(comm, &model, device, step, |_| ())?;
+    if comm.is_root() {
+        let mut writer = csv::Writer::from_writer(io::stdout());
+        writer.serialize(row).and_then(|()| Ok(writer.flush()?)).map_err(|e| stdout_failed(e.into()))?;
+    }
+    Ok(())
+}
+
+/// Refuses numbers that no distribution has.
+pub fn check_sampling(sampling: &Sampling) -> Result<()> {
+    let wrong = |option: &str, expected: &str, found: String| {
+        Err(Error::Usage(format!("--{option}: expected {expected}, found {found}")).into())
+    };
+    match *sampling {
+        Sampling { temperature, .. } if !(temperature >= 0.0 && temperature.is_finite()) => {
+            wrong("temperature", "0 or more", temperature.to_string())
+        }
+        Sampling { top_k: Some(0), .. } => wrong("top-k", "1 or more", "0".into()),
+        Sampling { top_p: Some(p), .. } if !(p > 0.0 && p <= 1.0) => wrong("top-p", "above 0 to 1", p.to_string()),
+        _ => Ok(()),
+    }
+}
+
+/// Prints continuations of prompts.
+pub fn continue_prompts(run: &Run, prompts: &[String], tokens: usize, samples: u32, sampling: &Sampling) -> Result<()> {
+    let Loaded { tokenizer, model, .. } = load(run, 1, 0)?;
+    let rows: Vec<&String> = prompts.iter().flat_map(|prompt| std::iter::repeat_n(prompt, samples as usize)).collect();
+    let ids: Vec<Vec<u32>> = rows.iter().map(|prompt| tokenizer.encode(prompt)).collect();
+    let continuations = generate(&model, &ids, tokens, sampling, tokenizer.end_of_text());
+    let many = rows.len() > 1;
+    for (number, (prompt, ids)) in rows.iter().zip(continuations).enumerate() {
+        if many && number > 0 {
+            print("---")?;
+        }
+        print(&format!("{prompt}{}", String::from_utf8_lossy(&tokenizer.decode(&ids)?)))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,164 @@
+//! The command line: [`args`] has its types, and each verb ends in a call of the room that does it.
+
+pub mod args;
+mod checkpoint;
+mod inference;
+mod log;
+mod tokenize;
+
+use std::io::{self, Write};
+use std::path::Path;
+use std::time::Duration;
+
+use clap::CommandFactory;
+
+use self::args::{CheckpointAction, Cli, DeviceName, Verb};
+use crate::comm::{Comm, Deadlines};
+use crate::compare::{compare, Comparison};
+use crate::config::{Config, DeviceChoice, Fault};
+use crate::data::prepare::prepare;
+use crate::data::wikitext::Source;
+use crate::doctor;
+use crate::error::{Error, Result};
+use crate::model::generate::Sampling;
+use crate::run::RunDir;
+use crate::stop::StopRequest;
+use crate::torch;
+use crate::train::prove::prove;
+use crate::train::{self, Resume};
+use crate::watch::Watchdog;
+
+/// Does what the command line asks for.
+///
+/// # Errors
+/// As the verb; [`crate::error::exit_code`] says what they mean for the process.
+pub fn run(cli: &Cli) -> Result<()> {
+    // Those wait until they know their rank.
+    if !matches!(cli.verb, Verb::Train { .. } | Verb::Checkpoint { action: CheckpointAction::Prove { .. } }) {
+        StopRequest::end_at_once()?;
+        log::start(cli, None, true);
+    }
+    match &cli.verb {
+        Verb::Prepare { source, tokenizer, out, url } => {
+            torch::set_threads(None);
+            let meta = prepare(&Source::parse(source, url.as_deref())?, tokenizer, out)?;
+            print(&format!(
+                "{}: {} train, {} valid, {} test tokens, vocabulary {}",
+                out.display(),
+                meta.train.tokens,
+                meta.valid.tokens,
+                meta.test.tokens,
+                meta.vocab_size
+            ))
+        }
+        Verb::Tokenize { tokenizer, decode, file } => tokenize::tokenize(tokenizer, *decode, file.as_deref()),
+        Verb::Train { config, overrides, run_dir, resume, allow_config_change } => {
+            // From the start: a launcher may ask for a stop while MPI is still gathering the ranks.
+            let stop = StopRequest::install()?;
+            Config::check_names(allow_config_change)?;
+            let resume = match resume.as_str() {
+                "auto" => Resume::Auto,
+                "never" => Resume::Never,
+                path => Resume::From(path.into()),
+            };
+            let parsed = training_config(config, overrides)?;
+            on_every_rank(deadlines(&parsed.fault), |comm| {
+                let plan = parsed.validate(comm.world_size);
+                let plan = plan.map_err(|e| e.context(format!("in {}", config.display())))?;
+                let run_dir = run_dir.clone().unwrap_or_else(|| Path::new("runs").join(&plan.config.name));
+                log::start(cli, Some(&RunDir(run_dir.clone()).log(comm.rank)), comm.is_root());
+                let watchdog = Watchdog::start(comm.rank, comm.host(), comm.world_size, &plan.config.fault)?;
+                watchdog.end(train::train(comm, &watchdog, &stop, plan, &run_dir, &resume, allow_config_change))
+            })
+        }
+        Verb::Eval { run, split } => on_every_rank(Deadlines::default(), |comm| inference::eval(comm, run, *split)),
+        Verb::Generate { run, prompt, tokens, temperature, top_k, top_p, seed, samples } => {
+            let sampling = Sampling { temperature: *temperature, top_k: *top_k, top_p: *top_p, seed: *seed };
+            inference::check_sampling(&sampling)?;
+            inference::continue_prompts(run, prompt, *tokens, *samples, &sampling)
+        }
+        Verb::Compare { config, overrides, steps, devices, out } => {
+            let device = |name: &DeviceName| match name {
+                DeviceName::Cpu => DeviceChoice::Cpu,
+                DeviceName::Cuda => DeviceChoice::Cuda,
+            };
+            let devices: Vec<DeviceChoice> = devices.iter().map(device).collect();
+            let (steps, log_options) = (*steps as usize, log::options(cli));
+            compare(&Comparison { config, overrides, steps, devices: &devices, out, log_options: &log_options }, print)
+        }
+        Verb::Checkpoint { action: CheckpointAction::List { run_dir } } => checkpoint::list(run_dir),
+        Verb::Checkpoint { action: CheckpointAction::Verify { run_dir } } => checkpoint::verify(run_dir),
+        Verb::Checkpoint { action: CheckpointAction::Prove { config, overrides, steps } } => {
+            let stop = StopRequest::install()?;
+            let parsed = training_config(config, overrides)?;
+            on_every_rank(deadlines(&parsed.fault), |comm| {
+                log::start(cli, None, comm.is_root());
+                let folder = Path::new("runs").join(format!("{}-proof", parsed.name));
+                let watchdog = Watchdog::start(comm.rank, comm.host(), comm.world_size, &parsed.fault)?;
+                watchdog.end(prove(comm, &watchdog, &stop, &parsed, *steps as usize, &folder, print))
+            })
+        }
+        Verb::Doctor { libraries: true, .. } => doctor::run_libraries(print),
+        Verb::Doctor { run_dir, device, .. } => doctor::run(run_dir, device, print),
+        Verb::Completions { shell } => {
+            // Into memory first: the generator panics where its output cannot be written.
+            let mut script = Vec::new();
+            clap_complete::generate(*shell, &mut Cli::command(), "lockstep", &mut script);
+            io::stdout().write_all(&script).map_err(stdout_failed)
+        }
+    }
+}
+
+/// Reads the configuration of a training, and does for it what must be done before MPI's thread exists.
+fn training_config(path: &Path, overrides: &[String]) -> Result<Config> {
+    let config = Config::load(path, overrides)?;
+    if config.deterministic {
+        torch::ask_for_deterministic_libraries();
+    }
+    Ok(config)
+}
+
+fn deadlines(fault: &Fault) -> Deadlines {
+    Deadlines {
+        startup: Duration::from_secs(fault.startup_deadline_s),
+        step: Duration::from_secs(fault.step_deadline_s),
+        save: Duration::from_secs(fault.save_deadline_s),
+    }
+}
+
+/// Runs the same on every rank of the job. An error of one rank ends them all: the others may be waiting for it in a
+/// collective and would wait for ever.
+fn on_every_rank(deadlines: Deadlines, work: impl FnOnce(&mut Comm) -> Result<()>) -> Result<()> {
+    let mut comm = Comm::start(deadlines)?;
+    // A panic is a defect, but it must not leave the other ranks waiting either.
+    let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| work(&mut comm)));
+    let error = match done {
+        Ok(Ok(())) => return Ok(()),
+        Ok(Err(error)) => error,
+        Err(panic) => crate::error::from_panic(panic.as_ref()),
+    };
+    tracing::error!(target: log::LOG_FILE_ONLY, "{error:#}");
+    if matches!(error.downcast_ref(), Some(Error::Preempted(_))) {
+        // All ranks stopped together; one of them says so.
+        if !comm.is_root() {
+            drop(comm);
+            std::process::exit(crate::error::exit_code(&error).into());
+        }
+    } else if comm.world_size > 1 {
+        let _ = writeln!(io::stderr(), "lockstep: rank {}: {error:#}", comm.rank);
+        comm.abort(crate::error::exit_code(&error));
+    }
+    Err(error)
+}
+
+fn print(line: &str) -> Result<()> {
+    writeln!(io::stdout().lock(), "{line}").map_err(stdout_failed)
+}
+
+fn stdout_failed(e: io::Error) -> anyhow::Error {
+    if e.kind() == io::ErrorKind::BrokenPipe {
+        // The reader has seen enough, as `head` does: no fault of anybody.
+        std::process::exit(0);
+    }
+    Error::Storage(format!("cannot write to standard output: {e}")).into()
+}

@@ -1,0 +1,4 @@
+//! How weights change: AdamW ([`adamw`]), and how fast ([`schedule`]).
+
+pub mod adamw;
+pub mod schedule;

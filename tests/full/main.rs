@@ -1,0 +1,6 @@
+//! What takes minutes, with one rank or several; `launch/test --full` runs it.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod corruption;

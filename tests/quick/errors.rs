@@ -1,0 +1,319 @@
+//! What goes wrong for a user: the exit code, and a message that says what was expected, what was found, where, and
+//! what to do. Storage has its own file, `faults.rs`.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::os::unix::ffi::OsStrExt;
+
+use lockstep::config::Config;
+use lockstep::error::exit_code;
+
+use crate::common::{not_run, snapshot, table, Workspace, TINY};
+
+/// Asserts that `tiny.yaml` with these overrides cannot be run by so many ranks: the error that `train` ends with.
+#[track_caller]
+fn unplanned(overrides: &[&str], world_size: usize, parts: &[&str]) {
+    let overrides: Vec<String> = overrides.iter().map(ToString::to_string).collect();
+    let error = Config::parse(TINY, &overrides).and_then(|config| config.validate(world_size)).unwrap_err();
+    let text = format!("{error:#}");
+    assert_eq!(exit_code(&error), 2, "{text}");
+    assert!(parts.iter().all(|part| text.contains(part)), "{parts:?} in {text:?}");
+}
+
+#[test]
+fn a_key_or_value_that_cannot_be_is_named() {
+    let cases: [(&str, &[&str]); 29] = [
+        ("train.stesp=3", &["unknown key `train.stesp`", "did you mean `train.steps`?"]),
+        ("optim.rl=3", &["unknown key `optim.rl`", "did you mean `optim.lr`?"]),
+        ("lr=1e-3", &["unknown key `lr`", "did you mean `optim.lr`?"]),
+        ("modle.n_head=3", &["unknown key `modle`", "did you mean `model`?"]),
+        ("optim.beta=3", &["unknown key `optim.beta`", "did you mean `optim.betas`?", "weight_decay"]),
+        ("steps", &["--set steps", "key=value"]),
+        ("seed.x=1", &["seed"]),
+        ("train.steps=abc", &["train.steps", "\"abc\"", "a whole number"]),
+        ("train.steps=-1", &["train.steps", "`-1`", "a whole number"]),
+        ("train.steps=2.5", &["train.steps", "2.5", "a whole number"]),
+        ("optim.lr=fast", &["optim.lr", "\"fast\"", "a number"]),
+        ("optim.betas=[0.9]", &["optim.betas", "length 1", "length 2"]),
+        ("model.tied_head=maybe", &["model.tied_head", "maybe", "boolean"]),
+        ("model.norm=middle", &["model.norm", "`middle`", "`pre` or `post`"]),
+        ("threads=0", &["threads", "`auto` or a whole number from 1"]),
+        ("model=3", &["model: expected keys and values, found a number"]),
+        ("model.preset=gpt2", &["preset or n_layer, n_head and n_embd, not both"]),
+        ("data.batch_size=0", &["data.batch_size: expected 1", "found 0"]),
+        ("data.batch_size=1000000000000", &["data.batch_size: expected", "found 1000000000000"]),
+        ("data.block_size=1", &["data.block_size: expected 2", "found 1"]),
+        ("model.dropout=1.5", &["model.dropout: expected 0 to below 1, found 1.5"]),
+        ("model.n_head=3", &["model.n_embd: expected a multiple of model.n_head, found 32 with 3 heads"]),
+        ("model.n_embd=1000000000000", &["model.n_embd: expected", "found 1000000000000"]),
+        ("optim.lr=-1", &["optim.lr: expected a number above 0, found -1"]),
+        ("optim.min_lr=1", &["optim.min_lr: expected 0 to optim.lr, found 1"]),
+        ("optim.schedule=wsd", &["optim.decay_steps: expected 1 or more", "found 0"]),
+        ("train.log_every=0", &["train.log_every: expected 1 or more, found 0"]),
+        ("name=a/b", &["name: expected the name of a folder, found `a/b`"]),
+        ("data.micro_batch=3", &["data.micro_batch: 3 does not divide the 8 sequences", "these do: 1, 2, 4, 8"]),
+    ];
+    for (set, parts) in cases {
+        unplanned(&[set], 1, parts);
+    }
+    // Of two wrong values, the first is named.
+    unplanned(&["train.steps=abc", "seed=xyz"], 1, &["train.steps: invalid", "\"abc\""]);
+}
+
+#[test]
+fn a_configuration_that_cannot_be_run_is_refused_before_anything_is_made() {
+    let work = Workspace::new();
+    let parts = ["in tiny.yaml", "unknown key `train.stesp`", "did you mean `train.steps`?"];
+    work.train("run", "--set train.stesp=3").fails(2, &parts);
+    work.train("run", "--set train.steps=abc").fails(2, &["in tiny.yaml", "train.steps", "\"abc\""]);
+    work.train("run", "--set data.micro_batch=3").fails(2, &["data.micro_batch: 3", "1, 2, 4, 8"]);
+    assert!(!work.path("run").exists());
+
+    let file = |text: &[u8], parts: &[&str]| {
+        fs::write(work.path("bad.yaml"), text).unwrap();
+        work.lockstep("train --config bad.yaml").fails(2, &[&["bad.yaml"], parts].concat());
+    };
+    file(b"optim: {rl: 1}", &["unknown key `optim.rl`", "did you mean `optim.lr`?"]);
+    file(b"train: {steps: 3\n", &["not a YAML configuration", "line"]);
+    file(b"just words", &["expected keys and values, found text"]);
+    file(b"name: \xff", &["UTF-8"]);
+    file(b"", &["preset, or all of n_layer, n_head and n_embd"]);
+    file(b"model: {preset: gpt-nono}", &["model.preset", "gpt-nono", "gpt-nano, gpt-micro"]);
+    work.lockstep("train --config none.yaml").fails(2, &["none.yaml", "No such file"]);
+    work.lockstep("train").fails(2, &["--config <CONFIG>", "--help"]);
+    work.lockstep("trian").fails(2, &["'trian'", "'train'"]);
+}
+
+#[test]
+fn a_batch_that_the_ranks_cannot_share_is_answered_with_those_that_fit() {
+    unplanned(&[], 3, &["data.batch_size: 8 sequences", "3 ranks", "6 or 9", "1, 2, 4, 8"]);
+    unplanned(&["data.batch_size=2"], 3, &["batch_size of 3,", "numbers of ranks: 1, 2"]);
+    let parts = ["data.micro_batch: 3 does not divide the 4 sequences", "batch_size of 12", "these do: 1, 2, 4"];
+    unplanned(&["data.batch_size=12", "data.micro_batch=3"], 3, &parts);
+    let plan = Config::parse(TINY, &["data.batch_size=12".into(), "data.micro_batch=2".into()]).unwrap();
+    let plan = plan.validate(3).unwrap();
+    assert_eq!((plan.micro_batch, plan.accumulation), (2, 2));
+}
+
+#[test]
+fn data_that_cannot_be_trained_on_is_refused() {
+    let work = Workspace::new();
+    let remedy = "lockstep prepare";
+    let refused = |set: &str, parts: &[&str]| work.train("run", &format!("--set {set}")).fails(3, parts);
+    refused("data.dir=nowhere", &["nowhere: expected a data folder, found nothing", remedy]);
+    fs::create_dir(work.path("foreign")).unwrap();
+    fs::write(work.path("foreign/notes.txt"), "x").unwrap();
+    refused("data.dir=foreign", &["foreign: expected a data folder, found no meta.json in it", remedy]);
+    fs::write(work.path("foreign/meta.json"), "{\"title\": \"photographs\"}").unwrap();
+    refused("data.dir=foreign", &["foreign/meta.json", "missing field", remedy]);
+
+    for (name, keep) in [("train.bin", 60_000), ("valid.bin", 100)] {
+        let shard = work.own_data("cut").join(name);
+        fs::File::options().write(true).open(&shard).unwrap().set_len(keep).unwrap();
+        refused("data.dir=cut", &[&format!("cut/{name}"), " at byte ", "expected", "found", remedy]);
+    }
+    crate::common::flip(&work.own_data("cut").join("test.bin"), 1000);
+    refused("data.dir=cut", &["cut/test.bin", "checksum at byte 72", "expected", "found", remedy]);
+
+    let meta: serde_json::Value = serde_json::from_slice(&fs::read(work.path("data/meta.json")).unwrap()).unwrap();
+    let found = format!("needs 100001 tokens, the split has {}", meta["train"]["tokens"]);
+    refused("data.block_size=100000", &["the training split", "data.block_size 100000", &found, "smaller"]);
+    assert!(!work.path("run/config.yaml").exists());
+}
+
+/// A folder `text` of three splits.
+fn corpus(work: &Workspace, splits: [&[u8]; 3]) {
+    fs::create_dir_all(work.path("text")).unwrap();
+    for (name, text) in ["train", "valid", "test"].into_iter().zip(splits) {
+        fs::write(work.path("text").join(format!("wiki.{name}.raw")), text).unwrap();
+    }
+}
+
+#[test]
+fn text_that_cannot_be_prepared_is_refused() {
+    let work = Workspace::new();
+    let good: &[u8] = b" = Title = \n Some words and more words .\n";
+    let refused = |splits: [&[u8]; 3], tokenizer: &str, code: i32, parts: &[&str]| {
+        corpus(&work, splits);
+        let command = format!("prepare --source text --tokenizer {tokenizer} --out made");
+        work.lockstep(&command).fails(code, parts);
+        assert!(!work.path("made").exists());
+    };
+    let bad = [good, b"caf\xe9\n"].concat();
+    let place = format!("byte offset {}", good.len() + 3);
+    refused([&bad, good, good], "bpe:258", 3, &["text/wiki.train.raw", "UTF-8", &place, "convert"]);
+    refused([good, good, &bad], "bpe:258", 3, &["text/wiki.test.raw", "UTF-8", &place, "convert"]);
+    refused([good, b"", good], "bpe:258", 3, &["text/wiki.valid.raw", "not a single word"]);
+    refused([good, good, good], "bpe:100", 2, &["100", "257"]);
+    refused([good, good, good], "bpe:5000", 3, &["at most 28", "5000 were asked for", "fewer"]);
+    refused([good, good, good], "gpt3", 2, &["--tokenizer gpt3", "gpt2, bpe:N", "tokenizer.json"]);
+    let command = "prepare --tokenizer gpt2 --out made --source";
+    work.lockstep(&format!("{command} wikitext-9")).fails(2, &["wikitext-9", "wikitext-103-raw"]);
+    fs::remove_file(work.path("text/wiki.test.raw")).unwrap();
+    work.lockstep(&format!("{command} text")).fails(3, &["text", "wiki.*.raw"]);
+    fs::write(work.path("text/wiki.test.raw"), good).unwrap();
+    let said = work.lockstep("prepare --tokenizer gpt2 --source text --out text");
+    said.fails(2, &["--out ", "/text: expected a new folder", "nothing was touched", "another folder"]);
+
+    // One line of a split is enough for one evaluation, but a text of one token has nothing to predict.
+    corpus(&work, [&good.repeat(40), b"a", good]);
+    work.lockstep("prepare --source text --tokenizer bpe:258 --out made").ok();
+    let said = work.train("run", "--set data.dir=made");
+    said.fails(3, &["the validation split", "the split has 1", "more text"]);
+
+    fs::write(work.path("latin1"), b"one\ntwo\ncaf\xe9\n").unwrap();
+    work.lockstep("tokenize --tokenizer gpt2 latin1").fails(3, &["latin1", "UTF-8", "byte 11", "convert"]);
+    fs::write(work.path("ids"), "464 2068\n464 x7\n").unwrap();
+    work.lockstep("tokenize --tokenizer gpt2 --decode ids").fails(3, &["ids, line 2", "`x7`", "token ids"]);
+    fs::write(work.path("ids"), "464 50257\n").unwrap();
+    work.lockstep("tokenize --tokenizer gpt2 --decode ids").fails(3, &["ids, line 1", "50257", "0 to 50256"]);
+    work.lockstep("tokenize --tokenizer gpt2 none").fails(3, &["none", "No such file"]);
+    work.lockstep("tokenize --tokenizer bpe:512 latin1").fails(2, &["--tokenizer bpe:512", "tokenizer.json"]);
+}
+
+#[test]
+fn a_model_meets_only_the_vocabulary_it_was_trained_with() {
+    let work = Workspace::new();
+    work.own_data("mine");
+    work.train("run", "--set data.dir=mine").ok();
+    let before = snapshot(&work.path("run"));
+    work.lockstep("-q prepare --source sample --tokenizer bpe:300 --out mine").ok();
+
+    let parts = ["mine", "vocabulary 300", "run", "vocabulary 512", "--tokenizer run/tokenizer.json"];
+    work.lockstep("eval --run-dir run").fails(3, &parts);
+    let resume = "--set data.dir=mine --set train.steps=14";
+    let allowed = format!("{resume} --allow-config-change data.dir");
+    let parts = ["mine/tokenizer.json is not the tokenizer", "run/tokenizer.json", "--tokenizer run/tokenizer.json"];
+    for resume in [resume, &allowed] {
+        work.train("run", resume).fails(3, &parts);
+    }
+    work.train("new", "--set data.dir=mine --resume run").fails(2, &["other data than mine"]);
+    let parts = ["step-00000012/model.safetensors", "transformer.wte.weight", "[512, 32]", "[300, 32]", "vocabulary"];
+    work.train("new", "--set data.dir=mine --set train.init_from=run").fails(4, &parts);
+    // The same vocabulary, another text.
+    corpus(&work, [&b" The tide comes and goes . \n".repeat(200), b" A tide . \n", b" A tide . \n"]);
+    work.lockstep("-q prepare --source text --tokenizer run/tokenizer.json --out mine").ok();
+    let parts = ["other data than mine", "SHA-256", "--allow-config-change data.dir"];
+    work.train("run", resume).fails(2, &parts);
+    assert!(snapshot(&work.path("run")) == before, "a refused command changed the run");
+    // The run speaks without its data, and takes up the right data where the text is tokenized as it says.
+    work.lockstep("generate --run-dir run --prompt A --tokens 2").ok();
+    work.lockstep("-q prepare --source sample --tokenizer run/tokenizer.json --out mine").ok();
+    work.lockstep("eval --run-dir run").ok();
+    work.train("run", resume).ok().says(&["after 12 steps"]);
+}
+
+#[test]
+fn a_prompt_outside_the_vocabulary_is_refused() {
+    let work = Workspace::new();
+    work.trained("run");
+    let arguments = ["generate", "--run-dir", "run", "--prompt"].map(OsStr::new);
+    work.run(&[&arguments[..], &[OsStr::from_bytes(b"caf\xe9")]].concat()).fails(2, &["UTF-8", "--prompt"]);
+
+    // A tokenizer that lacks a byte could meet a text that it cannot encode: it is refused wherever it is named.
+    let text = fs::read_to_string(work.path("data/tokenizer.json")).unwrap();
+    let mut json: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let vocabulary = json["model"]["vocab"].as_object_mut().unwrap();
+    let id = vocabulary.remove("Z").unwrap();
+    vocabulary.insert("ZZZ".into(), id);
+    json["model"]["merges"] = serde_json::json!([]);
+    fs::write(work.path("lacking.json"), json.to_string()).unwrap();
+    let parts = ["lacking.json", "0x5a", "256 bytes"];
+    work.lockstep("tokenize --tokenizer lacking.json tiny.yaml").fails(3, &parts);
+    work.lockstep("prepare --source sample --tokenizer lacking.json --out made").fails(3, &parts);
+    fs::copy(work.path("lacking.json"), work.path("run/tokenizer.json")).unwrap();
+    let parts = ["run/tokenizer.json", "0x5a", "256 bytes"];
+    work.lockstep("generate --run-dir run --prompt ZEBRA").fails(3, &parts);
+
+    for (option, parts) in [
+        ("--temperature -1", ["--temperature", "0 or more"]),
+        ("--temperature nan", ["--temperature", "0 or more"]),
+        ("--top-k 0", ["--top-k", "1 or more"]),
+        ("--top-p 1.5", ["--top-p", "above 0 to 1"]),
+        ("--tokens many", ["many", "--tokens"]),
+    ] {
+        let option = option.replace(' ', "=");
+        work.lockstep(&format!("generate --run-dir run --prompt A {option}")).fails(2, &parts);
+    }
+}
+
+#[test]
+fn a_gpu_that_is_not_there_is_not_silently_replaced() {
+    if lockstep::device::has_driver() {
+        return not_run("this machine has an NVIDIA driver");
+    }
+    let work = Workspace::new();
+    let parts = ["device: cuda", "no NVIDIA driver", "launch/setup --cuda", "--set device=cpu"];
+    work.train("run", "--set device=cuda").fails(2, &parts);
+    assert!(!work.path("run/config.yaml").exists());
+    // A model trained on a GPU can be used anywhere.
+    work.train("run", "--set device=auto").ok();
+    let config = fs::read_to_string(work.path("run/config.yaml")).unwrap();
+    fs::write(work.path("run/config.yaml"), config.replace("device: auto", "device: cuda")).unwrap();
+    work.lockstep("eval --run-dir run").ok();
+}
+
+#[test]
+fn a_run_directory_of_another_configuration_is_left_alone() {
+    let work = Workspace::new();
+    work.trained("run");
+    let before = snapshot(&work.path("run"));
+    let other = "--set optim.lr=1e-3 --set model.dropout=0.5 --set train.steps=14 --set threads=1";
+    let parts = ["optim.lr was 0.0005 and is 0.001", "model.dropout was 0.0 and is 0.5", "--run-dir", "KEY"];
+    let said = work.train("run", other).fails(2, &parts);
+    assert!(!said.stderr.contains("train.steps was") && !said.stderr.contains("threads was"), "{}", said.stderr);
+    let half = format!("{other} --allow-config-change optim.lr");
+    let said = work.train("run", &half).fails(2, &["model.dropout was"]);
+    assert!(!said.stderr.contains("optim.lr was"), "{}", said.stderr);
+    // Allowed, but no checkpoint of this model.
+    let wider = "--set model.n_embd=64 --allow-config-change model.n_embd";
+    work.train("run", wider).fails(4, &["model.safetensors", "[32]", "[64]", "another model"]);
+    work.train("run", "--resume never").fails(2, &["run holds checkpoints", "--resume never", "--run-dir"]);
+    let misspelt = "--set optim.lr=1e-3 --allow-config-change optim.lrr";
+    work.train("run", misspelt).fails(2, &["unknown key `optim.lrr`", "did you mean `optim.lr`"]);
+    work.train("run", "--resume nowhere").fails(4, &["nowhere", "neither a checkpoint nor a run directory"]);
+    work.train("new", "--resume nowhere").fails(4, &["nowhere", "neither a checkpoint nor a run directory"]);
+    assert!(snapshot(&work.path("run")) == before, "a refused command changed the run");
+
+    work.train("run", &format!("{half} --allow-config-change model.dropout")).ok();
+    let (_, rows) = table(&fs::read_to_string(work.path("run/train.csv")).unwrap());
+    let rates: Vec<&str> = rows.iter().map(|row| &row["lr"][..]).collect();
+    assert_eq!(rates, [&["0.0005"; 12][..], &["0.001"; 2]].concat());
+    let config = fs::read_to_string(work.path("run/config.yaml")).unwrap();
+    assert!(config.contains("dropout: 0.5"), "{config}");
+}
+
+#[test]
+fn what_is_no_run_or_no_checkpoint_is_named() {
+    let work = Workspace::new();
+    work.train("run", "--set train.keep_last=2").ok();
+    for verb in ["eval", "generate --prompt A"] {
+        let named = |run: &str, more: &str, code: i32, parts: &[&str]| {
+            work.lockstep(&format!("{verb} --run-dir {run} {more}")).fails(code, parts)
+        };
+        named("nowhere", "", 2, &["nowhere is not a run directory", "config.yaml", "lockstep train"]);
+        named("run", "--checkpoint step-4", 4, &["--checkpoint step-4", "there are step-8, step-12"]);
+        named("run", "--checkpoint newest", 2, &["--checkpoint newest", "best, latest or step-N"]);
+    }
+    for verb in ["list", "verify"] {
+        work.lockstep(&format!("checkpoint {verb} --run-dir data")).fails(4, &["data holds no checkpoint", "train"]);
+    }
+}
+
+#[test]
+fn numbers_that_are_no_longer_finite_stop_the_run() {
+    let work = Workspace::new();
+    let parts = ["step 2", "the loss is NaN", "not finite: transformer.", "samples: [", "lower optim.lr"];
+    work.train("run", "--set optim.lr=1e30").fails(5, &parts);
+    let (_, rows) = table(&fs::read_to_string(work.path("run/train.csv")).unwrap());
+    assert_eq!(rows.len(), 1);
+}
+
+#[test]
+fn a_model_beyond_the_memory_is_said_in_one_line() {
+    let work = Workspace::new();
+    // Some 10^13 weights: beyond any machine's address space that allows a refusal.
+    let said = work.train("run", "--set model.n_layer=1024 --set model.n_embd=65536");
+    let said = said.fails(2, &["not enough memory", "bytes", "smaller data.micro_batch or model"]);
+    assert_eq!(said.stderr.trim_end().lines().count(), 1, "{}", said.stderr);
+}

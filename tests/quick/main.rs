@@ -1,0 +1,24 @@
+//! What one process shows, within seconds a test: the library's functions, and the binary as one rank.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod compare;
+mod devices;
+mod doctor;
+mod download;
+mod driver;
+mod errors;
+mod faults;
+mod golden;
+mod layers;
+mod lease;
+mod libraries;
+mod loader;
+mod model;
+mod pipeline;
+mod prepare;
+mod readme;
+mod sample;
+mod shard;
+mod tokenizer;

@@ -1,0 +1,237 @@
+//! The collectives themselves, between one to four real ranks: every size, every kind of tensor, every way of cutting.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use lockstep::comm::{even_parts, Comm, Deadlines};
+use lockstep::device;
+use tch::{Device, Kind, Tensor};
+
+/// Odd sizes, none, one, fewer elements than ranks, and more than one exchange carries (4 Mi).
+const SIZES: [i64; 9] = [0, 1, 2, 3, 5, 63, 4097, 1_000_003, (1 << 22) + 7];
+
+/// Starts this test binary again as `ranks` ranks, each of which runs the test `name` below.
+fn as_ranks(ranks: usize, name: &str) -> std::process::Output {
+    Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("launch/local"))
+        .arg(ranks.to_string())
+        .args(["--exact", &format!("collectives::{name}"), "--ignored", "--nocapture", "--test-threads=1"])
+        .env("LOCKSTEP_BIN", std::env::current_exe().unwrap())
+        .env("OMP_NUM_THREADS", "1")
+        .output()
+        .unwrap()
+}
+
+fn passes(ranks: usize, name: &str) {
+    let output = as_ranks(ranks, name);
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{ranks} ranks: {text}{}", String::from_utf8_lossy(&output.stderr));
+    let passed = text.matches("1 passed").count();
+    assert_eq!(passed, ranks, "{ranks} ranks: {text}");
+}
+
+#[test]
+fn sums_parts_and_copies_are_right_for_one_to_four_ranks() {
+    for ranks in 1..=4 {
+        passes(ranks, "a_rank_checks_every_collective");
+    }
+}
+
+#[test]
+fn sums_are_added_in_the_order_of_the_ranks() {
+    for ranks in 2..=4 {
+        passes(ranks, "a_rank_checks_the_order_of_sums");
+    }
+}
+
+#[test]
+fn a_rank_that_does_not_come_is_given_up_at_the_deadline() {
+    passes(2, "a_rank_waits_for_one_that_sleeps");
+}
+
+#[test]
+fn what_cannot_be_summed_is_refused_before_it_is_sent() {
+    passes(2, "a_rank_refuses_other_types");
+}
+
+/// NCCL's part: runs where there is a GPU, up to four ranks on it.
+#[test]
+fn gpus_sum_every_type_for_one_to_four_ranks() {
+    if let Err(reason) = device::select("cuda", 0) {
+        eprintln!("NOT RUN: gpus_sum_every_type_for_one_to_four_ranks: {reason}");
+        return;
+    }
+    for ranks in [1, 2, 4] {
+        passes(ranks, "a_rank_checks_nccl");
+    }
+}
+
+#[test]
+fn a_missing_nccl_is_said_and_no_panic() {
+    let comm = Comm::start(deadlines(60)).unwrap();
+    match comm.libraries().nccl {
+        Ok(version) => assert!(version.split('.').all(|part| part.parse::<u32>().is_ok()), "{version}"),
+        Err(reason) => assert!(reason.contains("libnccl.so") && reason.contains("launch/setup --cuda"), "{reason}"),
+    }
+}
+
+fn deadlines(step: u64) -> Deadlines {
+    let step = Duration::from_secs(step);
+    Deadlines { startup: Duration::from_secs(60), step, save: step }
+}
+
+/// Small whole numbers, so that every order of adding gives the same.
+fn numbers(rank: usize, size: i64) -> Tensor {
+    (Tensor::arange(size, (Kind::Float, Device::Cpu)).remainder(1000.0) + rank as f64).to_kind(Kind::Float)
+}
+
+#[test]
+#[ignore = "one rank of a test above"]
+fn a_rank_checks_every_collective() {
+    let comm = Comm::start(deadlines(60)).unwrap();
+    let (n, rank) = (comm.world_size, comm.rank);
+    for size in SIZES {
+        let sum = (0..n).fold(Tensor::zeros([size], (Kind::Float, Device::Cpu)), |sum, rank| sum + numbers(rank, size));
+
+        let mut found = numbers(rank, size);
+        comm.all_reduce(&mut found).unwrap();
+        assert_eq!(found, sum, "all-reduce of {size}");
+
+        let mut found = numbers(rank, size);
+        comm.broadcast(&mut found).unwrap();
+        assert_eq!(found, numbers(0, size), "broadcast of {size}");
+
+        let all = size as usize;
+        let uneven: Vec<usize> = (0..=n).map(|r| if r == n { all } else { all.min(r * r * 3) }).collect();
+        let last_has_all: Vec<usize> = (0..=n).map(|r| if r == n { all } else { 0 }).collect();
+        for bounds in [even_parts(all, n), uneven, last_has_all] {
+            let part =
+                |tensor: &Tensor| tensor.narrow(0, bounds[rank] as i64, (bounds[rank + 1] - bounds[rank]) as i64);
+            let found = numbers(rank, size);
+            comm.begin_reduce_scatter(&found, &bounds).unwrap();
+            comm.finish().unwrap();
+            assert_eq!(part(&found), part(&sum), "reduce-scatter of {size} at {bounds:?}");
+
+            let found = Tensor::full([size], -1.0, (Kind::Float, Device::Cpu));
+            part(&found).copy_(&part(&sum));
+            comm.begin_all_gather(&found, &bounds).unwrap();
+            comm.finish().unwrap();
+            assert_eq!(found, sum, "all-gather of {size} at {bounds:?}");
+        }
+    }
+
+    // Several on their way at once, among them empty ones, in slices of one tensor.
+    let flat = numbers(rank, 10_000);
+    for (start, length) in [(0, 10), (10, 0), (10, 4990), (5000, 0), (5000, 5000)] {
+        comm.begin_all_reduce(&flat.narrow(0, start, length)).unwrap();
+    }
+    comm.finish().unwrap();
+    let mut whole = numbers(rank, 10_000);
+    comm.all_reduce(&mut whole).unwrap();
+    assert_eq!(flat, whole);
+
+    let gathered = comm.gather(&[rank as f64, 0.5]).unwrap();
+    assert_eq!(gathered, (0..n).map(|rank| vec![rank as f64, 0.5]).collect::<Vec<_>>());
+    assert_eq!(comm.gather(&[]).unwrap(), vec![Vec::<f64>::new(); n]);
+    assert_eq!(comm.sum(&[1.0, rank as f64]).unwrap(), [n as f64, (n * (n - 1) / 2) as f64]);
+    assert!(comm.any(rank + 1 == n).unwrap());
+    assert!(!comm.any(false).unwrap());
+    comm.barrier(comm.deadlines.step).unwrap();
+}
+
+/// 1 + 2^-24 is 1 in fp32, so the sum tells in which order it was added.
+#[test]
+#[ignore = "one rank of a test above"]
+fn a_rank_checks_the_order_of_sums() {
+    let comm = Comm::start(deadlines(60)).unwrap();
+    let tiny = f32::EPSILON / 2.0;
+    for large in 0..comm.world_size {
+        let value = |rank: usize| if rank == large { 1.0 } else { tiny };
+        let expected = (1..comm.world_size).fold(value(0), |sum, rank| sum + value(rank));
+        let mut found = Tensor::full([100_001], f64::from(value(comm.rank)), (Kind::Float, Device::Cpu));
+        comm.all_reduce(&mut found).unwrap();
+        let found = [found.min(), found.max()].map(|end| end.double_value(&[]) as f32);
+        assert_eq!(found.map(f32::to_bits), [expected.to_bits(); 2], "{large}");
+    }
+}
+
+#[test]
+#[ignore = "one rank of a test above"]
+fn a_rank_waits_for_one_that_sleeps() {
+    let comm = Comm::start(deadlines(1)).unwrap();
+    if comm.rank == 1 {
+        std::thread::sleep(Duration::from_secs(3));
+    } else {
+        let error = comm.barrier(comm.deadlines.step).unwrap_err();
+        assert_eq!(lockstep::error::exit_code(&error), 6);
+        assert!(error.to_string().contains("longer than 1 s"), "{error}");
+    }
+    // The other comes late after all, and both leave in order.
+    if comm.rank == 1 {
+        comm.barrier(comm.deadlines.startup).unwrap();
+    }
+}
+
+#[test]
+#[ignore = "one rank of a test above"]
+fn a_rank_refuses_other_types() {
+    let comm = Comm::start(deadlines(60)).unwrap();
+    for kind in [Kind::BFloat16, Kind::Half, Kind::Double, Kind::Int64] {
+        let error = comm.begin_all_reduce(&Tensor::zeros([4], (kind, Device::Cpu))).unwrap_err();
+        assert!(error.to_string().contains(&format!("{kind:?}")), "{error}");
+    }
+    let strided = Tensor::zeros([4, 4], (Kind::Float, Device::Cpu)).narrow(1, 0, 2);
+    assert!(comm.begin_all_reduce(&strided).is_err());
+    let flat = Tensor::zeros([4], (Kind::Float, Device::Cpu));
+    for bounds in [vec![0, 4], vec![0, 2, 5], vec![1, 2, 4], vec![0, 5, 4]] {
+        assert!(comm.begin_reduce_scatter(&flat, &bounds).is_err(), "{bounds:?}");
+        assert!(comm.begin_all_gather(&flat, &bounds).is_err(), "{bounds:?}");
+    }
+    // Nothing was sent: the next collective finds its peers where they should be.
+    assert_eq!(comm.sum(&[1.0]).unwrap(), [2.0]);
+}
+
+#[test]
+#[ignore = "one rank of a test above"]
+fn a_rank_checks_nccl() {
+    // NCCL refuses two ranks on one GPU of one host; each gets a host's name of its own, and they meet over the loopback.
+    std::env::set_var("NCCL_HOSTID", format!("host-{}", std::env::var("OMPI_COMM_WORLD_RANK").unwrap()));
+    std::env::set_var("NCCL_NET", "Socket");
+    std::env::set_var("NCCL_SOCKET_IFNAME", "lo");
+    let mut comm = Comm::start(deadlines(60)).unwrap();
+    let gpu = device::select("cuda", 0).unwrap();
+    comm.use_device(gpu).unwrap();
+    let (n, rank) = (comm.world_size, comm.rank);
+    for kind in [Kind::Float, Kind::BFloat16, Kind::Half, Kind::Double, Kind::Int, Kind::Int64] {
+        for size in SIZES {
+            // Whole numbers up to 8 ranks x 30, exact in bf16.
+            let mine =
+                |rank: usize| (Tensor::arange(size, (Kind::Int64, gpu)).remainder(16) + rank as i64).to_kind(kind);
+            let sum = (0..n).fold(Tensor::zeros([size], (kind, gpu)), |sum, rank| sum + mine(rank));
+            let mut found = mine(rank);
+            comm.all_reduce(&mut found).unwrap();
+            assert_eq!(found, sum, "all-reduce of {size} {kind:?}");
+            let mut found = mine(rank);
+            comm.broadcast(&mut found).unwrap();
+            assert_eq!(found, mine(0), "broadcast of {size} {kind:?}");
+            let all = size as usize;
+            let even = (0..=n).map(|r| all / n * r).collect::<Vec<_>>();
+            for bounds in [even_parts(all, n), even] {
+                let length = bounds[n] as i64;
+                let part =
+                    |tensor: &Tensor| tensor.narrow(0, bounds[rank] as i64, (bounds[rank + 1] - bounds[rank]) as i64);
+                let found = mine(rank).narrow(0, 0, length);
+                comm.begin_reduce_scatter(&found, &bounds).unwrap();
+                comm.finish().unwrap();
+                assert_eq!(part(&found), part(&sum), "reduce-scatter of {length} {kind:?}");
+                let found = Tensor::zeros([length], (kind, gpu));
+                part(&found).copy_(&part(&sum));
+                comm.begin_all_gather(&found, &bounds).unwrap();
+                comm.finish().unwrap();
+                assert_eq!(found, sum.narrow(0, 0, length), "all-gather of {length} {kind:?}");
+            }
+        }
+    }
+    let refused = comm.begin_all_reduce(&Tensor::zeros([4], (Kind::Bool, gpu))).unwrap_err();
+    assert!(refused.to_string().contains("Bool"), "{refused}");
+}

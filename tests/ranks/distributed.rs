@@ -1,0 +1,129 @@
+//! Several CPU ranks through `launch/local`: the same run whatever their number, each computing only its share.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use crate::common::rows;
+use crate::common::runs::Run;
+
+#[test]
+fn one_to_four_ranks_learn_the_same() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = "seed: 1\ndata: {layout: packed, block_size: 32, batch_size: 24}\nmodel: {preset: gpt-nano, tied_head: false}\n\
+                  optim: {lr: 5.0e-4}\ntrain: {steps: 50, eval_every: 25, save_every: 0}\n";
+    let mut curves = Vec::new();
+    for ranks in 1..=4 {
+        let run = Run::new(folder.path(), &format!("ranks-{ranks}"), config, ranks);
+        assert_eq!(run.start(&[]).code(), Some(0), "{ranks} ranks");
+        let numbers = |file: &str, column: &str| -> Vec<f64> {
+            rows(&run.dir.join(file)).iter().map(|row| row[column].parse().unwrap()).collect()
+        };
+        assert!(numbers("train.csv", "world_size").iter().all(|&n| n == ranks as f64));
+        curves.push(
+            [numbers("train.csv", "loss"), numbers("train.csv", "grad_norm"), numbers("eval.csv", "loss")].concat(),
+        );
+        check_shares(&run.dir, ranks);
+    }
+    assert_eq!(curves[0].len(), 102);
+    for (ranks, curve) in curves.iter().enumerate().skip(1) {
+        for (step, (found, alone)) in curve.iter().zip(&curves[0]).enumerate() {
+            let distance = (found / alone - 1.0).abs();
+            assert!(distance < 1e-5, "{} ranks, number {step}: {found}, alone {alone}", ranks + 1);
+        }
+    }
+}
+
+/// Reads each rank's log: what it computed must be its share of the run, and the first step's samples disjoint, equally
+/// many, and together the whole batch.
+fn check_shares(run_dir: &Path, ranks: usize) {
+    let mut seen = BTreeSet::new();
+    for rank in 0..ranks {
+        let log = std::fs::read_to_string(run_dir.join(format!("logs/rank-{rank:04}.log"))).unwrap();
+        let share = 24 / ranks;
+        let says = format!("rank {rank} computes {share} of the 24 sequences of each step; of step 1 samples [");
+        let list = log.split_once(&says).unwrap_or_else(|| panic!("no `{says}` in {log}")).1;
+        let list = list.split_once(']').unwrap().0;
+        let samples: Vec<u32> = list.split(", ").map(|sample| sample.parse().unwrap()).collect();
+        assert_eq!(samples.len(), share.min(16), "a log shows the first 16 samples");
+        let computed = format!("rank {rank} computed {} of the {} sequences of steps 1 to 50", share * 50, 24 * 50);
+        assert!(log.contains(&computed), "no `{computed}` in {log}");
+        for sample in samples {
+            assert!(seen.insert(sample), "sample {sample} is computed by two ranks");
+        }
+    }
+    assert_eq!(seen.len(), if ranks == 1 { 16 } else { 24 });
+}
+
+#[test]
+fn an_error_of_the_ranks_ends_them_all_with_its_exit_code() {
+    let folder = tempfile::tempdir().unwrap();
+    let run =
+        Run::new(folder.path(), "indivisible", "data: {block_size: 16, batch_size: 7}\nmodel: {preset: gpt-nano}\n", 2);
+    let done = run.command(&[]).output().unwrap();
+    let said = String::from_utf8_lossy(&done.stderr);
+    assert_eq!(done.status.code(), Some(2), "{said}");
+    assert!(said.contains("7 sequences cannot be shared evenly by 2 ranks"), "{said}");
+    assert!(said.contains("6 or 8"), "{said}");
+}
+
+/// A program that does `first` in a shell and then becomes the binary.
+fn wrapper(folder: &Path, first: &str) -> PathBuf {
+    let script = folder.join("lockstep");
+    std::fs::write(&script, format!("#!/bin/sh\n{first}\nexec {} \"$@\"\n", env!("CARGO_BIN_EXE_lockstep"))).unwrap();
+    std::fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    script
+}
+
+#[test]
+fn a_place_that_slurm_and_mpi_see_differently_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = "data: {block_size: 16, batch_size: 8}\nmodel: {preset: gpt-nano}\ntrain: {steps: 2, eval_every: 0}\n";
+    // As under srun: Slurm's variables, and PMIx's for MPI; none of mpirun's.
+    let as_slurm = |places: &str| {
+        format!("rank=$OMPI_COMM_WORLD_RANK; unset OMPI_COMM_WORLD_SIZE; export SLURM_STEP_NUM_TASKS=2 {places}")
+    };
+    let agreeing = wrapper(folder.path(), &as_slurm("SLURM_PROCID=$rank SLURM_LOCALID=$rank"));
+    let run = Run::new(folder.path(), "agreeing", config, 2);
+    let done = run.command(&[]).env("LOCKSTEP_BIN", agreeing).output().unwrap();
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+
+    let swapped = wrapper(folder.path(), &as_slurm("SLURM_PROCID=$((1 - rank)) SLURM_LOCALID=$((1 - rank))"));
+    let run = Run::new(folder.path(), "swapped", config, 2);
+    let done = run.command(&[]).env("LOCKSTEP_BIN", swapped).output().unwrap();
+    let said = String::from_utf8_lossy(&done.stderr);
+    assert_eq!(done.status.code(), Some(6), "{said}");
+    assert!(said.contains("MPI says") && said.contains("Slurm says that it is task"), "{said}");
+    assert!(!run.dir.exists());
+}
+
+#[test]
+fn ranks_that_disagree_are_refused_before_they_train() {
+    let folder = tempfile::tempdir().unwrap();
+    let run =
+        Run::new(folder.path(), "disagree", "data: {block_size: 16, batch_size: 8}\nmodel: {preset: gpt-nano}\n", 2);
+    // Rank 1 is given another seed, as a node with an older copy of the configuration would.
+    let script = wrapper(folder.path(), "[ \"$OMPI_COMM_WORLD_RANK$PMI_RANK\" = 1 ] && set -- \"$@\" --set seed=99");
+    let done = run.command(&[]).env("LOCKSTEP_BIN", &script).output().unwrap();
+    let said = String::from_utf8_lossy(&done.stderr);
+    assert_eq!(done.status.code(), Some(6), "{said}");
+    assert!(
+        said.contains("ranks [1] have another configuration than rank 0: seed is 99 there and 3407 here"),
+        "{said}"
+    );
+    assert!(!run.dir.exists(), "a refused job made a run directory");
+}
+
+#[test]
+fn ranks_that_mpi_does_not_join_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = Run::new(folder.path(), "alone", "data: {block_size: 16}\nmodel: {preset: gpt-nano}\n", 1);
+    // As `srun` without PMIx would start it: one of two tasks, and nothing through which MPI could find the other.
+    let mut command = Command::new(env!("CARGO_BIN_EXE_lockstep"));
+    command.args(["train", "--config"]).arg(&run.config).arg("--run-dir").arg(&run.dir);
+    let done = command.env("SLURM_STEP_NUM_TASKS", "2").env("SLURM_PROCID", "0").stdin(Stdio::null()).output().unwrap();
+    let said = String::from_utf8_lossy(&done.stderr);
+    assert_eq!(done.status.code(), Some(2), "{said}");
+    assert!(said.contains("mpirun") && said.contains("--mpi=pmix"), "{said}");
+    assert!(!run.dir.exists(), "nothing may be written by a rank that trains a model of its own");
+}

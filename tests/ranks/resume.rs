@@ -1,0 +1,137 @@
+//! Resume is a promise: a run that was killed and resumed ends with the bits of one that was not.
+
+use crate::common::alike::{assert_alike, assert_learnt_alike, columns};
+use crate::common::runs::Run;
+use crate::common::{rows, sample};
+use lockstep::data::shard::Shard;
+
+/// Dropout, accumulation, an epoch's end inside the run, and evaluation, saving and sampling at steps of their own.
+const CONFIG: &str = "seed: 11\ndata: {layout: packed, block_size: 32, batch_size: 32, micro_batch: MICRO}\n\
+    model: {n_layer: 2, n_head: 2, n_embd: 32, dropout: 0.1}\n\
+    optim: {lr: 1.0e-3, schedule: cosine, warmup_steps: 10}\n\
+    train: {steps: 100, eval_every: 14, save_every: 6, sample_every: 9, keep_last: 3, prompts: [' A', ' The']}\n";
+
+fn killed_and_resumed(ranks: usize) {
+    let folder = tempfile::tempdir().unwrap();
+    let config = CONFIG.replace("MICRO", &(16 / ranks).to_string());
+    let straight = Run::new(folder.path(), "straight", &config, ranks);
+    assert!(straight.start(&[]).success());
+    let steps = rows(&straight.dir.join("train.csv"));
+    assert_eq!(steps.len(), 100);
+    let epoch = Shard::open(&sample().join("train.bin")).unwrap().n_tokens() / 32 / 32;
+    assert!((30..70).contains(&epoch), "an epoch of {epoch} steps does not end amid the kills");
+
+    let broken = Run::new(folder.path(), "broken", &config, ranks);
+    let mut kills = 0;
+    // Inside an epoch, at an evaluation, a sample, a save, and past an epoch's end.
+    for step in [3, 14, 18, 24, 27, 40, 56, 77, 90] {
+        kills += usize::from(broken.kill_at(step).is_some());
+    }
+    assert!(kills >= 7, "only {kills} kills struck");
+    assert!(broken.start(&[]).success());
+    assert_alike(&broken.dir, &straight.dir);
+}
+
+#[test]
+fn one_rank_killed_and_resumed() {
+    killed_and_resumed(1);
+}
+
+#[test]
+fn two_ranks_killed_and_resumed() {
+    killed_and_resumed(2);
+}
+
+fn stopped_and_resumed(ranks: usize, threads: usize, signal: &str) {
+    let folder = tempfile::tempdir().unwrap();
+    let config = CONFIG.replace("MICRO", &(16 / ranks).to_string()).replace("save_every: 6", "save_every: 0");
+    // So many that no request comes too late.
+    let config = config.replace("steps: 100", "steps: 300");
+    let straight = Run { threads, ..Run::new(folder.path(), "straight", &config, ranks) };
+    assert!(straight.start(&[]).success());
+    let broken = Run { threads, ..Run::new(folder.path(), "broken", &config, ranks) };
+    for step in [5, 28, 61] {
+        let stopped = broken.stop_at(step, signal).expect("the signal came too late");
+        assert_eq!(stopped.code(), Some(75));
+        let steps = columns(&broken.dir.join("train.csv"), &["step"]).len();
+        let saved = broken.dir.join(format!("checkpoints/step-{steps:08}/MANIFEST.json"));
+        assert!(saved.is_file(), "stopped after step {steps} without saving it");
+    }
+    assert!(broken.start(&[]).success());
+    // What a stop left out, an evaluation or a sample that was due, the resumed run has made up for.
+    assert_learnt_alike(&broken.dir, &straight.dir);
+}
+
+#[test]
+fn one_rank_of_two_threads_stops_on_request_with_75() {
+    stopped_and_resumed(1, 2, "USR1");
+}
+
+#[test]
+fn two_ranks_stop_together_on_request_with_75() {
+    stopped_and_resumed(2, 1, "TERM");
+}
+
+const SHORT: &str =
+    "data: {layout: packed, block_size: 16, batch_size: 4}\nmodel: {n_layer: 1, n_head: 1, n_embd: 16}\n\
+    train: {steps: 12, eval_every: 4, save_every: 4}\n";
+
+#[test]
+fn a_log_without_its_checkpoints_is_not_overwritten() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = Run::new(folder.path(), "run", SHORT, 1);
+    assert!(run.start(&[]).success());
+    let log = std::fs::read(run.dir.join("train.csv")).unwrap();
+    let away = folder.path().join("checkpoints");
+    std::fs::rename(run.dir.join("checkpoints"), &away).unwrap();
+    let done = run.command(&[]).output().unwrap();
+    let said = String::from_utf8_lossy(&done.stderr);
+    assert_eq!(done.status.code(), Some(4), "{said}");
+    assert!(said.contains("the log of 12 steps but no checkpoint"), "{said}");
+    assert_eq!(std::fs::read(run.dir.join("train.csv")).unwrap(), log);
+    std::fs::rename(&away, run.dir.join("checkpoints")).unwrap();
+    assert!(run.start(&[]).success());
+    assert_eq!(std::fs::read(run.dir.join("train.csv")).unwrap(), log);
+}
+
+#[test]
+fn another_runs_checkpoint_begins_a_run_and_a_restart_goes_on_with_its_own() {
+    let folder = tempfile::tempdir().unwrap();
+    let first = Run::new(folder.path(), "first", SHORT, 1);
+    assert!(first.start(&[]).success());
+    let second = Run::new(folder.path(), "second", &SHORT.replace("steps: 12", "steps: 16"), 1);
+    let from = first.dir.to_str().unwrap().to_string();
+    assert!(second.start(&["--resume", &from]).success());
+    assert_eq!(columns(&second.dir.join("train.csv"), &["step"]), [["13"], ["14"], ["15"], ["16"]]);
+    // The same command, as a requeued job would give it, must not begin with the first run's again.
+    assert!(second.start(&["--resume", &from, "--set", "train.steps=18"]).success());
+    assert_eq!(columns(&second.dir.join("train.csv"), &["step"]).len(), 6);
+    assert!(first.dir.join("checkpoints/step-00000012").exists());
+}
+
+#[test]
+fn a_configuration_is_proved_to_resume_bit_for_bit() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = CONFIG.replace("MICRO", "8");
+    let run = Run::new(folder.path(), "mine", &format!("name: mine\n{config}"), 2);
+    let prove = |ranks: usize, more: &[&str]| {
+        let mut command =
+            Run { config: run.config.clone(), dir: run.dir.clone(), threads: 1, ranks }.verb("checkpoint");
+        command.arg("prove").arg("--config").arg(&run.config).args(more).current_dir(folder.path());
+        let done = command.stdout(std::process::Stdio::piped()).output().unwrap();
+        let said = String::from_utf8_lossy(&done.stdout).into_owned() + &String::from_utf8_lossy(&done.stderr);
+        (done.status.code(), said)
+    };
+    let (code, said) = prove(2, &["--set", "optim.zero1=true"]);
+    assert_eq!(code, Some(0), "{said}");
+    let parts = ["steps 11 to 20: tokens, loss, lr and grad_norm are alike", "bit for bit: 2 ranks"];
+    for part in parts.into_iter().chain(["model.safetensors: alike", "rank-0001-of-0002.safetensors: alike"]) {
+        assert!(said.contains(part), "no {part:?} in {said}");
+    }
+    assert!(!folder.path().join("runs/mine-proof").exists());
+    // What is there is not removed.
+    std::fs::create_dir_all(folder.path().join("runs/mine-proof")).unwrap();
+    let (code, said) = prove(1, &["--steps", "4"]);
+    assert_eq!(code, Some(4), "{said}");
+    assert!(said.contains("mine-proof is there, from an earlier proof; remove it"), "{said}");
+}
