@@ -10,15 +10,13 @@ use crate::error::Result;
 /// Prints the whole configuration as YAML, or the value of one key in a line.
 pub fn show(path: Option<&Path>, training: &Training, key: Option<&str>) -> Result<()> {
     let config = match path {
-        Some(path) => Config::load(path, &training.overrides),
-        None => Config::parse("", &training.overrides),
-    }?;
-    // What is wrong for one rank is wrong for any number of them.
-    let config = config.validate(1).map_err(|e| match path {
-        Some(path) => e.context(format!("in {}", path.display())),
-        None => e,
-    })?;
-    let config = config.config;
+        // What is wrong for one rank is wrong for any number of them.
+        Some(path) => {
+            let plan = Config::load(path, &training.overrides)?.validate(1);
+            plan.map_err(|e| e.context(format!("in {}", path.display())))?.config
+        }
+        None => Config::parse("", &training.overrides)?,
+    };
     match key {
         None => print(config.to_yaml()?.trim_end()),
         Some("run_dir") => print(&run_dir(training, &config).display().to_string()),

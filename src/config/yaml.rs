@@ -79,9 +79,12 @@ impl Config {
         for name in names {
             let mut wanted = Value::Mapping(Mapping::new());
             set(&mut wanted, name, Value::Null)?;
+            if paths.iter().any(|path| path.starts_with(&format!("{name}."))) {
+                return usage(format!("`{name}` is a section; name one of its keys"));
+            }
             if !paths.contains(name) {
                 check_keys(&wanted, &known, "", &paths)?;
-                return usage(format!("`{name}` is a section; name one of its keys"));
+                return usage(format!("unknown key `{name}`: what comes before the last dot has no keys of its own"));
             }
         }
         Ok(())

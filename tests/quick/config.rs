@@ -26,7 +26,7 @@ fn the_run_directory_is_the_one_that_train_takes_in_any_spelling() {
     ];
     for (text, name) in spellings {
         fs::write(work.path("spelt.yaml"), text).unwrap();
-        let said = printed(&work, &["--print", "run_dir", "--config", "spelt.yaml"]);
+        let said = printed(&work, &["--print", "run_dir", "--config", "spelt.yaml", "--set", "model.preset=gpt-nano"]);
         assert_eq!(said, format!("runs/{name}\n"), "{text:?}");
     }
     let of_tiny = ["--print", "run_dir", "--config", "tiny.yaml", "--set", "name='via set'"];
@@ -72,6 +72,7 @@ fn what_it_cannot_print_is_refused() {
     key("data.batchsize").fails(2, &["unknown key `data.batchsize`", "did you mean `data.batch_size`?"]);
     key("rundir").fails(2, &["`run_dir`", "unknown key `rundir`"]);
     key("data").fails(2, &["`data` is a section"]);
+    key("seed.x").fails(2, &["unknown key `seed.x`"]);
     work.lockstep("config --config none.yaml --print run_dir").fails(2, &["none.yaml"]);
     work.lockstep("config --config tiny.yaml --set train.log_every=0").fails(2, &["in tiny.yaml", "train.log_every"]);
 }
