@@ -71,18 +71,24 @@ pub enum Verb {
         /// The run's YAML file.
         #[arg(long)]
         config: PathBuf,
-        /// Replaces one key of it, for example optim.lr=3e-4.
-        #[arg(long = "set", value_name = "KEY=VALUE")]
-        overrides: Vec<String>,
-        /// Where the run's files go; runs/NAME where none is named.
+        /// How to train.
+        #[command(flatten)]
+        training: Training,
+    },
+    /// Prints the configuration that `train` takes from the same arguments, or one value of it.
+    #[command(
+        after_help = "Example:\n  lockstep config --config configs/wikitext2.yaml --set optim.lr=1e-3 --print optim.lr"
+    )]
+    Config {
+        /// The YAML file; without one, every key has its default.
         #[arg(long)]
-        run_dir: Option<PathBuf>,
-        /// `auto`: at the newest checkpoint of the run directory; `never`; or a checkpoint or run directory.
-        #[arg(long, default_value = "auto", value_name = "auto|never|PATH")]
-        resume: String,
-        /// Lets a resumed run change this key, although it changes what is learnt.
+        config: Option<PathBuf>,
+        /// As for `train`.
+        #[command(flatten)]
+        training: Training,
+        /// Prints the value of this key only, or of `run_dir`.
         #[arg(long, value_name = "KEY")]
-        allow_config_change: Vec<String>,
+        print: Option<String>,
     },
     /// Evaluates a checkpoint and prints one CSV row with its header.
     #[command(after_help = "Example:\n  lockstep eval --run-dir runs/wikitext2 --split test")]
@@ -179,6 +185,23 @@ pub enum Verb {
         /// The shell.
         shell: clap_complete::Shell,
     },
+}
+
+/// What `train` is told beside its file.
+#[derive(Debug, Args)]
+pub struct Training {
+    /// Replaces one key of the file, for example optim.lr=3e-4.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub overrides: Vec<String>,
+    /// Where the run's files go; runs/NAME if none is named.
+    #[arg(long)]
+    pub run_dir: Option<PathBuf>,
+    /// `auto`: at the newest checkpoint of the run directory; `never`; or a checkpoint or run directory.
+    #[arg(long, default_value = "auto", value_name = "auto|never|PATH")]
+    pub resume: String,
+    /// Lets a resumed run change this key, although it changes what is learnt.
+    #[arg(long, value_name = "KEY")]
+    pub allow_config_change: Vec<String>,
 }
 
 /// Which checkpoint of which run.

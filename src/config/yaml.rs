@@ -59,9 +59,12 @@ impl Config {
         for name in names {
             let mut wanted = Value::Mapping(Mapping::new());
             set(&mut wanted, name, Value::Null)?;
+            if paths.iter().any(|path| path.starts_with(&format!("{name}."))) {
+                return usage(format!("`{name}` is a section; name one of its keys"));
+            }
             if !paths.contains(name) {
                 check_keys(&wanted, &known, "", &paths)?;
-                return usage(format!("`{name}` is a section; name one of its keys"));
+                return usage(format!("unknown key `{name}`: what comes before the last dot has no keys of its own"));
             }
         }
         Ok(())
@@ -102,6 +105,19 @@ impl Config {
             .filter(|key| new.get(*key) != old.get(*key))
             .map(|key| (key.clone(), text(old.get(key)), text(new.get(key))))
             .collect())
+    }
+
+    /// The value of one key, such as `data.batch_size`, in a line: text as it is, nothing for a key that is not set.
+    ///
+    /// # Errors
+    /// Usage: a key that does not exist, with the nearest one.
+    pub fn value(&self, key: &str) -> Result<String> {
+        Self::check_names(&[key.into()])?;
+        Ok(match flatten(self)?.remove(key) {
+            None | Some(Value::Null) => String::new(),
+            Some(Value::String(text)) => text,
+            Some(value) => serde_json::to_string(&value)?,
+        })
     }
 
     /// The resolved configuration as YAML, for `config.yaml`.

@@ -4,6 +4,7 @@
 mod common;
 
 mod compare;
+mod config;
 mod devices;
 mod doctor;
 mod documents;
