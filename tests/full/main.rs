@@ -4,3 +4,5 @@
 mod common;
 
 mod corruption;
+#[cfg(feature = "mpi")]
+mod documents;

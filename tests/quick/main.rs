@@ -4,8 +4,10 @@
 mod common;
 
 mod compare;
+mod config;
 mod devices;
 mod doctor;
+mod documents;
 mod download;
 mod driver;
 mod errors;
@@ -18,7 +20,6 @@ mod loader;
 mod model;
 mod pipeline;
 mod prepare;
-mod readme;
 mod sample;
 mod shard;
 mod tokenizer;
