@@ -37,9 +37,9 @@ impl Workspace {
         Self::in_folder(tempfile::tempdir().unwrap())
     }
 
-    /// In memory, so that no slow disk keeps a process from writing for seconds.
+    /// As [`in_memory`].
     pub fn in_memory() -> Self {
-        Self::in_folder(TempDir::new_in("/dev/shm").or_else(|_| TempDir::new()).unwrap())
+        Self::in_folder(in_memory())
     }
 
     fn in_folder(folder: TempDir) -> Self {
@@ -204,6 +204,11 @@ fn session() -> PathBuf {
         }
     }
     all.join(std::process::id().to_string())
+}
+
+/// A folder in memory, if the machine has one: for what may not wait for a disk, which may stop for seconds.
+pub fn in_memory() -> TempDir {
+    TempDir::new_in("/dev/shm").or_else(|_| TempDir::new()).unwrap()
 }
 
 /// The data folder of the sample under `bpe:512`.

@@ -1,10 +1,19 @@
 //! Runs through the binary, for tests of several ranks and of resuming.
 
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use super::{binary, sample};
+
+/// Steps of milliseconds, and no end in sight.
+pub const ENDLESS: &str = "device: cpu\ndata: {block_size: 32, batch_size: 8}\nmodel: {n_layer: 2, n_head: 2, n_embd: 32}\n\
+    train: {steps: 1000000, eval_every: 0, save_every: 0}\n";
+
+/// Longer than anything here takes on any machine: only what hangs fails by it.
+const PATIENCE: Duration = Duration::from_secs(600);
 
 /// A training run in a folder of its own.
 pub struct Run {
@@ -20,7 +29,7 @@ impl Run {
     pub fn new(folder: &Path, name: &str, config: &str, ranks: usize) -> Self {
         let path = folder.join(format!("{name}.yaml"));
         let folder_key = format!("data: {{dir: {}, ", sample().display());
-        std::fs::write(&path, config.replace("data: {", &folder_key)).unwrap();
+        fs::write(&path, config.replace("data: {", &folder_key)).unwrap();
         Self { config: path, dir: folder.join(name), ranks, threads: 1 }
     }
 
@@ -70,7 +79,7 @@ impl Run {
 
     fn strike_at(&self, step: usize, strike: impl Fn(u32) -> bool) -> Option<ExitStatus> {
         let mut child = self.command(&[]).stderr(Stdio::null()).spawn().unwrap();
-        let deadline = Instant::now() + Duration::from_secs(600);
+        let begun = Instant::now();
         loop {
             if let Some(status) = child.try_wait().unwrap() {
                 assert!(status.success(), "the run ended by itself with {status}");
@@ -82,14 +91,112 @@ impl Run {
                 assert!(struck || status.success(), "no process was struck, and the run ended with {status}");
                 return struck.then_some(status);
             }
-            assert!(Instant::now() < deadline, "step {step} was not reached in time");
-            std::thread::sleep(Duration::from_millis(1));
+            assert!(begun.elapsed() < PATIENCE, "step {step} was not reached");
+            sleep(Duration::from_millis(1));
         }
     }
 }
 
 fn last_step(dir: &Path) -> usize {
-    let text = std::fs::read_to_string(dir.join("train.csv")).unwrap_or_default();
+    let text = fs::read_to_string(dir.join("train.csv")).unwrap_or_default();
     let whole = text.rfind('\n').map_or("", |end| &text[..end]);
     whole.lines().next_back().and_then(|line| line.split(',').next()?.parse().ok()).unwrap_or(0)
+}
+
+/// A run under way, whose processes end with it.
+pub struct Going<'a> {
+    pub run: &'a Run,
+    pub child: Child,
+    pub stderr: PathBuf,
+}
+
+impl<'a> Going<'a> {
+    pub fn start(run: &'a Run, more: &[&str]) -> Self {
+        let stderr = run.dir.with_extension("stderr");
+        let child = run.command(more).stderr(File::create(&stderr).unwrap()).spawn().unwrap();
+        Self { run, child, stderr }
+    }
+
+    pub fn said(&self) -> String {
+        fs::read_to_string(&self.stderr).unwrap()
+    }
+
+    /// Waits for its end; the exit code and what was said.
+    #[track_caller]
+    pub fn ends(mut self) -> (Option<i32>, String) {
+        let begun = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                while is_alive(&self.run.dir) {
+                    assert!(begun.elapsed() < PATIENCE, "a process is left: {}", self.said());
+                    sleep(Duration::from_millis(20));
+                }
+                return (status.code(), self.said());
+            }
+            assert!(begun.elapsed() < PATIENCE, "the run goes on after {PATIENCE:?}: {}", self.said());
+            sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Waits for an event, and returns what it brings.
+    #[track_caller]
+    pub fn until<T>(&mut self, what: &str, event: impl Fn() -> Option<T>) -> T {
+        let begun = Instant::now();
+        loop {
+            if let Some(found) = event() {
+                return found;
+            }
+            assert!(self.child.try_wait().unwrap().is_none(), "the run ended before {what}: {}", self.said());
+            assert!(begun.elapsed() < PATIENCE, "{PATIENCE:?} passed before {what}: {}", self.said());
+            sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Waits until a rank trains, and returns its process and its node.
+    #[track_caller]
+    pub fn trains(&mut self, rank: usize) -> (String, String) {
+        let dir = self.run.dir.clone();
+        self.until("it trains", || heartbeat(&dir, rank, "step").filter(|(step, _)| *step >= 3));
+        let (pid, host) = heartbeat(&dir, rank, "pid").unwrap();
+        (pid.to_string(), host)
+    }
+}
+
+impl Drop for Going<'_> {
+    fn drop(&mut self) {
+        // Every process of the run, mpirun too, has the run directory at the end of its command line.
+        let pattern = format!("{}$", self.run.dir.display());
+        let _ = Command::new("pkill").args(["-KILL", "-f", &pattern]).status();
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A number of a rank's heartbeat, and the rank's node.
+fn heartbeat(dir: &Path, rank: usize, field: &str) -> Option<(u64, String)> {
+    let text = fs::read(dir.join(format!("heartbeats/rank-{rank:04}.json"))).ok()?;
+    let value: serde_json::Value = serde_json::from_slice(&text).ok()?;
+    assert_eq!(value["rank"].as_u64(), Some(rank as u64));
+    Some((value[field].as_u64()?, value["host"].as_str()?.to_owned()))
+}
+
+fn is_alive(dir: &Path) -> bool {
+    Command::new("pgrep").args(["-f", &format!("{}$", dir.display())]).stdout(Stdio::null()).status().unwrap().success()
+}
+
+pub fn signal(name: &str, pid: &str) {
+    assert!(Command::new("kill").args([&format!("-{name}"), pid]).status().unwrap().success(), "kill -{name} {pid}");
+}
+
+#[track_caller]
+pub fn says(said: &str, parts: &[&str]) {
+    for part in parts {
+        assert!(said.contains(part), "no {part:?} in {said}");
+    }
+}
+
+/// A pipe in a file's place: whoever opens it to write waits for a reader, as for a file server that is gone.
+pub fn fifo(path: &Path) {
+    fs::create_dir_all(path.parent().unwrap()).unwrap();
+    assert!(Command::new("mkfifo").arg(path).status().unwrap().success());
 }

@@ -4,3 +4,6 @@
 mod common;
 
 mod corruption;
+mod lease;
+#[cfg(feature = "mpi")]
+mod watchdog;

@@ -45,11 +45,6 @@ fn alone() -> MutexGuard<'static, ()> {
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A folder in memory where there is one: some readers sync what they write.
-fn temporary() -> TempDir {
-    TempDir::new_in("/dev/shm").or_else(|_| TempDir::new()).unwrap()
-}
-
 const SMALL: GptConfig = GptConfig {
     n_layer: 1,
     n_head: 1,
@@ -95,7 +90,7 @@ fn assert_untouched(folder: &Path, before: &BTreeMap<String, Vec<u8>>, changed: 
 #[test]
 fn shard() {
     let _alone = alone();
-    let folder = temporary();
+    let folder = common::in_memory();
     let path = folder.path().join("x.bin");
     let corpus: Vec<Vec<u8>> = [300, 70_000]
         .map(|vocab_size| {
@@ -131,7 +126,7 @@ fn shard() {
 #[test]
 fn safetensors() {
     let _alone = alone();
-    let folder = temporary();
+    let folder = common::in_memory();
     let (checkpoint, mut model) = saved(folder.path());
     let numel = model.parameters.numel();
     let names = ["model.safetensors", "optimizer.safetensors"];
@@ -159,7 +154,7 @@ fn safetensors() {
 /// The checkpoint's JSON files, changed one at a time.
 fn json(name: &str, limit: &Limit) {
     let _alone = alone();
-    let folder = temporary();
+    let folder = common::in_memory();
     let (checkpoint, model) = saved(&folder.path().join("checkpoints"));
     fs::write(folder.path().join("outside"), "x").unwrap();
     let path = checkpoint.join(name);
@@ -210,7 +205,7 @@ fn data_folder(folder: &Path) -> PathBuf {
 #[test]
 fn tokenizer_json() {
     let _alone = alone();
-    let folder = temporary();
+    let folder = common::in_memory();
     let path = data_folder(folder.path()).join("tokenizer.json");
     let corpus = [fs::read(&path).unwrap()];
     fuzz(
@@ -235,7 +230,7 @@ fn tokenizer_json() {
 #[test]
 fn meta_json() {
     let _alone = alone();
-    let folder = temporary();
+    let folder = common::in_memory();
     let data = data_folder(folder.path());
     let path = data.join("meta.json");
     let corpus = [fs::read(&path).unwrap()];
@@ -254,7 +249,7 @@ fn meta_json() {
 #[test]
 fn config_yaml() {
     let _alone = alone();
-    let folder = temporary();
+    let folder = common::in_memory();
     let path = folder.path().join("x.yaml");
     let whole = Config::parse("model: {preset: gpt-nano}", &[]).unwrap().to_yaml().unwrap();
     let bomb = "a: &a [x, x, x]\nb: &b [*a, *a, *a]\nc: [*b, *b, *b]\n";
@@ -280,7 +275,7 @@ fn config_yaml() {
 #[test]
 fn archive() {
     let _alone = alone();
-    let folder = temporary();
+    let folder = common::in_memory();
     let downloads = folder.path().join("out.download");
     fs::create_dir(&downloads).unwrap();
     let path = downloads.join("wikitext-2.zip");
@@ -321,7 +316,7 @@ fn archive() {
 #[test]
 fn archive_of_one_endless_line() {
     let _alone = alone();
-    let folder = temporary();
+    let folder = common::in_memory();
     let mut zip = ZipWriter::new(Cursor::new(Vec::new()));
     for split in ["train", "valid", "test"] {
         zip.start_file(format!("wikitext-2/wiki.{split}.tokens"), SimpleFileOptions::default()).unwrap();
@@ -344,7 +339,7 @@ fn archive_of_one_endless_line() {
 #[test]
 fn csv_repair() {
     let _alone = alone();
-    let folder = temporary();
+    let folder = common::in_memory();
     let path = folder.path().join("train.csv");
     let numbers = "64,6.2,510.1,0.0005,1.5,10,1,7,1,1,5000,,120.5,1,0.3";
     let (mut train, _) = Log::open::<TrainRow>(&path, 0).unwrap();
