@@ -1,7 +1,7 @@
 """Real kills, signals, and disks that fail, in the short form; launch/faults has the long one."""
 
 import pytest
-from fault_drills import DRILLS
+from drills import DRILLS
 
 
 @pytest.mark.parametrize(

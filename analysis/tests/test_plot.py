@@ -6,11 +6,10 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+import plot
 import pytest
 
 PLOT = Path(__file__).resolve().parent.parent / "plot.py"
-sys.path.insert(0, str(PLOT.parent))
-import plot  # noqa: E402  # the path must be known first
 
 TRAIN_HEADER = (
     "step,tokens,loss,ppl,lr,grad_norm,step_ms,data_ms,compute_ms,comm_exposed_ms,optimizer_ms,"
@@ -174,4 +173,4 @@ def test_the_command_line_is_explained():
     assert draw().returncode == 2
     result = draw("--help")
     assert result.returncode == 0
-    assert "example: analysis/plot.py" in result.stdout
+    assert "example: .venv/bin/python analysis/plot.py" in result.stdout

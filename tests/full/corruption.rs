@@ -4,12 +4,12 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 
-use lockstep::checkpoint;
 use lockstep::data::prepare::DataDir;
-use lockstep::data::shard::{hex, Shard};
+use lockstep::data::shard::Shard;
 use lockstep::random::mix;
+use lockstep::run::checkpoint;
+use lockstep::run::{Best, RunDir};
 use lockstep::tokenizer::Tokenizer;
-use lockstep::train::record::{Best, RunDir};
 use sha2::{Digest, Sha256};
 
 use crate::common::{snapshot, Workspace};

@@ -83,7 +83,7 @@ fn a_gpu_that_is_not_there_is_an_error_after_the_cpus_row() {
 
 #[test]
 fn a_gpu_is_compared_with_the_first_device() {
-    if !lockstep::device::has_driver() {
+    if !lockstep::torch::has_driver() {
         return not_run("this machine has no NVIDIA driver");
     }
     let work = Workspace::new();

@@ -35,7 +35,7 @@ fn bf16_learns_what_fp32_learns() {
 
 #[test]
 fn a_gpu_learns_what_a_cpu_learns() {
-    if !lockstep::device::has_driver() {
+    if !lockstep::torch::has_driver() {
         // Past the capture of the test runner, so that nobody takes this for a check.
         let _ =
             writeln!(std::io::stderr(), "NOT RUN: a_gpu_learns_what_a_cpu_learns: this machine has no NVIDIA driver");

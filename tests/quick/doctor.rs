@@ -36,7 +36,7 @@ fn a_report_that_nobody_takes_is_an_error() {
 
 #[test]
 fn a_gpu_that_is_asked_for_and_not_there_is_a_fault() {
-    if lockstep::device::has_driver() {
+    if lockstep::torch::has_driver() {
         return not_run("this machine has an NVIDIA driver");
     }
     let said = Workspace::new().lockstep("doctor --device cuda").fails(2, &["no NVIDIA driver"]);

@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 
 use lockstep::data::download::fetch;
 use lockstep::data::prepare::{prepare, DataDir};
-use lockstep::data::shard::hex;
 use lockstep::data::wikitext::{Archive, Source};
 use lockstep::error::exit_code;
+use lockstep::files::hex;
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 use zip::write::SimpleFileOptions;

@@ -82,7 +82,7 @@ fn deterministic_runs_ask_cublas_and_nccl_for_sums_in_order() {
 
 #[test]
 fn deterministic_kernels_do_not_cost_a_filling_of_new_memory() {
-    lockstep::device::use_deterministic_kernels();
+    lockstep::torch::use_deterministic_kernels();
     // LibTorch would fill it with what is no number.
     let fresh = tch::Tensor::empty([1 << 20], (tch::Kind::Float, tch::Device::Cpu));
     assert!(!bool::try_from(fresh.isnan().all()).unwrap());
@@ -90,7 +90,7 @@ fn deterministic_kernels_do_not_cost_a_filling_of_new_memory() {
 
 #[test]
 fn a_driver_that_is_too_old_for_libtorch_is_named_with_both_versions() {
-    if !lockstep::device::libtorch_version().contains("+cu13") {
+    if !lockstep::torch::libtorch_version().contains("+cu13") {
         return crate::common::not_run("this LibTorch is not made with CUDA 13");
     }
     let work = with_driver();

@@ -239,7 +239,7 @@ fn a_prompt_outside_the_vocabulary_is_refused() {
 
 #[test]
 fn a_gpu_that_is_not_there_is_not_silently_replaced() {
-    if lockstep::device::has_driver() {
+    if lockstep::torch::has_driver() {
         return not_run("this machine has an NVIDIA driver");
     }
     let work = Workspace::new();

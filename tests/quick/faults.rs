@@ -3,8 +3,8 @@
 use std::fs;
 use std::process::Stdio;
 
-use lockstep::checkpoint;
 use lockstep::data::prepare::DataDir;
+use lockstep::run::checkpoint;
 
 use crate::common::alike::{assert_alike, assert_learnt_alike};
 use crate::common::{flip, numbers, snapshot, table, Workspace};

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use lockstep::config::{Activation, Norm, Optim};
 use lockstep::model::{Gpt, GptConfig};
-use lockstep::train::optimizer::{self, squares, AdamW};
+use lockstep::optim::adamw::{self, squares, AdamW};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use tch::{Device, Kind, Tensor};
@@ -155,7 +155,7 @@ fn check_gradients(case: &str, golden: &Golden, model: &Gpt, times: f64) {
 
 /// Clips, updates, and returns the gradient's norm before that.
 fn update(model: &mut Gpt, optimizer: &mut AdamW, optim: &Optim, step: usize) -> f64 {
-    let norm = optimizer::norm(&squares(&model.parameters, &optimizer.ranges));
+    let norm = adamw::norm(&squares(&model.parameters, &optimizer.ranges));
     optimizer.step(&mut model.parameters, step, optim.lr, &norm);
     model.parameters.publish();
     norm.double_value(&[0])

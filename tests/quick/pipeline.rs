@@ -4,7 +4,7 @@ use std::fs;
 use std::process::Stdio;
 use std::time::Instant;
 
-use lockstep::checkpoint;
+use lockstep::run::checkpoint;
 
 use crate::common::alike::assert_alike;
 use crate::common::{flip, numbers, snapshot, table, Workspace};

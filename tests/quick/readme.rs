@@ -13,7 +13,7 @@ use std::path::Path;
 
 use lockstep::compare::CompareRow;
 use lockstep::config::{Config, PRESETS};
-use lockstep::metrics::{EvalRow, RankRow, Row, TrainRow};
+use lockstep::run::tables::{header, EvalRow, RankRow, TrainRow};
 
 /// Commands that are not run: how they begin, and why.
 #[cfg(feature = "mpi")]
@@ -34,7 +34,7 @@ const LEFT: [&str; 8] = [
     "runs/wikitext2/plots/loss.png",
     "runs/homework/plots/ppl.png",
     "runs/four-ranks/logs/rank-0003.log",
-    "comparison/ppl.png",
+    "runs/comparison/ppl.png",
 ];
 
 fn root() -> &'static Path {
@@ -175,8 +175,8 @@ fn presets_and_columns_are_the_programs() {
         vec![name.to_owned(), layers.to_string(), heads.to_string(), width.to_string()]
     });
     assert_eq!(table("preset"), presets);
-    assert_eq!(first_cells("train.csv"), TrainRow::COLUMNS);
-    assert_eq!(first_cells("eval.csv"), EvalRow::COLUMNS);
-    assert_eq!(first_cells("ranks.csv"), RankRow::COLUMNS);
-    assert_eq!(first_cells("compare.csv"), CompareRow::COLUMNS);
+    assert_eq!(first_cells("train.csv").join(","), header::<TrainRow>());
+    assert_eq!(first_cells("eval.csv").join(","), header::<EvalRow>());
+    assert_eq!(first_cells("ranks.csv").join(","), header::<RankRow>());
+    assert_eq!(first_cells("compare.csv").join(","), header::<CompareRow>());
 }

@@ -5,7 +5,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use lockstep::comm::{even_parts, Comm, Deadlines};
-use lockstep::device;
+use lockstep::torch;
 use tch::{Device, Kind, Tensor};
 
 /// Odd sizes, none, one, fewer elements than ranks, and more than one exchange carries (4 Mi).
@@ -57,7 +57,7 @@ fn what_cannot_be_summed_is_refused_before_it_is_sent() {
 /// NCCL's part: runs where there is a GPU, up to four ranks on it.
 #[test]
 fn gpus_sum_every_type_for_one_to_four_ranks() {
-    if let Err(reason) = device::select("cuda", 0) {
+    if let Err(reason) = torch::select("cuda", 0) {
         eprintln!("NOT RUN: gpus_sum_every_type_for_one_to_four_ranks: {reason}");
         return;
     }
@@ -199,7 +199,7 @@ fn a_rank_checks_nccl() {
     std::env::set_var("NCCL_NET", "Socket");
     std::env::set_var("NCCL_SOCKET_IFNAME", "lo");
     let mut comm = Comm::start(deadlines(60)).unwrap();
-    let gpu = device::select("cuda", 0).unwrap();
+    let gpu = torch::select("cuda", 0).unwrap();
     comm.use_device(gpu).unwrap();
     let (n, rank) = (comm.world_size, comm.rank);
     for kind in [Kind::Float, Kind::BFloat16, Kind::Half, Kind::Double, Kind::Int, Kind::Int64] {

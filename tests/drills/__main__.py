@@ -8,12 +8,8 @@ from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 
-import faults_cluster
-import faults_ranks
-import faults_storage
-from fault_lab import BINARY, Row, table
-
-DRILLS = [*faults_storage.DRILLS, *faults_ranks.DRILLS, *faults_cluster.DRILLS]
+from drills import DRILLS
+from drills.lab import BINARY, Row, table
 
 
 def main():
