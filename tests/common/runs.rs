@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use super::{binary, sample};
 
 /// Steps of milliseconds, and no end in sight.
-pub const ENDLESS: &str = "device: cpu\ndata: {block_size: 32, batch_size: 8}\nmodel: {n_layer: 2, n_head: 2, n_embd: 32}\n\
+pub const ENDLESS: &str =
+    "device: cpu\ndata: {block_size: 32, batch_size: 8}\nmodel: {n_layer: 2, n_head: 2, n_embd: 32}\n\
     train: {steps: 1000000, eval_every: 0, save_every: 0}\n";
 
 /// Longer than anything here takes on any machine: only what hangs fails by it.

@@ -11,7 +11,8 @@ fn a_lease_that_stands_still_for_12_s_is_taken() {
     // Whoever is killed amid a write on a file system without links leaves this.
     fs::write(work.path("run/lease.json"), "{\"cluster\": nu").unwrap();
     let said = work.train("run", "--set train.steps=14").ok();
-    let parts = ["waiting up to 12 s", "taking over run/lease.json from", "the file is damaged", "it stood still for 12 s"];
+    let parts =
+        ["waiting up to 12 s", "taking over run/lease.json from", "the file is damaged", "it stood still for 12 s"];
     said.says(&parts);
     assert_eq!(numbers(&work.path("run/train.csv"), "step").len(), 14);
     assert!(!work.path("run/lease.json").exists());
