@@ -14,6 +14,7 @@ use tempfile::TempDir;
 
 pub mod alike;
 pub mod runs;
+pub mod zero1;
 
 /// `tiny.yaml`: 256 targets a step, milliseconds each.
 pub const TINY: &str = "name: tiny\ndevice: cpu\ndata: {dir: data, block_size: 32, batch_size: 8}\n\

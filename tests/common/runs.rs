@@ -13,8 +13,17 @@ pub const ENDLESS: &str =
     "device: cpu\ndata: {block_size: 32, batch_size: 8}\nmodel: {n_layer: 2, n_head: 2, n_embd: 32}\n\
     train: {steps: 1000000, eval_every: 0, save_every: 0}\n";
 
+/// Dropout, accumulation, an epoch's end inside the run, and evaluation, saving and sampling at steps of their own.
+pub const VARIED: &str = "seed: 11\ndata: {layout: packed, block_size: 32, batch_size: 32, micro_batch: MICRO}\n\
+    model: {n_layer: 2, n_head: 2, n_embd: 32, dropout: 0.1}\n\
+    optim: {lr: 1.0e-3, schedule: cosine, warmup_steps: 10}\n\
+    train: {steps: 100, eval_every: 14, save_every: 6, sample_every: 9, keep_last: 3, prompts: [' A', ' The']}\n";
+
 /// Longer than anything here takes on any machine: only what hangs fails by it.
 const PATIENCE: Duration = Duration::from_secs(600);
+
+/// More steps than any test waits for. A run that was begun with them may end earlier: its learning rate does not know.
+pub const NO_END: [&str; 4] = ["--set", "optim.schedule=constant", "--set", "train.steps=1000000"];
 
 /// A training run in a folder of its own.
 pub struct Run {
@@ -63,42 +72,29 @@ impl Run {
         self.command(more).stderr(Stdio::null()).status().unwrap()
     }
 
-    /// Starts the run and, once train.csv holds the row of `step`, kills every process of it.
-    ///
-    /// `None` where the run was done before that.
-    pub fn kill_at(&self, step: usize) -> Option<ExitStatus> {
+    /// Starts the run and, once train.csv holds the row of `step`, kills every process of it. It must not end before.
+    pub fn kill_at(&self, step: usize, more: &[&str]) -> ExitStatus {
         // Every process of the run, mpirun too, has the run directory at the end of its command line.
         let pattern = format!("{}$", self.dir.display());
-        self.strike_at(step, |_| Command::new("pkill").args(["-KILL", "-f", &pattern]).status().unwrap().success())
+        self.strike_at(step, more, |_| Command::new("pkill").args(["-KILL", "-f", &pattern]).status())
     }
 
     /// Starts the run and, once train.csv holds the row of `step`, asks it to stop as Slurm or a person would.
-    pub fn stop_at(&self, step: usize, signal: &str) -> Option<ExitStatus> {
+    pub fn stop_at(&self, step: usize, more: &[&str], signal: &str) -> ExitStatus {
         let signal = format!("-{signal}");
-        self.strike_at(step, |pid| Command::new("kill").args([&signal, &pid.to_string()]).status().unwrap().success())
+        self.strike_at(step, more, |pid| Command::new("kill").args([&signal, &pid.to_string()]).status())
     }
 
-    fn strike_at(&self, step: usize, strike: impl Fn(u32) -> bool) -> Option<ExitStatus> {
-        let mut child = self.command(&[]).stderr(Stdio::null()).spawn().unwrap();
-        let begun = Instant::now();
-        loop {
-            if let Some(status) = child.try_wait().unwrap() {
-                assert!(status.success(), "the run ended by itself with {status}");
-                return None;
-            }
-            if last_step(&self.dir) >= step {
-                let struck = strike(child.id());
-                let status = child.wait().unwrap();
-                assert!(struck || status.success(), "no process was struck, and the run ended with {status}");
-                return struck.then_some(status);
-            }
-            assert!(begun.elapsed() < PATIENCE, "step {step} was not reached");
-            sleep(Duration::from_millis(1));
-        }
+    fn strike_at(&self, step: usize, more: &[&str], strike: impl Fn(u32) -> std::io::Result<ExitStatus>) -> ExitStatus {
+        let mut going = Going::start(self, more);
+        going.until(&format!("step {step}"), || (last_step(&self.dir) >= step).then_some(()));
+        assert!(strike(going.child.id()).unwrap().success(), "no process was struck: {}", going.said());
+        going.child.wait().unwrap()
     }
 }
 
-fn last_step(dir: &Path) -> usize {
+/// The last step in the run's log; 0 if there is none yet.
+pub fn last_step(dir: &Path) -> usize {
     let text = fs::read_to_string(dir.join("train.csv")).unwrap_or_default();
     let whole = text.rfind('\n').map_or("", |end| &text[..end]);
     whole.lines().next_back().and_then(|line| line.split(',').next()?.parse().ok()).unwrap_or(0)

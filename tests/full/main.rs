@@ -5,5 +5,8 @@ mod common;
 
 mod corruption;
 mod lease;
+mod resume;
 #[cfg(feature = "mpi")]
 mod watchdog;
+#[cfg(feature = "mpi")]
+mod zero1;

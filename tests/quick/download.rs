@@ -45,7 +45,7 @@ struct Server {
 }
 
 impl Server {
-    /// Answers one connection for each reply and then closes; ends by itself after some seconds.
+    /// Answers one connection for each reply and then closes; ends by itself after some minutes.
     fn start(body: &[u8], replies: &[Reply]) -> Self {
         static NO_PROXY: Once = Once::new();
         NO_PROXY.call_once(|| std::env::set_var("NO_PROXY", "127.0.0.1"));
@@ -54,7 +54,7 @@ impl Server {
         let url = format!("http://{}/corpus.zip", listener.local_addr().unwrap());
         let (body, replies) = (body.to_vec(), replies.to_vec());
         let thread = std::thread::spawn(move || {
-            let deadline = Instant::now() + Duration::from_secs(30);
+            let deadline = Instant::now() + Duration::from_secs(300);
             let mut heads = Vec::new();
             while heads.len() < replies.len() && Instant::now() < deadline {
                 match listener.accept() {
@@ -75,7 +75,7 @@ impl Server {
 
 fn answer(mut stream: TcpStream, body: &[u8], reply: Reply) -> String {
     stream.set_nonblocking(false).unwrap();
-    stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(300))).unwrap();
     let mut head = Vec::new();
     let mut byte = [0];
     while !head.ends_with(b"\r\n\r\n") && stream.read(&mut byte).unwrap() == 1 {
