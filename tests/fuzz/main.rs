@@ -21,14 +21,14 @@ use lockstep::config::{Activation, Config, Norm, Optim};
 use lockstep::data::prepare::{prepare, DataDir};
 use lockstep::data::shard::Shard;
 use lockstep::data::wikitext::{Archive, Source};
+use lockstep::files::hex;
 use lockstep::model::{Gpt, GptConfig};
 use lockstep::optim::adamw::AdamW;
 use lockstep::run::checkpoint::{self, Conditions, OptimizerFiles, Saving, State};
-use lockstep::run::tables::{EvalRow, Log, TrainRow};
+use lockstep::run::tables::{EvalRow, Table, TrainRow};
 use lockstep::tokenizer::Tokenizer;
 use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};
-use tempfile::TempDir;
 use zip::write::SimpleFileOptions;
 use zip::ZipWriter;
 
@@ -342,7 +342,7 @@ fn csv_repair() {
     let folder = common::in_memory();
     let path = folder.path().join("train.csv");
     let numbers = "64,6.2,510.1,0.0005,1.5,10,1,7,1,1,5000,,120.5,1,0.3";
-    let (mut train, _) = Log::open::<TrainRow>(&path, 0).unwrap();
+    let (mut train, _) = Table::open::<TrainRow>(&path, 0).unwrap();
     for step in 1..=6 {
         let cells = format!("{step},{numbers}");
         let record = csv::StringRecord::from(cells.split(',').collect::<Vec<_>>());
@@ -359,17 +359,17 @@ fn csv_repair() {
         |bytes| {
             let mut taken = false;
             fs::write(&path, bytes).unwrap();
-            if let Ok((_, rows)) = Log::open::<TrainRow>(&path, 4) {
+            if let Ok((_, rows)) = Table::open::<TrainRow>(&path, 4) {
                 let kept = fs::read(&path).unwrap();
                 assert!(kept.ends_with(b"\n") && rows.iter().all(|row| row.step <= 4));
-                assert_eq!(Log::rows::<TrainRow>(&path).unwrap().len(), rows.len());
+                assert_eq!(Table::rows::<TrainRow>(&path).unwrap().len(), rows.len());
                 taken = true;
             } else {
                 assert_eq!(fs::read(&path).unwrap(), bytes, "what cannot be repaired stays");
             }
             fs::write(&path, bytes).unwrap();
-            if let Ok((_, rows)) = Log::open::<EvalRow>(&path, 4) {
-                assert_eq!(Log::rows::<EvalRow>(&path).unwrap().len(), rows.len());
+            if let Ok((_, rows)) = Table::open::<EvalRow>(&path, 4) {
+                assert_eq!(Table::rows::<EvalRow>(&path).unwrap().len(), rows.len());
                 taken = true;
             }
             taken
