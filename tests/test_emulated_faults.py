@@ -8,6 +8,8 @@ import pytest
 from emulation import Emulation
 from runs import same
 
+pytestmark = pytest.mark.full
+
 DEADLINE_S = 3
 SETTINGS = {
     "deterministic": "true",
