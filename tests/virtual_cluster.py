@@ -99,8 +99,8 @@ class Cluster:
         return self.facts(job)
 
     def output(self, job="*"):
-        """What a job printed, or every job: in the folder that it was submitted from."""
-        paths = sorted(self.work.glob(f"slurm-{job}.out"))
+        """What a job or an array printed, or all of them: in the folder they were submitted from."""
+        paths = sorted({*self.work.glob(f"slurm-{job}.out"), *self.work.glob(f"slurm-{job}_*.out")})
         return "\n".join(path.read_text() for path in paths)
 
     def situation(self):
