@@ -5,6 +5,7 @@
 //! expected, what was found, where, and what to do.
 
 use std::fmt::Display;
+use std::io::Write;
 use std::path::Path;
 
 /// A result whose error is a chain; the class is the first [`Error`] found in it.
@@ -22,6 +23,9 @@ pub enum Error {
     /// Exit code 4: files that cannot be written or checkpoints that cannot be trusted.
     #[error("{0}")]
     Storage(String),
+    /// Exit code 4: a job that is started again and again, and never gets to a later checkpoint.
+    #[error("{0}")]
+    Stuck(String),
     /// Exit code 5: a loss or a gradient that is not finite.
     #[error("{0}")]
     Numbers(String),
@@ -44,6 +48,9 @@ impl Error {
         let reason = reason.to_string();
         let remedy = match &reason {
             quota if quota.contains("quota exceeded") => "remove files of yours, ask for a larger quota,",
+            limit if limit.contains("File too large") => {
+                "raise the limit on a file's size (`ulimit -f` shows it), ask for a larger one,"
+            }
             disk if disk.contains("Input/output error") => "have the disk or the file server looked at",
             _ => "free space",
         };
@@ -69,7 +76,7 @@ impl Error {
         match self {
             Self::Usage(_) => 2,
             Self::Data(_) => 3,
-            Self::Storage(_) => 4,
+            Self::Storage(_) | Self::Stuck(_) => 4,
             Self::Numbers(_) => 5,
             Self::Communication(_) => 6,
             Self::Preempted(_) => 75,
@@ -80,6 +87,11 @@ impl Error {
 /// The process's exit code for an error chain; 1 where no link of it bears a class, which is a defect.
 pub fn exit_code(error: &anyhow::Error) -> u8 {
     error.chain().find_map(|link| link.downcast_ref::<Error>()).map_or(1, Error::code)
+}
+
+/// Says on stderr, in one line, why this process ends. Not `eprintln!`, which panics if nobody reads stderr any more.
+pub fn tell(reason: &str) {
+    let _ = writeln!(std::io::stderr(), "lockstep: {reason}");
 }
 
 /// What a panic becomes: tch reports LibTorch's errors so. Memory is the one that a user can do something about.

@@ -65,15 +65,27 @@ impl<'a> Going<'a> {
         Some((value[field].as_u64()?, value["host"].as_str()?.to_owned()))
     }
 
+    /// Whether a rank's heartbeat says that it is in a phase.
+    fn is_in(&self, rank: usize, phase: &str) -> bool {
+        let text = fs::read_to_string(self.run.dir.join(format!("heartbeats/rank-{rank:04}.json")));
+        text.is_ok_and(|text| text.contains(&format!("\"phase\":\"{phase}\"")))
+    }
+
+    /// Waits until the run is where a test needs it.
+    #[track_caller]
+    fn reaches(&mut self, what: &str, is_there: impl Fn(&Self) -> bool) {
+        let begun = Instant::now();
+        while !is_there(self) {
+            assert!(self.child.try_wait().unwrap().is_none(), "the run has ended: {}", self.said());
+            assert!(begun.elapsed() < PATIENCE, "no {what} within {PATIENCE:?}: {}", self.said());
+            sleep(Duration::from_millis(20));
+        }
+    }
+
     /// Waits until a rank trains, and returns its process and its node.
     #[track_caller]
     fn trains(&mut self, rank: usize) -> (String, String) {
-        let begun = Instant::now();
-        while self.heartbeat(rank, "step").is_none_or(|(step, _)| step < 3) {
-            assert!(self.child.try_wait().unwrap().is_none(), "the run has ended: {}", self.said());
-            assert!(begun.elapsed() < PATIENCE, "no step within {PATIENCE:?}: {}", self.said());
-            sleep(Duration::from_millis(20));
-        }
+        self.reaches("step", |going| going.heartbeat(rank, "step").is_some_and(|(step, _)| step >= 3));
         let (pid, host) = self.heartbeat(rank, "pid").unwrap();
         (pid.to_string(), host)
     }
@@ -125,6 +137,28 @@ fn a_stopped_rank_is_named_by_the_other() {
     assert!(["computing", "exchange with the other ranks"].iter().any(|name| phase.contains(name)), "{said}");
     assert!(!said.contains("rank 0 on"), "{said}");
     says(&fs::read_to_string(run.dir.join("logs/rank-0000.log")).unwrap(), &[&named]);
+}
+
+#[test]
+fn ranks_that_were_all_stopped_for_longer_than_the_deadline_go_on() {
+    let _turn = turn();
+    let folder = tempfile::tempdir().unwrap();
+    let run = Run::new(folder.path(), "suspended", &format!("{TINY}fault: {{step_deadline_s: 5}}\n"), 2);
+    let mut going = Going::start(&run, &[]);
+    let pids = [0, 1].map(|rank| going.trains(rank).0);
+    // As `scontrol suspend`, but so that rank 0 waits for rank 1 at that time.
+    signal("STOP", &pids[1]);
+    going.reaches("rank 0 waits", |going| going.is_in(0, "exchange"));
+    signal("STOP", &pids[0]);
+    // Longer than the watchdog allows, too.
+    sleep(Duration::from_secs(12));
+    let stopped_at = going.heartbeat(0, "step").unwrap().0;
+    pids.iter().for_each(|pid| signal("CONT", pid));
+    going.reaches("a later step", |going| going.heartbeat(0, "step").is_some_and(|(step, _)| step > stopped_at + 3));
+    let launcher = going.child.id().to_string();
+    signal("USR1", &launcher);
+    let (code, said) = going.ends();
+    assert_eq!(code, Some(75), "{said}");
 }
 
 #[test]
