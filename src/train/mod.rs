@@ -235,7 +235,7 @@ impl<'a> Trainer<'a> {
         for micro_step in 0..self.plan.accumulation {
             laps.wait_for_compute(self.comm, 1)?;
             self.watchdog.enter(Phase::Step, step);
-            let batch = self.loader.micro_batch(global, micro_step, self.device);
+            let batch = self.loader.micro_batch(global, micro_step, self.device)?;
             laps.end(Part::Data)?;
             let seed = self.dropout_seed(step, micro_step);
             // Only the last micro-step makes the gradients whole.

@@ -46,9 +46,11 @@ fn names(folder: &Path) -> Vec<String> {
 /// The text that a shard's ids stand for, line by line.
 fn text_of(shard: &Shard, tokenizer: &Tokenizer) -> Vec<u8> {
     let mut text = Vec::new();
-    for line in 0..shard.n_lines() {
+    let mut lines = Vec::new();
+    shard.for_each_line(|line| lines.push(line)).unwrap();
+    for line in lines {
         let mut ids = Vec::new();
-        shard.tokens(shard.line(line), &mut ids);
+        shard.tokens(line, &mut ids).unwrap();
         let ids: Vec<u32> = ids.into_iter().map(|id| id as u32).collect();
         text.extend(tokenizer.decode(&ids).unwrap());
     }
