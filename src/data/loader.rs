@@ -66,6 +66,10 @@ impl Samples {
             Layout::Paragraphs => Cut::Pieces(pieces(&shard, block_size)?),
         };
         let samples = Self { shard, cut };
+        if samples.shard.n_tokens() == 0 {
+            let message = "the split is empty; set some text aside for it with `lockstep prepare --test 5%`";
+            return Err(Error::Data(message.into()).into());
+        }
         if samples.is_empty() {
             let (need, lines) = match layout {
                 Layout::Packed => (if tail { 2 } else { block_size + 1 }, String::new()),
