@@ -36,7 +36,10 @@ fn a_shard_that_is_cut_under_a_run_ends_it_with_3_and_is_named() {
             .collect();
         // One rank may be ended by the other's error before it reads again.
         for text in [said, logs.concat()] {
-            assert!(text.contains("data/train.bin: expected ") && text.contains("found 1000: the file was cut"), "{text}");
+            assert!(
+                text.contains("data/train.bin: expected ") && text.contains("found 1000: the file was cut"),
+                "{text}"
+            );
         }
     }
 }
