@@ -15,7 +15,7 @@ use clap::CommandFactory;
 use self::args::{CheckpointAction, Cli, DeviceName, Verb};
 use crate::comm::{Comm, Deadlines};
 use crate::compare::{compare, Comparison};
-use crate::config::{Config, DeviceChoice, Fault};
+use crate::config::{in_place, Config, DeviceChoice, Fault};
 use crate::data::prepare::prepare;
 use crate::data::wikitext::Source;
 use crate::doctor;
@@ -39,9 +39,10 @@ pub fn run(cli: &Cli) -> Result<()> {
         log::start(cli, None, true);
     }
     match &cli.verb {
-        Verb::Prepare { source, tokenizer, out, url } => {
+        Verb::Prepare { source, tokenizer, out, valid, test, url } => {
             torch::set_threads(None);
-            let meta = prepare(&Source::parse(source, url.as_deref())?, tokenizer, out)?;
+            let source = Source::parse(source, url.as_deref())?.set_aside(*valid, *test)?;
+            let meta = prepare(&source, tokenizer, out)?;
             print(&format!(
                 "{}: {} train, {} valid, {} test tokens, vocabulary {}",
                 out.display(),
@@ -64,7 +65,7 @@ pub fn run(cli: &Cli) -> Result<()> {
             let parsed = training_config(config, overrides)?;
             on_every_rank(deadlines(&parsed.fault), |comm| {
                 let plan = parsed.validate(comm.world_size);
-                let plan = plan.map_err(|e| e.context(format!("in {}", config.display())))?;
+                let plan = plan.map_err(|e| in_place(e, config, overrides))?;
                 let run_dir = run_dir.clone().unwrap_or_else(|| Path::new("runs").join(&plan.config.name));
                 log::start(cli, Some(&RunDir(run_dir.clone()).log(comm.rank)), comm.is_root());
                 let watchdog = Watchdog::start(comm.rank, comm.host(), comm.world_size, &plan.config.fault)?;

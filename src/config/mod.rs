@@ -4,6 +4,8 @@
 //! so later code holds legal values only.
 
 mod check;
+mod names;
+mod place;
 mod yaml;
 
 use std::path::PathBuf;
@@ -12,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use serde_yaml::Value;
 
 pub use check::Plan;
+pub use place::in_place;
 
 use crate::error::{Error, Result};
 
