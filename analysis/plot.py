@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Draws the loss and perplexity curves of training runs, from their train.csv and eval.csv alone.
 
-    analysis/plot.py runs/sample                     writes runs/sample/plots/loss.png and ppl.png
-    analysis/plot.py runs/a runs/b --out comparison  both runs together, in comparison/
+    .venv/bin/python analysis/plot.py runs/sample       writes runs/sample/plots/loss.png, ppl.png
+    .venv/bin/python analysis/plot.py runs/a runs/b     both runs together, in plots/
 
 Exit codes: 2 for a command line that cannot be run, 3 for CSVs that cannot be used, 4 for pictures
 that cannot be written.
@@ -29,7 +29,7 @@ try:
 except ModuleNotFoundError as error:
     print(
         f"plot: {error.name} is not installed for {sys.executable}; "
-        "run launch/setup, then `. .venv/lockstep.env`",
+        "run launch/setup, then this with .venv/bin/python",
         file=sys.stderr,
     )
     sys.exit(2)
@@ -218,11 +218,11 @@ def scale(axes: Axes, values: pd.Series, *, logarithmic: bool) -> None:
         axes.set_ylim(low - margin, high + margin)
 
 
-def main() -> int:
-    """Runs the command line; returns the exit code."""
+def main(given: list[str] | None = None) -> int:
+    """Runs the command line, the process's own if none is given; returns the exit code."""
     parser = argparse.ArgumentParser(
         description="Draws the loss and perplexity curves of training runs.",
-        epilog="example: analysis/plot.py runs/a runs/b --out comparison",
+        epilog="example: .venv/bin/python analysis/plot.py runs/a runs/b --out runs/comparison",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory")
     parser.add_argument(
@@ -231,7 +231,7 @@ def main() -> int:
         metavar="DIR",
         help="where to write loss.png and ppl.png (default: RUN/plots, or plots for several runs)",
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     folders = arguments.runs
     out = arguments.out or (folders[0] / "plots" if len(folders) == 1 else Path("plots"))
     try:

@@ -1,7 +1,7 @@
 //! Times BPE training and GPT-2 encoding on a text file; prints one JSON object of seconds.
 //!
 //! `RAYON_NUM_THREADS=1 cargo run --release --example bench_tokenizer -- TEXT VOCAB_SIZE` for one
-//! thread. `analysis/bench_tokenizer.py` sets the figures beside those of other tokenizers.
+//! thread. `analysis/bench/bench_tokenizer.py` sets the figures beside those of other tokenizers.
 
 use std::time::Instant;
 

@@ -1,14 +1,10 @@
 """The parts of peer.py that need no torch: shards, samples, schedules."""
 
 import struct
-import sys
-from pathlib import Path
 
 import numpy as np
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 import peer
+import pytest
 
 
 def write_shard(path, lines, vocab_size=300, n_words=7):

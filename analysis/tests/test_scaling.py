@@ -1,29 +1,23 @@
-"""scaling.py through its command line, on run directories written here from a known machine."""
+"""analysis/scaling through its command line, on runs written here from a known machine."""
 
-import contextlib
-import io
 import json
-import subprocess
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from command_line import call, started
+from scaling import command, cost, fit
+from scaling.runs import PARTS, Run, read_run
 
-SCALING = Path(__file__).resolve().parent.parent / "scaling.py"
-sys.path.insert(0, str(SCALING.parent))
-import cost_fit  # noqa: E402  # the path must be known first
-import cost_model  # noqa: E402
-import scaling as module  # noqa: E402
+SCALING = Path(__file__).resolve().parent.parent / "scaling"
 
 HEADER = (
     "step,tokens,loss,ppl,lr,grad_norm,step_ms,data_ms,compute_ms,comm_exposed_ms,optimizer_ms,"
     "tokens_per_s,mfu,memory_mib,world_size,elapsed_s"
 )
-MODEL = cost_model.Model(3, 48, 8192, 64, tied_head=False)
+MODEL = cost.Model(3, 48, 8192, 64, tied_head=False)
 TRUTH = {
     "data_fixed": 2e-4,
     "data_per_sequence": 2e-5,
@@ -85,37 +79,24 @@ def row(step, parts, ranks):
 
 def synthetic(folder, ranks, batch, bucket, overlap, *, zero1=False, noise=0.03, seed=0, link=1.0):
     """A run on the machine of TRUTH, its link `link` times as slow; the first steps are slower."""
-    setting = cost_model.Setting(ranks, batch, 1, bucket, overlap, zero1)
-    truth = cost_fit.machine({**TRUTH, "byte_s": link * TRUTH["byte_s"]}, ranks_at_once=2)
-    cost = cost_fit.milliseconds(cost_model.step(MODEL, setting, truth))
+    setting = cost.Setting(ranks, batch, 1, bucket, overlap, zero1)
+    truth = fit.machine({**TRUTH, "byte_s": link * TRUTH["byte_s"]}, ranks_at_once=2)
+    expected = fit.milliseconds(cost.step(MODEL, setting, truth))
     rng = np.random.default_rng([seed, ranks, batch, bucket, overlap, zero1])
     rows = []
     for step in range(1, 41):
         slow = 3 if step <= 5 else 1
-        parts = [slow * cost[name] * np.exp(rng.normal(0, noise)) for name in cost_fit.PARTS]
+        parts = [slow * expected[name] * np.exp(rng.normal(0, noise)) for name in PARTS]
         rows.append(row(step, parts, ranks))
     return write_run(folder, rows, config(batch, bucket, overlap, zero1))
 
 
 def scaling(*arguments):
-    """Runs a command line in this process, which is faster than to start another one."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = module.main([str(argument) for argument in arguments])
-        except SystemExit as exit:  # argparse's
-            code = exit.code
-    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
-
-
-def started(*arguments, cwd=None):
-    """Runs it as a program."""
-    command = [sys.executable, SCALING, *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    return call(command.main, *arguments)
 
 
 def refused(*arguments):
-    """What scaling.py says of runs that it cannot use: one line, and exit code 3."""
+    """What it says of runs that it cannot use: one line, and exit code 3."""
     result = scaling(*arguments)
     assert result.returncode == 3, result.stderr
     assert result.stderr.count("\n") == 1, result.stderr
@@ -158,11 +139,11 @@ def test_a_fit_finds_the_machine(cluster):
 def test_a_fit_without_noise_finds_every_parameter():
     runs = []
     for ranks, batch, bucket, overlap in FITTED:
-        setting = cost_model.Setting(ranks, batch, 1, bucket, overlap)
-        truth = cost_fit.machine(TRUTH, ranks_at_once=2)
-        measured = cost_fit.milliseconds(cost_model.step(MODEL, setting, truth))
-        runs.append(cost_fit.Run("", "", MODEL, setting, 30, measured))
-    found, spread = cost_fit.fit(runs, ranks_at_once=2)
+        setting = cost.Setting(ranks, batch, 1, bucket, overlap)
+        truth = fit.machine(TRUTH, ranks_at_once=2)
+        measured = fit.milliseconds(cost.step(MODEL, setting, truth))
+        runs.append(Run("", "", MODEL, setting, 30, measured))
+    found, spread = fit.fit(runs, ranks_at_once=2)
     assert found == pytest.approx(TRUTH, rel=0.02)
     assert max(spread.values()) < 0.2
 
@@ -230,7 +211,7 @@ def test_a_check_needs_a_fit(tmp_path):
         if content is not None:
             (tmp_path / name).write_text(content)
         message = refused("check", tmp_path / name, run)
-        assert "expected what `scaling.py fit` wrote" in message
+        assert "expected what `fit` wrote" in message
 
 
 def test_a_report_lists_what_was_measured(cluster, tmp_path):
@@ -248,9 +229,9 @@ def test_medians_leave_the_warm_up_out(tmp_path):
     run = synthetic(tmp_path / "run", 2, 24, 1, True, noise=0)
     lines = scaling("report", run).stdout.splitlines()
     measured = dict(zip(lines[0].split(","), lines[1].split(",")))  # noqa: B905  # Python 3.9
-    truth = cost_fit.machine(TRUTH, ranks_at_once=2)
-    cost = cost_model.step(MODEL, cost_model.Setting(2, 24, 1, 1, True), truth)
-    assert float(measured["step_ms"]) == pytest.approx(1000 * cost.total, abs=0.01)
+    truth = fit.machine(TRUTH, ranks_at_once=2)
+    expected = cost.step(MODEL, cost.Setting(2, 24, 1, 1, True), truth)
+    assert float(measured["step_ms"]) == pytest.approx(1000 * expected.total, abs=0.01)
     assert measured["steps"] == "35"
     assert float(measured["step_ms_spread"]) == 0
     noisy = synthetic(tmp_path / "noisy", 2, 24, 1, True, noise=0.2)
@@ -271,8 +252,8 @@ def test_micro_batches_that_the_configuration_fixes_are_counted(tmp_path):
     changed = config()
     changed["data"]["micro_batch"] = 3
     run = write_run(tmp_path / "run", [row(s, (1, 50, 20, 3), 2) for s in range(1, 20)], changed)
-    assert module.read_run(run, 5, None).setting.accumulation == 4
-    assert module.read_run(run, 5, None).model == MODEL
+    assert read_run(run, 5, None).setting.accumulation == 4
+    assert read_run(run, 5, None).model == MODEL
 
 
 def test_missing_files_are_named(tmp_path):
@@ -354,9 +335,9 @@ def test_a_vocabulary_that_is_none_is_told(tmp_path):
 
 
 def test_predict_draws_what_it_models(tmp_path):
-    result = started("predict", cwd=tmp_path)
+    result = started(SCALING, "predict", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    picture = tmp_path / "docs/images/scaling.png"
+    picture = tmp_path / "runs/scaling.png"
     assert picture.read_bytes().startswith(b"\x89PNG\r\n")
     rows = pd.read_csv(picture.with_suffix(".csv"))
     assert {"ring", "tree", "best"} == set(rows["algorithm"])
@@ -383,6 +364,6 @@ def test_a_picture_that_cannot_be_written_is_told(cluster, tmp_path):
 def test_the_command_line_is_explained():
     assert scaling().returncode == 2
     assert scaling("predict", "--preset", "gpt-5").returncode == 2
-    result = started("--help")
+    result = started(SCALING, "--help")
     assert result.returncode == 0
-    assert "example: analysis/scaling.py" in result.stdout
+    assert "example: .venv/bin/python analysis/scaling" in result.stdout

@@ -1,7 +1,7 @@
 //! From what the user wrote to values that are legal: [`Plan`].
 
 use super::place::{wrong, About};
-use super::{Auto, Config, Model, Schedule, PRESETS};
+use super::{Activation, Auto, Config, Model, Norm, Schedule, PRESETS};
 use crate::error::Result;
 
 /// A configuration that has been checked against the number of ranks.
@@ -11,16 +11,30 @@ pub struct Plan {
     pub config: Config,
     #[allow(missing_docs)]
     pub world_size: usize,
-    #[allow(missing_docs)]
-    pub n_layer: usize,
-    #[allow(missing_docs)]
-    pub n_head: usize,
-    /// C: the width of the hidden state, a multiple of `n_head`.
-    pub n_embd: usize,
+    /// (n_layer, n_head, n_embd).
+    sizes: (usize, usize, usize),
     /// Sequences that one rank computes at a time.
     pub micro_batch: usize,
     /// Micro-batches of one rank in one optimizer step.
     pub accumulation: usize,
+}
+
+/// What fixes a model's arithmetic.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[allow(missing_docs)]
+pub struct Shape {
+    pub n_layer: i64,
+    pub n_head: i64,
+    /// C: the width of the hidden state, a multiple of `n_head`.
+    pub n_embd: i64,
+    pub block_size: i64,
+    pub vocab_size: i64,
+    pub dropout: f64,
+    pub norm: Norm,
+    pub activation: Activation,
+    pub tied_head: bool,
+    pub bias: bool,
+    pub recompute: bool,
 }
 
 impl Plan {
@@ -42,6 +56,25 @@ impl Plan {
             found.push("optim.schedule is constant: optim.min_lr and optim.decay_steps change nothing".into());
         }
         found
+    }
+
+    /// The model over a vocabulary of this size.
+    pub fn shape(&self, vocab_size: usize) -> Shape {
+        let (n_layer, n_head, n_embd) = self.sizes;
+        let Model { dropout, norm, activation, tied_head, bias, recompute, .. } = self.config.model;
+        Shape {
+            n_layer: n_layer as i64,
+            n_head: n_head as i64,
+            n_embd: n_embd as i64,
+            block_size: self.config.data.block_size as i64,
+            vocab_size: vocab_size as i64,
+            dropout,
+            norm,
+            activation,
+            tied_head,
+            bias,
+            recompute,
+        }
     }
 }
 
@@ -88,7 +121,7 @@ impl Config {
         self.model.preset = None;
         (self.model.n_layer, self.model.n_head, self.model.n_embd) = (Some(n_layer), Some(n_head), Some(n_embd));
         let accumulation = share / micro_batch;
-        Ok(Plan { config: self, world_size, n_layer, n_head, n_embd, micro_batch, accumulation })
+        Ok(Plan { config: self, world_size, sizes: (n_layer, n_head, n_embd), micro_batch, accumulation })
     }
 
     fn check_ranges(&self, n_layer: usize, n_head: usize, n_embd: usize) -> Result<()> {

@@ -109,7 +109,7 @@ pub fn describe_peak(device: Device, kind: Kind, measured: f64) -> Option<String
     beside_data_sheet(&super::gpu(index).ok()?.name, kind, measured)
 }
 
-/// analysis/gpu_speed.py reads the share from this sentence.
+/// checks/gpu_speed.py reads the share from this sentence.
 fn beside_data_sheet(name: &str, kind: Kind, measured: f64) -> Option<String> {
     let sheet = data_sheet_peak(name, kind).filter(|_| measured.is_finite())?;
     Some(format!(

@@ -4,8 +4,10 @@
 mod common;
 
 mod compare;
+mod config;
 mod devices;
 mod doctor;
+mod documents;
 mod download;
 mod driver;
 mod errors;
@@ -15,10 +17,10 @@ mod layers;
 mod lease;
 mod libraries;
 mod loader;
+mod map;
 mod model;
 mod pipeline;
 mod prepare;
-mod readme;
 mod sample;
 mod shard;
 mod tokenizer;

@@ -1,9 +1,9 @@
 """Times Lockstep's tokenizer beside Hugging Face tokenizers and tiktoken, in one run.
 
-    pip install tokenizers tiktoken
-    cargo build --release --example bench_tokenizer
-    lockstep prepare --source sample --tokenizer gpt2 --out data/sample-gpt2
-    python analysis/bench_tokenizer.py TEXT --gpt2 data/sample-gpt2/tokenizer.json
+    .venv/bin/python -m pip install tokenizers tiktoken
+    . .venv/lockstep.env && cargo build --release --example bench_tokenizer
+    target/release/lockstep prepare --source sample --tokenizer gpt2 --out data/sample-gpt2
+    .venv/bin/python analysis/bench/bench_tokenizer.py TEXT --gpt2 data/sample-gpt2/tokenizer.json
 
 Trains BPE of --vocab-size tokens on TEXT and encodes TEXT with GPT-2's vocabulary, with one thread
 and with all cores, reading and start-up not counted. The programs take turns for --rounds rounds;
@@ -20,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=8192)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--example", default=str(HERE.parent / "target/release/examples/bench_tokenizer")
+        "--example", default=str(HERE.parents[1] / "target/release/examples/bench_tokenizer")
     )
     parser.add_argument("--program", help=argparse.SUPPRESS)
     parser.add_argument("--threads", type=int, help=argparse.SUPPRESS)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from gpu_driver import find_gpu, nccl_version
 from gpu_session import Unusable, output
+from report import aligned
 
 
 @dataclass
@@ -112,11 +113,9 @@ def table(facts, rows):
         value = "" if row.value is None else f"{row.value:.4g} {row.unit}".strip()
         bound = "reported" if row.bound is None else f"{row.bound:g}"
         cells.append((row.check, row.what, value, bound, row.result, f"{row.seconds:.1f}"))
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     said = None
-    for line, row in zip(cells, [None, *rows], strict=True):
-        padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        lines.append("  ".join(padded).rstrip())
+    for line, row in zip(aligned(cells), [None, *rows], strict=True):
+        lines.append(line)
         if row and row.result != "PASS" and row.note != said:
             lines.append(f"    {row.note}")
             said = row.note

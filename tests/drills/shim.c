@@ -1,6 +1,6 @@
 /* Kills a process, or fails its calls, at the N-th call that changes files in a folder.
  *
- * Compiled and preloaded by tests/faults_storage.py. The environment says what is done:
+ * Compiled and preloaded by tests/drills/storage.py. The environment says what is done:
  *   FAULT_PATH   the folder's name and a slash; a call counts where its path, or its descriptor's, has it
  *   FAULT_TRACE  a file that gets a line for each call struck: its kind, and the path from FAULT_PATH on
  *   FAULT_KIND   only calls of this kind count: open (for writing), write, sync, rename, mkdir, ...; all, where unset

@@ -8,12 +8,8 @@ from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 
-import faults_cluster
-import faults_ranks
-import faults_storage
-from fault_lab import BINARY, Row, table
-
-DRILLS = [*faults_storage.DRILLS, *faults_ranks.DRILLS, *faults_cluster.DRILLS]
+from drills import DRILLS
+from drills.lab import BINARY, Row, table
 
 
 def main():
@@ -22,7 +18,11 @@ def main():
         description="Disturbs real runs as it promises to survive, and says what was seen.",
     )
     parser.add_argument("--only", metavar="WORD", help="the drills whose name has this word")
-    parser.add_argument("--short", action="store_true", help="as few times as launch/test does")
+    parser.add_argument(
+        "--short",
+        action="store_true",
+        help="as launch/test --full does: few times, and only what no other test shows",
+    )
     parser.add_argument("--times", type=int, metavar="N", help="how often each is done")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the table as CSV, too")
     choice = parser.parse_args()

@@ -1,34 +1,17 @@
-"""Fits cost_model.py's parameters to measured runs, and says how far a prediction is off."""
+"""Fits the parameters of cost.py to measured runs, and says how far a prediction is off."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
-from cost_model import Machine, Model, MpiLink, Setting, Step, step
 
-PARTS = ["data_ms", "compute_ms", "comm_exposed_ms", "optimizer_ms"]
+from .cost import Machine, MpiLink, Step, step
+from .runs import PARTS, Run
 
 # A prediction holds if step_ms and comm_exposed_ms are as near to the measurement as this share of
 # it. Where little is exposed, its error counts as a share of a tenth of the step: a median cannot
 # be told from its noise more closely than that.
 BOUND = 0.10
 LEAST_EXPOSED = 0.10
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run directory: what ran, and the medians of its steps, in milliseconds."""
-
-    name: str
-    digest: str
-    model: Model
-    setting: Setting
-    steps: int
-    measured: dict[str, float]
-    # Distance of the quartiles of step_ms, as a share of its median: how far to trust the medians.
-    spread: float = 0.0
-
 
 # The parameters of a fit, and where the search for each begins, in seconds unless said otherwise.
 PARAMETERS = {

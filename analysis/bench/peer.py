@@ -5,8 +5,10 @@ it is usually written: an nn.Module, logits of the whole batch, F.cross_entropy,
 One process, the whole batch at once. train.csv and eval.csv have Lockstep's columns, so
 analysis/plot.py draws both runs in one picture; what PyTorch does not know stays empty.
 
-    python3 -m venv peer && peer/bin/pip install torch==2.11.0 numpy==2.4.6 pyyaml==6.0.3
-    peer/bin/python analysis/peer.py --config configs/wikitext2.yaml --compile --out runs/peer
+    .venv/bin/python analysis/bench/peer.py --config configs/wikitext2.yaml --out runs/peer
+
+It needs the data folder that `lockstep prepare` wrote, and all of PyTorch, which `launch/setup
+--cuda` installs, with or without a GPU: the LibTorch for CPUs lacks libraries that Python loads.
 
 Weights, sample order and dropout come from other generators than Lockstep's: alike, not equal.
 B sequences, T positions, C channels, H heads, V tokens in the vocabulary.
@@ -21,16 +23,14 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import numpy as np
+from presets import presets
 
 # torch and yaml are imported late: the reader and the schedule do without.
-# fmt: off
-PRESETS = {  # n_layer, n_head, n_embd
-    "gpt-nano": (3, 3, 48), "gpt-micro": (4, 4, 128), "gpt-mini": (6, 6, 192),
-    "gopher-44m": (8, 16, 512), "gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024),
-    "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600),
-}
 # The keys that are read, with Lockstep's defaults.
+# fmt: off
 DEFAULTS = {
     "seed": 3407, "device": "auto", "precision": "fp32", "threads": "auto",
     "data.dir": "data/sample", "data.layout": "packed", "data.block_size": 128,
@@ -75,8 +75,8 @@ def load_config(text, overrides=()):
     for key, default in DEFAULTS.items():  # 3e-4 is text to YAML 1.1
         config[key] = float(config[key]) if isinstance(default, float) else config[key]
     if config["model.preset"] is not None:
-        sizes = PRESETS[config["model.preset"]]
-        config |= dict(zip(("model.n_layer", "model.n_head", "model.n_embd"), sizes, strict=True))
+        shape = presets()[config["model.preset"]]
+        config |= {f"model.{key}": value for key, value in shape.items()}
     return config
 
 
@@ -228,6 +228,19 @@ def append_row(path, values):
         csv.writer(file, lineterminator="\n").writerow(values)
 
 
+def check_torch():
+    """Ends with a sentence if this Python cannot load PyTorch."""
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        print(
+            f"peer: {sys.executable} cannot load PyTorch: {error}; `launch/setup --cuda` installs "
+            "all that it needs (5 GB), with or without a GPU",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+
+
 class Run:
     """A training run: what its steps and evaluations share."""
 
@@ -339,7 +352,11 @@ class Run:
 
 
 def main():
-    parser = argparse.ArgumentParser(description="A Lockstep configuration, run by PyTorch.")
+    parser = argparse.ArgumentParser(
+        description="A Lockstep configuration, run by PyTorch.",
+        epilog="example: .venv/bin/python analysis/bench/peer.py --config configs/wikitext2.yaml "
+        "--out runs/peer",
+    )
     parser.add_argument("--config", required=True, type=Path, help="Lockstep's YAML file")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--steps", type=int, help="the same as --set train.steps=N")
@@ -347,6 +364,7 @@ def main():
     parser.add_argument("--compile", action="store_true", help="with torch.compile")
     parser.add_argument("--out", type=Path, required=True, help="folder for train.csv and eval.csv")
     args = parser.parse_args()
+    check_torch()
     flags = {"train.steps": args.steps, "threads": args.threads}
     overrides = args.set + [f"{key}={value}" for key, value in flags.items() if value]
     config = load_config(args.config.read_text(), overrides)

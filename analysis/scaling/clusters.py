@@ -1,4 +1,4 @@
-"""GPU clusters on paper: cost_model.py with published figures of GPUs and links, not fitted ones.
+"""GPU clusters on paper: cost.py with published figures of GPUs and links, not fitted ones.
 
 Nothing here was measured by Lockstep. Each figure is published, and its source stands beside it, or
 is an assumption, and is listed in ASSUMPTIONS.
@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-import numpy as np
 import pandas as pd
-from cost_model import (
-    GRADIENT_BYTES,
+from presets import presets
+
+from .cost import (
     Machine,
     Model,
     NcclLink,
@@ -23,9 +22,6 @@ from cost_model import (
     step,
     useful_share,
 )
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
-from plot import COLORS
 
 
 @dataclass(frozen=True)
@@ -87,6 +83,7 @@ PUBLISHED = (
     ),
 )
 KINDS = {kind.name: kind for kind in PUBLISHED}
+REFERENCE = KINDS["H100, NDR InfiniBand"]
 GPUS_PER_NODE = 8
 
 # How NCCL estimates its own latencies (its source, src/graph/tuning.cc of the 2.2x versions):
@@ -114,16 +111,13 @@ ASSUMPTIONS = {
     "bytes per second into storage, from one rank": 2e9,
     "seconds from a failure to the first step after it": 300.0,
 }
+EACH = ASSUMPTIONS["sequences of 1,024 tokens a GPU, where their number is not fixed"]
+TOGETHER = ASSUMPTIONS["sequences of the global batch, where it is fixed"]
 # Meta counted 419 unexpected interruptions in 54 days on 16,384 H100 (The Llama 3 Herd of Models,
 # 2024, section 3.3.4).
 GPU_HOURS_BETWEEN_FAILURES = 54 * 24 * 16384 / 419
 
-PRESETS = {
-    "gpt2": (12, 768),
-    "gpt2-medium": (24, 1024),
-    "gpt2-large": (36, 1280),
-    "gpt2-xl": (48, 1600),
-}
+PRESETS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 BLOCK_SIZE, VOCAB_SIZE = 1024, 50257
 SIZES = [2**power for power in range(3, 15)]  # 8 to 16,384
 BUCKET_MIB = 25.0
@@ -131,8 +125,8 @@ BUCKET_MIB = 25.0
 
 def preset(name: str) -> Model:
     """A preset of Lockstep's, with GPT-2's vocabulary and tied head."""
-    n_layer, n_embd = PRESETS[name]
-    return Model(n_layer, n_embd, VOCAB_SIZE, BLOCK_SIZE)
+    shape = presets()[name]
+    return Model(shape["n_layer"], shape["n_embd"], VOCAB_SIZE, BLOCK_SIZE)
 
 
 def machine(kind: Kind, model: Model, algorithm: str = "best") -> Machine:
@@ -187,14 +181,12 @@ def sweep(
     (`weak`), or of one of the first eight (`strong`).
     """
     costs = machine(kind, model, algorithm)
-    each = ASSUMPTIONS["sequences of 1,024 tokens a GPU, where their number is not fixed"]
-    together = ASSUMPTIONS["sequences of the global batch, where it is fixed"]
     rows = []
     for n in SIZES:
-        if scaling == "strong" and n > together:
+        if scaling == "strong" and n > TOGETHER:
             break  # a GPU needs a sequence
-        batch = n * each if scaling == "weak" else together
-        first, first_batch = (1, each) if scaling == "weak" else (SIZES[0], together)
+        batch = n * EACH if scaling == "weak" else TOGETHER
+        first, first_batch = (1, EACH) if scaling == "weak" else (SIZES[0], TOGETHER)
         base = step(model, setting(first, first_batch, overlap, zero1, gradient_bytes), costs)
         split = setting(n, batch, overlap, zero1, gradient_bytes)
         cost = step(model, split, costs)
@@ -255,69 +247,51 @@ def failures(model: Model, n: int) -> dict[str, float]:
     }
 
 
-def predict(path: Path, name: str, grad_dtype: str) -> None:
-    """Draws what the model says, writes its numbers beside the PNG, and prints where it bends."""
-    given = {"gradient_bytes": GRADIENT_BYTES[grad_dtype]}
-    model, h100 = preset(name), KINDS["H100, NDR InfiniBand"]
-    ways = {
-        f"{algorithm}, {'with' if overlap else 'without'} overlap": sweep(
-            h100, model, "weak", algorithm, overlap, **given
-        )
-        for algorithm in ("ring", "tree")
-        for overlap in (True, False)
-    }
-    kinds = {label: sweep(kind, model, "weak", **given) for label, kind in KINDS.items()}
-    presets = {other: sweep(h100, preset(other), "strong", **given) for other in PRESETS}
-    zero1 = sweep(h100, model, "weak", zero1=True, **given)
+@dataclass(frozen=True)
+class Study:
+    """What the model says of one preset: a table of sweep's for each curve, by label."""
 
-    figure, axes = plt.subplots(2, 2, figsize=(13, 9.5), layout="constrained")
-    each = ASSUMPTIONS["sequences of 1,024 tokens a GPU, where their number is not fixed"]
-    together = ASSUMPTIONS["sequences of the global batch, where it is fixed"]
-    figure.suptitle(
-        f"Modelled, not measured: data parallel training of {name} from published figures, "
-        f"at an assumed MFU of {ASSUMPTIONS['MFU of large micro-batches']:.0%}",
-        fontweight="bold",
-    )
-    draw_efficiency(
-        axes[0, 0], ways, f"Modelled: algorithm and overlap\n{h100.name}, {each} sequences a GPU"
-    )
-    draw_efficiency(
-        axes[0, 1],
-        kinds,
-        f"Modelled: kinds of GPU\nbetter algorithm, overlap, {each} sequences a GPU",
-    )
-    draw_efficiency(
-        axes[1, 0],
-        presets,
-        f"Modelled: {together} sequences in all\n{h100.name}, better algorithm, overlap",
-    )
-    draw_checkpoints(axes[1, 1], preset("gpt2-xl"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    preset: str
+    ways: dict[str, pd.DataFrame]
+    kinds: dict[str, pd.DataFrame]
+    presets: dict[str, pd.DataFrame]
+    zero1: pd.DataFrame
 
-    parts = [(name, table) for table in (*ways.values(), *kinds.values(), zero1)]
-    parts += presets.items()
-    rows = pd.concat([table.assign(preset=which) for which, table in parts], ignore_index=True)
-    rows = rows.drop_duplicates()
-    first = ["preset", *rows.columns.drop("preset")]
-    numbers = path.with_suffix(".csv")
-    rows[first].to_csv(numbers, index=False, float_format="%.5g")
-    for title, tables in (
-        (f"{name} on {h100.name}, {each} sequences a GPU", ways),
-        (f"{name}, {each} sequences a GPU, better algorithm, overlap", kinds),
-        (f"{h100.name}, {together} sequences in all, better algorithm, overlap", presets),
-    ):
-        print(f"modelled: {title}")
-        for label, table in tables.items():
-            print(f"  {label}: {bends(table)}")
-    print("assumed:")
-    for what, value in ASSUMPTIONS.items():
-        print(f"  {what}: {value:g}")
-    for kind in KINDS.values():
-        print(f"published, {kind.name}: {kind.source}")
-    print(path)
-    print(numbers)
+    def parts(self) -> dict[str, dict[str, pd.DataFrame]]:
+        """The curves by title, a picture each."""
+        h100 = REFERENCE.name
+        return {
+            f"{self.preset} on {h100}, {EACH} sequences a GPU": self.ways,
+            f"{self.preset}, {EACH} sequences a GPU, better algorithm, overlap": self.kinds,
+            f"{h100}, {TOGETHER} sequences in all, better algorithm, overlap": self.presets,
+        }
+
+    def rows(self) -> pd.DataFrame:
+        """All tables as one, each row once."""
+        tables = (*self.ways.values(), *self.kinds.values(), self.zero1)
+        parts = [(self.preset, table) for table in tables]
+        parts += self.presets.items()
+        rows = pd.concat([table.assign(preset=name) for name, table in parts], ignore_index=True)
+        rows = rows.drop_duplicates()
+        return rows[["preset", *rows.columns.drop("preset")]]
+
+
+def study(name: str, gradient_bytes: int) -> Study:
+    """Sweeps over algorithms, kinds of GPU and presets."""
+    model, given = preset(name), {"gradient_bytes": gradient_bytes}
+    return Study(
+        preset=name,
+        ways={
+            f"{algorithm}, {'with' if overlap else 'without'} overlap": sweep(
+                REFERENCE, model, "weak", algorithm, overlap, **given
+            )
+            for algorithm in ("ring", "tree")
+            for overlap in (True, False)
+        },
+        kinds={kind.name: sweep(kind, model, "weak", **given) for kind in PUBLISHED},
+        presets={other: sweep(REFERENCE, preset(other), "strong", **given) for other in PRESETS},
+        zero1=sweep(REFERENCE, model, "weak", zero1=True, **given),
+    )
 
 
 def bends(table: pd.DataFrame) -> str:
@@ -330,64 +304,3 @@ def bends(table: pd.DataFrame) -> str:
             found.append(f"below {share:.0%} at {row['gpus']:,} GPUs ({row['loses_most_to']})")
     last = table.iloc[-1]
     return ", ".join([*found, f"{last['efficiency']:.0%} at {last['gpus']:,}"])
-
-
-def draw_efficiency(axes: Axes, tables: dict[str, pd.DataFrame], title: str) -> None:
-    """Efficiency by number of GPUs, with a mark where a curve falls below nine tenths."""
-    for index, (label, table) in enumerate(tables.items()):
-        # Thinner and thinner, so that curves that coincide can be told apart.
-        style = {"color": COLORS[index], "linewidth": 3.2 - 0.6 * index}
-        low = table[table["efficiency"] < 0.9]
-        if not low.empty:
-            row = low.iloc[0]
-            label = f"{label}: below 90% at {row['gpus']:,} by {row['loses_most_to']}"
-            axes.plot(row["gpus"], row["efficiency"], "o", color=COLORS[index], markersize=6)
-        dashed = "without" in label
-        axes.plot(
-            table["gpus"], table["efficiency"], ls="--" if dashed else "-", label=label, **style
-        )
-    axes.set_title(title, loc="left", fontsize=10)
-    axes.set_xscale("log", base=2)
-    sizes = next(iter(tables.values()))["gpus"]
-    axes.set_xticks(sizes if len(sizes) < 8 else sizes[1::2])
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.set_ylim(0, 1.03)
-    axes.set_xlabel("GPUs")
-    axes.set_ylabel("efficiency of a GPU")
-    axes.legend(frameon=False, fontsize=8, loc="lower left")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def draw_checkpoints(axes: Axes, model: Model) -> None:
-    """The share of time that failures and checkpoints leave, by interval, and the best one."""
-    restart = ASSUMPTIONS["seconds from a failure to the first step after it"]
-    intervals = np.geomspace(20, 6 * 3600, 200)
-    for n, color in zip((256, 1024, 4096, 16384), COLORS):  # noqa: B905  # Python 3.9
-        found = failures(model, n)
-        pause, mtbf = found["checkpoint_pause_s"], 3600 * found["mtbf_h"]
-        shares = [useful_share(interval, pause, mtbf, restart) for interval in intervals]
-        best = found["checkpoint_interval_s"]
-        axes.plot(
-            intervals / 60,
-            shares,
-            color=color,
-            label=f"{n:,} GPUs: a failure each {found['mtbf_h']:.0f} h, best {best / 60:.0f} min",
-        )
-        axes.plot(best / 60, found["useful_share"], "o", color=color, markersize=5)
-    axes.set_title(
-        f"Modelled: checkpoints of gpt2-xl, a pause of {pause:.0f} s each\n"
-        "failures at the rate that Meta counted on H100",
-        loc="left",
-        fontsize=10,
-    )
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.set_ylim(0, 1.03)
-    axes.set_xlabel("minutes of training between checkpoints")
-    axes.set_ylabel("time that goes into kept training")
-    axes.legend(frameon=False, fontsize=8, loc="lower left")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)

@@ -1,24 +1,24 @@
 """Runs of the real binary to be disturbed, and the table of what was seen, for launch/faults.
 
 A drill is a function that disturbs runs some number of times and returns what was seen, in a line.
-It raises Broken where anything but what is promised was seen, and NotRun where this machine cannot
-show it.
+It raises Failed if anything but what is promised was seen, and NotRun if this machine cannot show
+it.
 """
 
-import csv
 import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import time
-import uuid
-from contextlib import suppress
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+import runs
+from processes import Processes, start, until
+from report import Failed, NotRun, aligned
+
+ROOT = Path(__file__).resolve().parents[2]
 BINARY = Path(os.environ.get("LOCKSTEP_BIN", ROOT / "target/release/lockstep")).absolute()
 
 # Small, with all that a resumed run has to take up: dropout, micro-steps, evaluations, samples.
@@ -34,17 +34,6 @@ CONFIG = {
 # Seconds in which all of a run must be gone: far more than it takes, since a killed process that
 # waits for a disk is gone only then. The seconds that it took are reported.
 GONE_S = 60
-# What a disturbed run's logs have in common with an undisturbed one's; the other columns are times.
-CURVE = ("step", "tokens", "loss", "ppl", "lr", "grad_norm", "world_size")
-EVALUATION = ("step", "split", "loss", "ppl", "word_ppl", "tokens")
-
-
-class Broken(Exception):
-    """What was promised and was not seen."""
-
-
-class NotRun(Exception):
-    """Why a drill cannot be done on this machine."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +49,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Drill:
-    """A disturbance, and how often it is made in the short (0: not at all) and in the long form."""
+    """A disturbance, and how often it is made in the short form, for pytest, and in the long one.
+
+    The short form leaves out (0) what another test shows.
+    """
 
     fault: str
     short: int
@@ -76,10 +68,10 @@ class Drill:
             seen = self.disturb(lab, times)
         except NotRun as reason:
             result, seen = "NOT RUN", str(reason)
-        except Broken as broken:
-            result, seen = "FAIL", f"{broken}; kept in {folder}"
+        except Failed as failure:
+            result, seen = "FAIL", f"{failure}; kept in {folder}"
         finally:
-            lab.end_all()
+            lab.processes.end()
         if result != "FAIL":
             shutil.rmtree(folder, ignore_errors=True)
         return Row(self.fault, times, result, seen, round(time.monotonic() - start, 1))
@@ -90,9 +82,9 @@ class Lab:
 
     def __init__(self, folder, seed=1):
         self.folder, self.random = folder, random.Random(seed)
-        self.mark = f"LOCKSTEP_DRILL={uuid.uuid4().hex}"
+        self.processes = Processes("LOCKSTEP_DRILL")
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
-        self.environment |= dict([self.mark.split("=")])
+        self.environment |= self.processes.mark
         self.environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
         self.environment["LOCKSTEP_BIN"] = str(BINARY)
         self.references = {}
@@ -108,7 +100,7 @@ class Lab:
             timeout=600,
         )
         if done.returncode != code:
-            raise Broken(
+            raise Failed(
                 f"`lockstep {arguments[0]}` ended with {done.returncode}: {done.stderr[-2000:]}"
             )
         return done.stdout + done.stderr
@@ -129,6 +121,10 @@ class Lab:
         (self.folder / f"{name}.yaml").write_text(json.dumps(config))
         return Run(self, name, ranks)
 
+    def rank(self, number):
+        """The process id of a rank of the run under way; None if there is none yet."""
+        return self.processes.rank(BINARY, number)
+
     def undisturbed(self, ranks=1, **sections):
         """A run that was left in peace; made once."""
         key = json.dumps([ranks, sections], sort_keys=True)
@@ -138,37 +134,6 @@ class Lab:
             self.references[key] = run
         return self.references[key]
 
-    def processes(self):
-        """The process ids of all that was started here and lives."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit() and int(entry.name) != os.getpid():
-                with suppress(OSError):
-                    # A zombie has no environment.
-                    if self.mark.encode() in (entry / "environ").read_bytes().split(b"\0"):
-                        found.append(int(entry.name))
-        return found
-
-    def rank(self, rank):
-        """The process id of a rank of the run under way; None where there is none yet."""
-        for pid in self.processes():
-            with suppress(OSError):
-                variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-                if Path(f"/proc/{pid}/exe").resolve() != BINARY.resolve():
-                    continue
-                if f"OMPI_COMM_WORLD_RANK={rank}".encode() in variables:
-                    return pid
-        return None
-
-    def end_all(self):
-        """Kills what is left."""
-        until = time.monotonic() + 10
-        while (left := self.processes()) and time.monotonic() < until:
-            for pid in left:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.02)
-
 
 class Run:
     """A training run of one rank, or of several through launch/local."""
@@ -176,7 +141,7 @@ class Run:
     def __init__(self, lab, name, ranks):
         self.lab, self.name, self.ranks = lab, name, ranks
         self.dir = lab.folder / name
-        self.process = self.started = None
+        self.process = None
         self.log = lab.folder / f"{name}.log"
 
     def start(self, *more, under=(), **environment):
@@ -185,17 +150,8 @@ class Run:
         if self.ranks > 1:
             command = [str(ROOT / "launch/local"), str(self.ranks)]
         command += ["train", "--config", f"{self.name}.yaml", "--run-dir", self.name, *more]
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [*map(str, under), *command],
-                cwd=self.lab.folder,
-                env=self.lab.environment | environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        self.started = time.monotonic()
+        environment = self.lab.environment | environment
+        self.process = start([*under, *command], self.log, cwd=self.lab.folder, env=environment)
         return self
 
     def said(self):
@@ -208,51 +164,42 @@ class Run:
         try:
             code = self.process.wait(within)
         except subprocess.TimeoutExpired:
-            raise Broken(f"{self.name} goes on after {within} s: {self.said()[-2000:]}") from None
-        while left := self.lab.processes():
-            if time.monotonic() > begun + within:
-                raise Broken(f"{self.name} has ended, processes {left} have not")
-            time.sleep(0.01)
+            raise Failed(f"{self.name} goes on after {within} s: {self.said()[-2000:]}") from None
+        left = begun + within - time.monotonic()
+        if not until(lambda: not self.lab.processes.living(), left):
+            living = [pid for pid, _ in self.lab.processes.living()]
+            raise Failed(f"{self.name} has ended, processes {living} have not")
         if codes and code not in codes:
-            raise Broken(f"{self.name} ended with {code}, expected {codes}: {self.said()[-2000:]}")
+            raise Failed(f"{self.name} ended with {code}, expected {codes}: {self.said()[-2000:]}")
         return code
 
     def kill(self):
         """Kills every process of the run outright."""
-        self.lab.end_all()
+        self.lab.processes.end()
         self.process.wait()
 
     def step(self):
         """The last step in its log; 0 where there is none."""
-        with suppress(OSError, ValueError, IndexError):
-            return int((self.dir / "train.csv").read_text().rsplit("\n", 2)[-2].split(",")[0])
-        return 0
+        return runs.last_step(self.dir / "train.csv")
 
     def reaches(self, step, within=600):
         """Waits for a step; False where the run ended before."""
-        until = time.monotonic() + within
-        while self.step() < step:
-            if self.process.poll() is not None:
-                return False
-            if time.monotonic() > until:
-                raise Broken(f"{self.name} did not come to step {step}: {self.said()[-2000:]}")
-            time.sleep(0.002)
-        return True
+        return bool(self.shows(f"step {step}", lambda: self.step() >= step, within))
+
+    def shows(self, what, sign, within=600):
+        """Waits until `sign` gives something, and returns it; None if the run ended before."""
+        found = until(sign, within, self.process)
+        if not found and self.process.poll() is None:
+            raise Failed(f"{self.name} did not come to {what}: {self.said()[-2000:]}")
+        return found
 
     def rows(self, table, columns):
         """The cells of some columns of a CSV, which must be whole."""
-        text = (self.dir / table).read_text()
-        rows = list(csv.DictReader(text.splitlines()))
-        if not text.endswith("\n") or any(None in row or None in row.values() for row in rows):
-            raise Broken(f"{self.dir / table} is not whole")
-        return [tuple(row[column] for column in columns) for row in rows]
+        return runs.rows(self.dir / table, columns)
 
     def steps(self):
-        """The steps in its log, each once and in order; the last of them."""
-        steps = [int(row[0]) for row in self.rows("train.csv", ("step",))]
-        if steps != list(range(1, len(steps) + 1)):
-            raise Broken(f"{self.dir / 'train.csv'} has the steps {steps}")
-        return len(steps)
+        """The last step in its log, which must have each once and in order."""
+        return runs.steps(self.dir)
 
     def checkpoints(self):
         """The steps of its complete checkpoints."""
@@ -266,34 +213,11 @@ class Run:
         return len(self.checkpoints())
 
     def same_as(self, other, checkpoints="step-*"):
-        """Its logs, samples and tensors must be those of a run left in peace, bit by bit.
-
-        One that was stopped keeps checkpoints of other steps, so only some of them can be compared.
-        """
-        for table, columns in (("train.csv", CURVE), ("eval.csv", EVALUATION)):
-            mine, theirs = self.rows(table, columns), other.rows(table, columns)
-            for found, expected in zip(mine, theirs, strict=False):
-                if found != expected:
-                    raise Broken(f"{self.dir / table}: found {found}, expected {expected}")
-            if len(mine) != len(theirs):
-                raise Broken(f"{self.dir / table} has {len(mine)} rows, expected {len(theirs)}")
-        self.steps()
-        for pattern in (f"checkpoints/{checkpoints}/*.safetensors", "samples/*.txt", "best.json"):
-            names = [
-                sorted(str(p.relative_to(run.dir)) for p in run.dir.glob(pattern))
-                for run in (self, other)
-            ]
-            if names[0] != names[1] or not names[0]:
-                raise Broken(f"{self.dir} has {names[0]}, expected {names[1]}")
-            for name in names[0]:
-                if (self.dir / name).read_bytes() != (other.dir / name).read_bytes():
-                    raise Broken(f"{self.dir / name} is not that of a run left in peace")
+        """Its logs, samples and tensors must be those of a run left in peace, bit by bit."""
+        runs.same(self.dir, other.dir, checkpoints)
 
 
 def table(rows):
     """The rows as a table for people."""
-    lines = [[str(cell) for cell in astuple(row)] for row in rows]
     head = [field.name for field in fields(Row)]
-    widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
-    form = "  ".join(f"{{:<{width}}}" for width in widths)
-    return "\n".join(form.format(*line).rstrip() for line in [head, *lines])
+    return "\n".join(aligned([head, *([str(cell) for cell in astuple(row)] for row in rows)]))

@@ -24,8 +24,11 @@ from pathlib import Path
 
 from gpu_driver import find_gpu
 from gpu_record import Row, default_path, machine, table, write
-from gpu_session import CONFIG, Failed, NotRun, Session, Unusable, output
+from gpu_session import CONFIG, Session, Unusable, output
 from gpu_speed import Speed
+from processes import until
+from report import Failed, NotRun
+from runs import same_files
 
 ROOT = Path(__file__).resolve().parents[1]
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
@@ -132,16 +135,6 @@ def difference(reference, found, steps, columns=("loss",)):
     return worst, place
 
 
-def compare_files(reference, found, pattern):
-    """Fails unless the files of a pattern have the same names and bytes in both folders."""
-    expected, seen = (sorted(p.name for p in Path(f).glob(pattern)) for f in (reference, found))
-    if not expected or expected != seen:
-        raise Failed(f"{found}: expected the files {expected or pattern}, found {seen}")
-    for name in expected:
-        if Path(reference, name).read_bytes() != Path(found, name).read_bytes():
-            raise Failed(f"{Path(found, name)} differs from the undisturbed run's")
-
-
 class Checks:
     """The measurements: methods that return a value and a note."""
 
@@ -241,7 +234,8 @@ class Checks:
         if apart:
             return apart, place
         last = f"checkpoints/step-{STEPS['resume']:08}"
-        compare_files(reference / last, folder / last, "*.safetensors")
+        if not same_files(folder / last, reference / last, "*.safetensors"):
+            raise Failed(f"{folder / last}: expected tensors, found none")
         return apart, f"struck after step {step}; the same bits in log and tensors"
 
     def evaluate(self):
@@ -311,14 +305,13 @@ class Checks:
         arguments, folder = session.arguments(name, settings)
         with session.lockstep(name, arguments, 2, recover) as job:
             job.wait_for_step(folder / "train.csv", 10, 90)
-            victim = session.process_of_rank(1)
+            victim = session.processes.rank(session.binary, 1)
             if victim is None:
                 raise Failed("found no process of rank 1", job)
             os.kill(victim, number)
             struck = time.monotonic()
             code = job.wait(GONE_S + 20)
-            while session.processes() and time.monotonic() < struck + GONE_S + 20:
-                time.sleep(0.1)
+            until(lambda: not session.processes.living(), GONE_S + 20)
             seconds = time.monotonic() - struck
         if recover:
             # Then mpirun's exit code says nothing of its ranks. The watchdog's words will do, too:
@@ -344,7 +337,7 @@ class Checks:
             said = f"it ended with exit code {code} after {len(later)} batches were skipped"
             raise Failed(f"{said}; expected 5, and some", job)
         for checkpoint in later:
-            compare_files(first, checkpoint, "*.safetensors")
+            same_files(checkpoint, first, "*.safetensors")
         return code, f"{len(later)} batches skipped, the tensors' bits as they were"
 
 
@@ -385,7 +378,7 @@ def open_session(args, work):
     data = args.data.resolve() if args.data else None
     device = "cpu" if args.cpu else "cuda"
     session = Session(binary, work, device, args.mpi, data, args.budget, gpu)
-    session.guard()
+    session.processes.guard()
     version = output(binary, "--version", environment=session.environment)
     if not version:
         with session.lockstep("version", ["--version"]) as job:

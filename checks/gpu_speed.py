@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from gpu_session import Failed, NotRun, tail
+from gpu_session import tail
+from report import Failed, NotRun
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 5  # first steps, left out
@@ -130,17 +131,17 @@ class Speed:
         if compiled and (lacking := self.compiler_lacks()):
             raise NotRun(f"torch.compile needs {lacking}")
         folder = session.work / "runs" / name
-        command = [sys.executable, ROOT / "analysis" / "peer.py", "--config", config]
+        command = [sys.executable, ROOT / "analysis" / "bench" / "peer.py", "--config", config]
         command += ["--out", folder, *(["--compile"] if compiled else [])]
         # A comparison that cannot be made is no fault of the binary's.
         try:
             with session.start(name, command, session.outside) as job:
                 code = job.wait(PEER_S)
         except Failed as failure:
-            raise NotRun(f"analysis/peer.py: {failure}") from None
+            raise NotRun(f"analysis/bench/peer.py: {failure}") from None
         if code:
             said = tail(job.log, 1, r"error") or tail(job.log, 1) or [f"exit code {code}"]
-            raise NotRun(f"analysis/peer.py: {said[0]}")
+            raise NotRun(f"analysis/bench/peer.py: {said[0]}")
         return folder / "train.csv"
 
     def compiler_lacks(self):

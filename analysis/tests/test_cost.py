@@ -1,17 +1,12 @@
 """The cost model's properties, against formulas, published values and a simulation."""
 
 import math
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import cluster_model
-import cost_model
-from cost_model import Machine, Model, MpiLink, Setting, step
+from scaling import clusters, cost
+from scaling.cost import Machine, Model, MpiLink, Setting, step
 
 GPT2 = Model(n_layer=12, n_embd=768, vocab_size=50257, block_size=1024)
 NANO = Model(n_layer=3, n_embd=48, vocab_size=8192, block_size=64, tied_head=False)
@@ -36,7 +31,7 @@ SETTINGS = [
 
 
 def h100(algorithm="best"):
-    return cluster_model.machine(cluster_model.KINDS["H100, NDR InfiniBand"], GPT2, algorithm)
+    return clusters.machine(clusters.KINDS["H100, NDR InfiniBand"], GPT2, algorithm)
 
 
 def test_the_layout_is_gpt2s():
@@ -65,17 +60,17 @@ def test_recomputing_blocks_makes_gradients_ready_later():
 
 @pytest.mark.parametrize("bucket_mib", [0.01, 1.0, 25.0, math.inf])
 def test_buckets_hold_every_gradient_once(bucket_mib):
-    sizes = cost_model.bucket_sizes(NANO.parameters, bucket_mib)
+    sizes = cost.bucket_sizes(NANO.parameters, bucket_mib)
     assert sum(sizes) == NANO.parameters
-    assert max(sizes) * 4 <= max(bucket_mib * cost_model.MIB, 4)
+    assert max(sizes) * 4 <= max(bucket_mib * cost.MIB, 4)
     assert min(sizes) > 0
 
 
 def test_auto_micro_batches_are_those_of_the_trainer():
-    assert cost_model.largest_micro_batch(12, 128) == 12
-    assert cost_model.largest_micro_batch(16, 1024) == 8
-    assert cost_model.largest_micro_batch(7, 4096) == 1
-    assert cost_model.largest_micro_batch(5, 10_000) == 1
+    assert cost.largest_micro_batch(12, 128) == 12
+    assert cost.largest_micro_batch(16, 1024) == 8
+    assert cost.largest_micro_batch(7, 4096) == 1
+    assert cost.largest_micro_batch(5, 10_000) == 1
 
 
 @pytest.mark.parametrize("link", [LINK, h100("ring").link, h100("tree").link, h100().link])
@@ -103,7 +98,7 @@ def test_mpi_moves_what_the_formula_says():
     link = MpiLink(byte_s=8e-9, latency=2e-3)
     assert link.all_reduce(1e6, 4) == pytest.approx(2 * 3 / 4 * 1e6 * 8e-9 + 3 * 2e-3)
     # A bucket of more than 16 MiB is several messages.
-    large = 25 * cost_model.MIB
+    large = 25 * cost.MIB
     assert link.all_reduce(large, 2) == pytest.approx(large * 8e-9 + 2 * 2e-3)
     busy = MpiLink(byte_s=0.0, latency=0.0, work_per_byte=2e-9)
     assert busy.all_reduce(1e6, 2) == busy.all_reduce(1e6, 8) == pytest.approx(2e-3)
@@ -114,36 +109,36 @@ def test_mpi_moves_what_the_formula_says():
 
 def test_rings_are_for_few_and_trees_for_many():
     ring, tree, best = (h100(name).link for name in ("ring", "tree", "best"))
-    size = 25 * cost_model.MIB
+    size = 25 * cost.MIB
     assert ring.all_reduce(size, 8) < tree.all_reduce(size, 8)
     assert ring.all_reduce(size, 16384) > 100 * tree.all_reduce(size, 16384)
-    for n in cluster_model.SIZES:
+    for n in clusters.SIZES:
         times = ring.all_reduce(size, n), tree.all_reduce(size, n)
         assert best.all_reduce(size, n) == min(times)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_properties_of_a_step(setting):
-    cost = step(NANO, setting, MACHINE)
-    assert cost.exposed >= 0 and cost.hidden >= 0
-    assert cost.total == cost.data + cost.compute + cost.exposed + cost.optimizer
+    whole = step(NANO, setting, MACHINE)
+    assert whole.exposed >= 0 and whole.hidden >= 0
+    assert whole.total == whole.data + whole.compute + whole.exposed + whole.optimizer
     # More bandwidth and less latency never make it slower.
     for better in (replace(LINK, byte_s=LINK.byte_s / 2), replace(LINK, latency=1e-3)):
-        assert step(NANO, setting, replace(MACHINE, link=better)).total <= cost.total
+        assert step(NANO, setting, replace(MACHINE, link=better)).total <= whole.total
     # Overlap never makes it slower, where the communication thread takes no time from the compute.
     if setting.overlap:
         after = step(NANO, replace(setting, overlap=False), MACHINE)
-        assert cost.total <= after.total + 1e-12
+        assert whole.total <= after.total + 1e-12
         assert after.hidden == pytest.approx(0, abs=1e-12)
         if setting.world_size > 1 and not setting.zero1:
             # All communication is either hidden or exposed.
             small = MACHINE.sync * math.log2(setting.world_size)
-            assert cost.hidden + cost.exposed - small == pytest.approx(after.exposed - small)
+            assert whole.hidden + whole.exposed - small == pytest.approx(after.exposed - small)
     more = replace(setting, accumulation=setting.accumulation + 1)
-    assert step(NANO, more, MACHINE).total >= cost.total - 1e-12
+    assert step(NANO, more, MACHINE).total >= whole.total - 1e-12
     if setting.overlap and setting.world_size > 1:
         slowed = step(NANO, setting, replace(MACHINE, slow_down_per_byte=1e-9))
-        assert slowed.compute > cost.compute
+        assert slowed.compute > whole.compute
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -151,13 +146,13 @@ def test_the_last_buckets_cannot_be_hidden(tied):
     # However long the compute, what the backward pass finishes last comes after it: the first
     # block, and the embedding.
     model = replace(NANO, tied_head=tied)
-    sizes = cost_model.bucket_sizes(model.parameters, 0.1)
+    sizes = cost.bucket_sizes(model.parameters, 0.1)
     early = model.ready()[-4][0]
     waiting = np.array(sizes)[np.cumsum(sizes) > early]
     assert 1 < len(waiting) < len(sizes)
     patient = replace(MACHINE, compute_fixed=100.0, sync=0.0)
-    cost = step(model, Setting(2, 24, bucket_mib=0.1), patient)
-    assert cost.exposed == pytest.approx(sum(LINK.all_reduce(4 * size, 2) for size in waiting))
+    whole = step(model, Setting(2, 24, bucket_mib=0.1), patient)
+    assert whole.exposed == pytest.approx(sum(LINK.all_reduce(4 * size, 2) for size in waiting))
 
 
 def test_only_the_last_micro_step_hides_communication():
@@ -169,8 +164,8 @@ def test_only_the_last_micro_step_hides_communication():
 
 
 def test_the_link_serves_one_bucket_after_another():
-    assert cost_model.finish(np.array([1.0, 2.0, 9.0]), np.array([3.0, 1.0, 1.0])) == 10
-    assert cost_model.finish(np.array([1.0, 2.0, 3.0]), np.array([3.0, 1.0, 1.0])) == 6
+    assert cost.finish(np.array([1.0, 2.0, 9.0]), np.array([3.0, 1.0, 1.0])) == 10
+    assert cost.finish(np.array([1.0, 2.0, 3.0]), np.array([3.0, 1.0, 1.0])) == 6
 
 
 def test_zero1_divides_the_optimizer_and_gathers_the_weights():
@@ -192,18 +187,18 @@ def test_ranks_that_share_a_machine_take_turns():
 @pytest.mark.parametrize("n", [1, 2, 10, 1000])
 def test_the_slowest_rank(n):
     draws = np.random.default_rng(5).standard_normal((4000, n)).max(axis=1)
-    assert cost_model.slowest_of(n) == pytest.approx(draws.mean() if n > 1 else 0, abs=0.04)
+    assert cost.slowest_of(n) == pytest.approx(draws.mean() if n > 1 else 0, abs=0.04)
 
 
 @pytest.mark.parametrize(("hours", "minutes"), [(24, 117), (6, 57), (0.25, 9.1)])
 def test_dalys_interval_is_the_one_that_he_published(hours, minutes):
     # The captions of figures 3 to 5 of his paper: pauses of 5 minutes.
-    assert cost_model.daly(300, hours * 3600) / 60 == pytest.approx(minutes, rel=0.006)
+    assert cost.daly(300, hours * 3600) / 60 == pytest.approx(minutes, rel=0.006)
 
 
 def test_a_pause_beyond_reason_does_not_break_the_formulas():
-    assert cost_model.daly(100, 10) == 10
-    assert cost_model.young(2, 100) == 20
+    assert cost.daly(100, 10) == 10
+    assert cost.young(2, 100) == 20
 
 
 def simulated_share(interval, pause, mtbf, restart, seed, segments=4000):
@@ -228,8 +223,8 @@ def simulated_share(interval, pause, mtbf, restart, seed, segments=4000):
 
 @pytest.mark.parametrize(("pause", "mtbf", "restart"), [(5, 600, 30), (60, 3600, 300)])
 def test_the_checkpoint_interval_against_a_simulation(pause, mtbf, restart):
-    best = cost_model.daly(pause, mtbf)
-    expected = cost_model.useful_share(best, pause, mtbf, restart)
+    best = cost.daly(pause, mtbf)
+    expected = cost.useful_share(best, pause, mtbf, restart)
     assert simulated_share(best, pause, mtbf, restart, seed=7) == pytest.approx(expected, rel=0.02)
     # By brute force, no interval keeps noticeably more; half and twice as long keep less.
     shares = {
@@ -243,37 +238,37 @@ def test_the_checkpoint_interval_against_a_simulation(pause, mtbf, restart):
     assert shares[best] > 1.005 * shares[best * 2.5]
     # And the formula's own optimum is where Daly's series says, to a part in a hundred.
     grid = best * np.linspace(0.5, 2, 3001)
-    found = max(grid, key=lambda each: cost_model.useful_share(each, pause, mtbf, restart))
+    found = max(grid, key=lambda each: cost.useful_share(each, pause, mtbf, restart))
     assert best == pytest.approx(found, rel=0.01)
-    assert abs(best - found) < abs(cost_model.young(pause, mtbf) - found)
+    assert abs(best - found) < abs(cost.young(pause, mtbf) - found)
 
 
 def test_clusters_on_paper():
-    for kind in cluster_model.KINDS.values():
-        weak = cluster_model.sweep(kind, GPT2, "weak")
+    for kind in clusters.KINDS.values():
+        weak = clusters.sweep(kind, GPT2, "weak")
         assert weak["gpus"].tolist() == [2**power for power in range(3, 15)]
         assert weak["efficiency"].between(0, 1).all()
         assert (weak["efficiency"].diff().dropna() < 0).all()
         assert set(weak["loses_most_to"]) <= {"latency", "bandwidth", "slowest rank"}
-        late = cluster_model.sweep(kind, GPT2, "weak", overlap=False)
+        late = clusters.sweep(kind, GPT2, "weak", overlap=False)
         assert (weak["step_ms"] <= late["step_ms"]).all()
         assert kind.source
-    strong = cluster_model.sweep(kind, GPT2, "strong")
+    strong = clusters.sweep(kind, GPT2, "strong")
     assert strong["gpus"].max() == 512
     assert strong["efficiency"].iloc[0] == 1
 
 
 def test_rings_bend_by_latency_and_slow_networks_by_bandwidth():
-    ring = cluster_model.sweep(cluster_model.KINDS["H100, NDR InfiniBand"], GPT2, "weak", "ring")
+    ring = clusters.sweep(clusters.KINDS["H100, NDR InfiniBand"], GPT2, "weak", "ring")
     assert ring["loses_most_to"].iloc[-1] == "latency"
     assert ring["efficiency"].iloc[-1] < 0.1
-    kind = cluster_model.KINDS["H100, 100 Gbit/s Ethernet a node"]
-    slow = cluster_model.sweep(kind, GPT2, "weak", "tree")
+    kind = clusters.KINDS["H100, 100 Gbit/s Ethernet a node"]
+    slow = clusters.sweep(kind, GPT2, "weak", "tree")
     assert slow["loses_most_to"].iloc[1] == "bandwidth"
 
 
 def test_more_gpus_want_more_frequent_checkpoints():
-    found = [cluster_model.failures(GPT2, n) for n in cluster_model.SIZES]
+    found = [clusters.failures(GPT2, n) for n in clusters.SIZES]
     intervals = [each["checkpoint_interval_s"] for each in found]
     assert intervals == sorted(intervals, reverse=True)
     # 16,384 GPUs fail as often as Meta counted: 419 times in 54 days.

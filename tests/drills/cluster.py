@@ -14,8 +14,11 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fault_lab import BINARY, GONE_S, ROOT, Broken, Drill, Lab, NotRun
+from processes import until
+from report import Failed, NotRun
 from virtual_cluster import Cluster
+
+from drills.lab import BINARY, GONE_S, ROOT, Drill, Lab
 
 # The nodes send so slowly that a step takes a third of a second and yet hardly any of the cores.
 SLOW = "4mbit"
@@ -30,7 +33,7 @@ class Site:
     def __init__(self, folder, nodes):
         self.cluster = Cluster(folder, nodes)
         self.lab = Lab(self.cluster.work)
-        self.cluster.environment |= dict([self.lab.mark.split("=")])
+        self.cluster.environment |= self.lab.processes.mark
 
     def submit(self, run, *options):
         arguments = [f"{run.name}.yaml", "--run-dir", run.name]
@@ -57,15 +60,15 @@ def site(nodes):
         if here.cluster.started.returncode == 2:
             raise NotRun(f"no cluster: {here.cluster.started.stderr.strip()}")
         if here.cluster.started.returncode:
-            raise Broken(f"no cluster: {here.cluster.started.stderr.strip()}")
+            raise Failed(f"no cluster: {here.cluster.started.stderr.strip()}")
         yield here
-    except (AssertionError, Broken) as broken:
-        raise Broken(f"{broken}; the runs are in {folder}") from None
+    except (AssertionError, Failed) as failure:
+        raise Failed(f"{failure}; the runs are in {folder}") from None
     else:
         shutil.rmtree(folder, ignore_errors=True)
     finally:
         here.cluster.close()
-        here.lab.end_all()
+        here.lab.processes.end()
         if here.cluster.started.returncode == 2:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -91,15 +94,10 @@ class Job:
         A start is how often Slurm had queued the job again, and the step's number within the job.
         """
         found = {}
-        for pid in self.site.lab.processes():
-            with suppress(OSError, KeyError):
-                variables = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
-                known = dict(variable.split("=", 1) for variable in variables if "=" in variable)
-                if Path(f"/proc/{pid}/exe").resolve() != BINARY.resolve():
-                    continue
-                if known["SLURM_JOB_ID"] == self.number:
-                    start = int(known.get("SLURM_RESTART_COUNT", 0)), int(known["SLURM_STEP_ID"])
-                    found.setdefault(start, {})[int(known["SLURM_PROCID"])] = pid
+        for pid, known in self.site.lab.processes.running(BINARY):
+            if known.get("SLURM_JOB_ID") == self.number:
+                start = int(known.get("SLURM_RESTART_COUNT", 0)), int(known["SLURM_STEP_ID"])
+                found.setdefault(start, {})[int(known["SLURM_PROCID"])] = pid
         return found
 
     def ranks(self, start):
@@ -117,11 +115,8 @@ class Job:
 
     def until(self, what, condition, within=600):
         """Waits for something while the job goes on; returns what came out true."""
-        deadline = time.monotonic() + within
-        while not (found := condition()):
-            if time.monotonic() > deadline:
-                raise Broken(f"waited {within} s for {what}\n{self.cluster.situation()[-4000:]}")
-            time.sleep(0.02)
+        if not (found := until(condition, within, every=0.02)):
+            raise Failed(f"waited {within} s for {what}\n{self.cluster.situation()[-4000:]}")
         return found
 
     def until_going_on(self, after=NONE):
@@ -151,7 +146,7 @@ class Job:
     def ends(self, state="COMPLETED", within=3600):
         self.cluster.wait(self.number, within)
         if self.facts()["JobState"] != state:
-            raise Broken(f"the job ended as {self.facts()['JobState']}: {self.said()[-3000:]}")
+            raise Failed(f"the job ended as {self.facts()['JobState']}: {self.said()[-3000:]}")
 
     def same_as(self, expected):
         """Lets the job end, at full speed; its result must be that of a run left in peace."""
@@ -253,7 +248,7 @@ def requeue_while_the_old_dies(_, times):
                 here.slurmd(node, signal.SIGSTOP)
             job.until_going_on(start)
             if kind != "stopped" and not takes_over(job):
-                raise Broken(f"the new start did not take over: {job.said()[-3000:]}")
+                raise Failed(f"the new start did not take over: {job.said()[-3000:]}")
             if kind == "out of sight and stopped":
                 job.goes_on_for(20)
                 for pid in old.values():
@@ -264,7 +259,7 @@ def requeue_while_the_old_dies(_, times):
             job.same_as(expected)
             if job.restarts() != 1:
                 again = f"queued {job.restarts()} times again, not once"
-                raise Broken(f"{again}: {job.said()[-3000:]}")
+                raise Failed(f"{again}: {job.said()[-3000:]}")
     return f"{times} times taken over, the old start wrote nothing more; result identical"
 
 
@@ -286,9 +281,9 @@ def two_jobs_in_one_place(_, times):
             second.ends("FAILED")
             facts = second.facts()
             if (facts["ExitCode"], facts["Restarts"]) != ("2:0", "0"):
-                raise Broken(f"the second job ended with {facts['ExitCode']}: {second.said()}")
+                raise Failed(f"the second job ended with {facts['ExitCode']}: {second.said()}")
             if f"is in use: {run.name}/lease.json names job {job.number}, " not in second.said():
-                raise Broken(f"the first job is not named: {second.said()[-3000:]}")
+                raise Failed(f"the first job is not named: {second.said()[-3000:]}")
         job.same_as(expected)
     return f"{times} refused, exit code 2, the other job named; its result identical"
 
@@ -409,7 +404,7 @@ def soak(_, times):
         job.ends()
         job.same_as(expected)
     if useful < 0.9 * whole:
-        raise Broken(f"only {share}, {counts}")
+        raise Failed(f"only {share}, {counts}")
     return f"{times} faults ({counts}); {share}; result identical"
 
 
@@ -449,7 +444,7 @@ class Clock:
 DRILLS = [
     Drill("Slurm: kill -9 of each rank in each phase", 1, 10, kill_in_each_phase),
     Drill("Slurm: requeued while the old start lives", 0, 6, requeue_while_the_old_dies),
-    Drill("Slurm: two jobs on one run directory", 1, 3, two_jobs_in_one_place),
+    Drill("Slurm: two jobs on one run directory", 0, 3, two_jobs_in_one_place),  # quick/lease.rs
     Drill("Slurm: five preemptions and a dead node", 0, 1, preemptions_and_a_dead_node),
     Drill("Slurm: soak", 0, 50, soak),
 ]

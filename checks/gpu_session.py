@@ -7,15 +7,16 @@ import json
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import time
-import uuid
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gpu_driver import Gpu
+from processes import Processes, start, until
+from report import Failed, NotRun
+from runs import last_step
 
 JOB = re.compile(r"SLURM_|PMIX?_(?!MCA_)|OMPI_COMM_")  # what Slurm and mpirun tell their ranks
 RUN_S = 120  # for a run of a few dozen steps
@@ -29,20 +30,6 @@ CONFIG = {
 
 class Unusable(Exception):
     """Nothing can be checked, and what to do about it."""
-
-
-class NotRun(Exception):
-    """A check that this machine cannot make, and why."""
-
-
-class Failed(Exception):
-    """A check that failed for another reason than its number, and the job whose log shows why."""
-
-    def __init__(self, reason, job=None):
-        # The record is to say it, too: it may be all that is left of a machine.
-        said = job.complaint() if job else ""
-        super().__init__(f"{reason}: {said}" if said else reason)
-        self.job = job
 
 
 def find_libtorch():
@@ -93,28 +80,6 @@ def libraries(binary, environment):
     return found
 
 
-def processes(mark):
-    """All processes that have this in their environment: (process id, environment)."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            with suppress(OSError):
-                variables = (entry / "environ").read_bytes().decode(errors="replace")
-                if mark in variables:
-                    found.append((int(entry.name), variables.split("\0")))
-    return found
-
-
-def end_all(mark):
-    """Ends what is left of a command; mpirun's ranks are in process groups of their own."""
-    until = time.monotonic() + 10
-    while (left := processes(mark)) and time.monotonic() < until:
-        for pid, _ in left:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.05)
-
-
 def tail(path, count, pattern=""):
     """The last lines of a file that match a pattern, whatever its case; cut if they are long."""
     lines = path.read_text(errors="replace").splitlines()
@@ -141,16 +106,15 @@ class Job:
     def wait_for_step(self, train_csv, step, seconds):
         """The last step in train.csv, once that is at least `step`."""
         left = self.session.seconds_left()
-        until = time.monotonic() + min(seconds, left)
-        while time.monotonic() < until:
-            if self.process.poll() is not None:
-                code = self.process.returncode
-                raise Failed(f"it ended with exit code {code} before it was struck", self)
-            with suppress(OSError, ValueError, IndexError):
-                last = int(train_csv.read_text().rsplit("\n", 2)[-2].split(",")[0])
-                if last >= step:
-                    return last
-            time.sleep(0.002)
+
+        def reached():
+            last = last_step(train_csv)
+            return last if last >= step else 0
+
+        if last := until(reached, min(seconds, left), self.process):
+            return last
+        if (code := self.process.poll()) is not None:
+            raise Failed(f"it ended with exit code {code} before it was struck", self)
         if left < seconds:
             raise self.session.used_up()
         raise Failed(f"it did not come to step {step} within {seconds} s", self)
@@ -183,12 +147,11 @@ class Session:
         self.hung = {}  # a run's name, by its number of ranks
         for folder in ("lib", "logs", "nccl", "runs", "tmp"):
             (work / folder).mkdir()
-        # By this variable the session knows its own processes.
-        self.mark = f"LOCKSTEP_GPU_CHECK={uuid.uuid4().hex}"
+        self.processes = Processes("LOCKSTEP_GPU_CHECK")
         # A job around this one: mpirun would spread the ranks over its machines, and each program
         # that starts here would take itself for one of its ranks.
         self.outside = {k: v for k, v in os.environ.items() if not JOB.match(k)}
-        self.outside |= dict([self.mark.split("=")]) | {"TMPDIR": str(work / "tmp")}
+        self.outside |= self.processes.mark | {"TMPDIR": str(work / "tmp")}
         # As a user starts the binary.
         self.bare = self.outside | self.library_path()
         self.environment = self.bare | self.surroundings(mpi)
@@ -268,51 +231,19 @@ class Session:
             raise self.used_up()
         return left
 
-    def processes(self):
-        """All processes that this session started: (process id, environment)."""
-        return processes(self.mark)
-
-    def process_of_rank(self, rank):
-        """The process id of a rank; None if there is no such process."""
-        names = {f"OMPI_COMM_WORLD_RANK={rank}", f"PMI_RANK={rank}"}
-        for pid, variables in self.processes():
-            with suppress(OSError):
-                if names & set(variables) and os.readlink(f"/proc/{pid}/exe") == str(self.binary):
-                    return pid
-        return None
-
-    def guard(self):
-        """Starts a process that ends all others of this session, should this one be killed."""
-        with suppress(OSError):
-            self.watcher = subprocess.Popen(
-                [sys.executable, __file__, self.mark],
-                stdin=subprocess.PIPE,  # closed when this process is gone, however it went
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-
     @contextmanager
     def start(self, name, command, environment):
         """Starts a command as a Job; when the block ends, no process of it is left."""
         self.seconds_left()
         out, log = (self.work / "logs" / f"{name}.{ending}" for ending in ("out", "log"))
         try:
-            with out.open("wb") as standard, log.open("wb") as errors:
-                process = subprocess.Popen(
-                    [str(word) for word in command],
-                    env=environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=standard,
-                    stderr=errors,
-                    start_new_session=True,
-                )
+            process = start(command, log, out, env=environment)
         except OSError as error:
             raise Failed(f"cannot run {command[0]}: {error.strerror}") from error
         try:
             yield Job(process, out, log, self)
         finally:
-            end_all(self.mark)
+            self.processes.end()
             # One that a driver keeps in the kernel cannot be ended, and must not stop the rest.
             with suppress(subprocess.TimeoutExpired):
                 process.wait(10)
@@ -407,8 +338,3 @@ class Session:
             text = path.read_text(errors="replace")
             found |= set(re.findall(rf"\brank (\d+) nranks {ranks} .*Init COMPLETE", text))
         return len(found)
-
-
-if __name__ == "__main__":
-    sys.stdin.read()
-    end_all(sys.argv[1])

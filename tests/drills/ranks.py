@@ -13,7 +13,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
-from fault_lab import CURVE, GONE_S, Broken, Drill, NotRun, Run
+from report import Failed, NotRun
+from runs import CURVE
+
+from drills.lab import GONE_S, Drill, Run
 
 # Steps long enough to be struck in, and no deadline that would end who is to be ended by others.
 SLOWER = {
@@ -45,18 +48,6 @@ def kill_at_random(lab, times):
     return f"{kills} kills, each resumed; logs and tensors identical"
 
 
-def wait_for(run, sign, within=600):
-    """Waits until `sign` gives something; False where the run ended before."""
-    until = time.monotonic() + within
-    while not (found := sign()):
-        if run.process.poll() is not None:
-            return False
-        if time.monotonic() > until:
-            raise Broken(f"{run.name} shows no sign of what was waited for: {run.said()[-2000:]}")
-        time.sleep(0.002)
-    return found
-
-
 def phase(run, rank):
     """What a rank does by its last heartbeat."""
     with suppress(OSError, ValueError):
@@ -73,7 +64,7 @@ def evaluated(run):
 
 def strike(lab, run, where, rank):
     """Kills a rank in a phase. Returns the moment; None where the run was done before."""
-    victim = wait_for(run, lambda: lab.rank(rank))
+    victim = run.shows("a rank", lambda: lab.rank(rank))
     done, every = run.step(), lab.random.randint(1, 3)
     if where == "start":
         time.sleep(lab.random.uniform(0, 1))
@@ -88,7 +79,7 @@ def strike(lab, run, where, rank):
         peer = lab.rank((rank + 1) % run.ranks)
         os.kill(peer, signal.SIGSTOP)
         time.sleep(1.2)
-        if not wait_for(run, lambda: phase(run, rank) == "exchange"):
+        if not run.shows("an exchange", lambda: phase(run, rank) == "exchange"):
             return None
         os.kill(victim, signal.SIGKILL)
         os.kill(peer, signal.SIGCONT)
@@ -100,8 +91,8 @@ def strike(lab, run, where, rank):
             return None
     elif where == "save":
         folder = run.dir / "checkpoints"
-        if not run.reaches(done + 1) or not wait_for(
-            run, lambda: any("tmp" in path.name for path in folder.glob("step-*"))
+        if not run.reaches(done + 1) or not run.shows(
+            "a save", lambda: any("tmp" in path.name for path in folder.glob("step-*"))
         ):
             return None
     with suppress(ProcessLookupError):
@@ -127,7 +118,7 @@ def kill_each_rank(lab, times):
             run = lab.run(f"bereft-{runs}", 2, **SLOWER)
             continue
         if begun is None:
-            raise Broken(f"{run.name} ended by itself with {code}: {run.said()[-2000:]}")
+            raise Failed(f"{run.name} ended by itself with {code}: {run.said()[-2000:]}")
         longest = max(longest, time.monotonic() - begun)
         kills += 1
         codes[code] += 1
@@ -159,7 +150,7 @@ def stop_a_rank(lab, times):
         run.ends(6, within=deadline + GONE_S)
         longest = max(longest, time.monotonic() - begun)
         if f"(process {victim}) has stopped" not in run.said():
-            raise Broken(f"the stopped rank is not named: {run.said()[-2000:]}")
+            raise Failed(f"the stopped rank is not named: {run.said()[-2000:]}")
     return (
         f"{times} times named, exit code 6; {longest:.1f} s at most, of which {deadline} s deadline"
     )
@@ -210,11 +201,11 @@ def slow_a_rank(lab, times):
             while not (found := run.rows("ranks.csv", columns)) and run.step() < begun + 30:
                 time.sleep(0.02)
         if not found or int(found[0][1]) != rank:
-            raise Broken(f"rank {rank} was slowed after step {begun}, and ranks.csv has {found}")
+            raise Failed(f"rank {rank} was slowed after step {begun}, and ranks.csv has {found}")
         taken.append(int(found[0][0]) - begun)
         run.kill()
     if max(taken) > 20:
-        raise Broken(f"named after {taken} steps")
+        raise Failed(f"named after {taken} steps")
     return f"{times} times named after {min(taken)} to {max(taken)} steps"
 
 
@@ -226,7 +217,7 @@ def leave_in_peace(lab, times):
         run = lab.run(f"quiet-{number}", 2, train=steps).start()
         run.ends(0)
         if found := run.rows("ranks.csv", ("step", "rank")):
-            raise Broken(f"false alarms: {found}")
+            raise Failed(f"false alarms: {found}")
     return f"{times} x 1,000 steps, nobody named"
 
 
@@ -270,7 +261,7 @@ def poison_a_rank(lab, times):
         run = lab.run(f"poisoned-{number}", 2, **still).start()
         run.reaches(lab.random.randint(7, 20))
         victim = lab.rank(rank)
-        step = wait_for(run, run.checkpoints)[-1]
+        step = run.shows("a checkpoint", run.checkpoints)[-1]
         saved = tensors(run.dir / f"checkpoints/step-{step:08}/model.safetensors")
         weights = saved["transformer.wpe.weight"][:32].tobytes()
         os.kill(victim, signal.SIGSTOP)
@@ -282,7 +273,7 @@ def poison_a_rank(lab, times):
             ) from None
         os.kill(victim, signal.SIGCONT)
         if not count:
-            raise Broken("the weights were not found in the rank's memory")
+            raise Failed("the weights were not found in the rank's memory")
         run.ends(5)
         last = run.steps()
         parts = [
@@ -292,13 +283,13 @@ def poison_a_rank(lab, times):
         ]
         for part in parts:
             if not re.search(part, run.said()):
-                raise Broken(f"no {part!r} in {run.said()[-2000:]}")
+                raise Failed(f"no {part!r} in {run.said()[-2000:]}")
         run.verify()
         path = run.dir / f"checkpoints/step-{run.checkpoints()[-1]:08}"
         for file in path.glob("*.safetensors"):
             for name, values in tensors(file).items():
                 if not np.isfinite(values).all():
-                    raise Broken(f"{name} in {file} is not finite")
+                    raise Failed(f"{name} in {file} is not finite")
     return f"{times} times exit code 5, rank, step, samples and parameters named; checkpoint finite"
 
 
@@ -334,7 +325,7 @@ def signal_at_random(lab, times):
             pid = run.process.pid if to is None else lab.rank(to)
             return pid if listens(pid, number) else None
 
-        if pid := wait_for(run, target):
+        if pid := run.shows("a handler", target):
             where = phase(run, to or 0) or "no heartbeat yet"
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
@@ -353,7 +344,7 @@ def signal_at_random(lab, times):
         seen[where] += 1
         last = str(run.steps())
         if new != [[last], [last]] or run.checkpoints()[-1] != int(last):
-            raise Broken(
+            raise Failed(
                 f"stopped after {new}, the log ends at {last}, checkpoints {run.checkpoints()}: "
                 f"{run.said()[-2000:]}"
             )
@@ -381,7 +372,7 @@ def insist(lab, times):
         os.kill(pid, what)
         time.sleep(0.5)
         if run.process.poll() is not None:
-            raise Broken(f"one {what.name} ended it: {run.said()[-2000:]}")
+            raise Failed(f"one {what.name} ended it: {run.said()[-2000:]}")
         begun = time.monotonic()
         os.kill(pid, what)
         run.ends(143 if to is None else 128 + what, within=GONE_S)
@@ -414,7 +405,7 @@ def two_jobs(lab, times):
         code = second.start().process.wait(600)
         named = f"process {held.process.pid} on"
         if code != 2 or named not in second.said() or "which is alive" not in second.said():
-            raise Broken(f"a second job ended with {code}: {second.said()[-2000:]}")
+            raise Failed(f"a second job ended with {code}: {second.said()[-2000:]}")
         held.reaches(held.step() + 3)
         held.process.terminate()
         held.ends(75)
@@ -430,7 +421,7 @@ def two_jobs(lab, times):
             old.process.terminate()
         code = old.process.wait(600)
         if code not in (6, 75) or (code == 6 and "writes nothing more" not in old.said()):
-            raise Broken(f"the earlier start ended with {code}: {old.said()[-2000:]}")
+            raise Failed(f"the earlier start ended with {code}: {old.said()[-2000:]}")
         ends[code] += 1
         new.ends(0)
 
@@ -439,7 +430,7 @@ def two_jobs(lab, times):
         new.same_as(expected, f"step-{new.steps():08}")
         rows = [run.rows("train.csv", CURVE) for run in (held, expected)]
         if any(one != other for one, other in zip(*rows, strict=False)):
-            raise Broken(f"{held.dir / 'train.csv'} was harmed by the job that was refused")
+            raise Failed(f"{held.dir / 'train.csv'} was harmed by the job that was refused")
     return (
         f"{times} times refused with 2 and the holder's name, the first unharmed; {times} times "
         f"taken over, earlier starts ended with {counted(ends)}; all identical"
@@ -468,7 +459,7 @@ def turn_the_clock(lab, times):
             continue
         since = json.loads((run.dir / "lease.json").read_text())["since"]
         if since[:10] != time.strftime("%Y-%m-%d", time.gmtime(time.time() + wrong)):
-            raise Broken(f"the clock was not turned: {since}")
+            raise Failed(f"the clock was not turned: {since}")
         turns += 1
         run.kill()
         run.verify()
@@ -478,14 +469,14 @@ def turn_the_clock(lab, times):
 
 
 DRILLS = [
-    Drill("kill -9 at random steps, one rank", 2, 50, kill_at_random),
+    Drill("kill -9 at random steps, one rank", 0, 50, kill_at_random),  # ranks/resume.rs
     Drill("kill -9 of each rank in each phase", 5, 60, kill_each_rank),
-    Drill("SIGSTOP of a rank", 2, 10, stop_a_rank),
+    Drill("SIGSTOP of a rank", 0, 10, stop_a_rank),  # ranks/watchdog.rs
     Drill("a rank slowed twofold", 0, 6, slow_a_rank),
     Drill("quiet ranks", 0, 3, leave_in_peace),
-    Drill("NaN in one rank's memory", 1, 10, poison_a_rank),
-    Drill("USR1 and TERM at random times", 4, 100, signal_at_random),
+    Drill("NaN in one rank's memory", 0, 10, poison_a_rank),  # ranks/nonfinite.rs
+    Drill("USR1 and TERM at random times", 0, 100, signal_at_random),  # ranks/resume.rs
     Drill("a second TERM or INT", 2, 12, insist),
-    Drill("two jobs on one run directory", 1, 10, two_jobs),
+    Drill("two jobs on one run directory", 0, 10, two_jobs),  # quick/lease.rs
     Drill("clock a day ahead or back", 2, 20, turn_the_clock),
 ]

@@ -1,0 +1,5 @@
+"""Disturbances of real runs, which launch/faults makes: what is done, and what must be seen."""
+
+from drills import cluster, ranks, storage
+
+DRILLS = [*storage.DRILLS, *ranks.DRILLS, *cluster.DRILLS]
