@@ -19,7 +19,7 @@ use signal_hook::iterator::Signals;
 use signal_hook::low_level::emulate_default_handler;
 use tracing::{info, warn};
 
-use crate::config::{Config, DeviceChoice};
+use crate::config::{in_place, Config, DeviceChoice};
 use crate::error::{Error, Result};
 use crate::files::write_durably;
 use crate::launcher::{self, Launch};
@@ -154,7 +154,7 @@ impl Comparison<'_> {
         }
         let overrides = [self.overrides, &own].concat();
         let plan = Config::load(self.config, &overrides)?.validate(1);
-        plan.map_err(|e| e.context(format!("in {}", self.config.display())))?;
+        plan.map_err(|e| in_place(e, self.config, &overrides))?;
         match fs::read(self.out) {
             Ok(bytes) if !bytes.is_empty() && !bytes.starts_with(header::<CompareRow>().as_bytes()) => {
                 Err(Error::Storage(format!(

@@ -107,6 +107,8 @@ struct Shared {
     mark: Mutex<Mark>,
     /// Where the heartbeats are, once a run directory is this job's.
     heartbeats: Mutex<Option<PathBuf>>,
+    /// Held while a heartbeat is being written.
+    beating: Mutex<()>,
 }
 
 #[derive(Clone, Copy)]
@@ -131,6 +133,7 @@ impl Watchdog {
             fault: fault.clone(),
             mark: Mutex::new(Mark { phase: Phase::StartUp, step: 0, since: Instant::now(), count: 0 }),
             heartbeats: Mutex::new(None),
+            beating: Mutex::new(()),
         });
         let watched = shared.clone();
         spawn("watchdog", move || watched.watch())?;
@@ -155,6 +158,12 @@ impl Watchdog {
             Some(_) => Ok(()),
             None => spawn("heartbeat", move || shared.beat()),
         }
+    }
+
+    /// Leaves no more heartbeats, so that their folder can be removed.
+    pub fn stop_heartbeats(&self) {
+        *self.0.folder() = None;
+        drop(self.0.beating.lock());
     }
 
     /// Marks the end of this rank's work. A communication error is returned with what the heartbeats say of the others.
@@ -230,6 +239,7 @@ impl Shared {
     fn beat(self: Arc<Self>) {
         let mut failed = false;
         for beat in 1.. {
+            let beating = self.beating.lock();
             let Some(folder) = self.folder().clone() else { return };
             let mark = *self.mark();
             let heartbeat = Heartbeat {
@@ -251,6 +261,7 @@ impl Shared {
                 }
                 _ => {}
             }
+            drop(beating);
             thread::sleep(BEAT);
         }
     }
@@ -307,6 +318,21 @@ mod tests {
         // Others may write for as long as their save or their step allows.
         assert_eq!(Phase::Waiting.deadline(&fault).as_secs(), 3);
         assert_eq!(Phase::Waiting.deadline(&Fault { step_deadline_s: 9, ..fault }).as_secs(), 9);
+    }
+
+    #[test]
+    fn a_folder_of_heartbeats_can_be_removed_once_they_have_stopped() {
+        let folder = tempfile::tempdir().unwrap();
+        let watchdog = Watchdog::start(0, "n0".into(), 1, &Fault::default()).unwrap();
+        watchdog.leave_heartbeats(folder.path().into()).unwrap();
+        let beat = || folder.path().join("rank-0000.json").exists();
+        while !beat() {
+            thread::sleep(Duration::from_millis(1));
+        }
+        watchdog.stop_heartbeats();
+        std::fs::remove_file(folder.path().join("rank-0000.json")).unwrap();
+        thread::sleep(BEAT * 3 / 2);
+        assert!(!beat());
     }
 
     #[test]
