@@ -9,8 +9,6 @@ from emulation import Emulation
 from runs import same
 
 DEADLINE_S = 3
-# Until all ranks are gone: NCCL's abort gets 5 s, MPI's 10 s, and a machine may be busy.
-GONE_S = DEADLINE_S + 15 + 60
 SETTINGS = {
     "deterministic": "true",
     "model.dropout": 0.1,
@@ -53,7 +51,6 @@ def test_ranks_end_together_and_go_on(gpu, undisturbed, request, fault, code, sa
     name = request.node.name.replace(":", "-")
     done = gpu.train(name, settings, 2, EMULATED_GPU_FAULT=fault)
     assert done.code == code, done.log
-    assert done.seconds < GONE_S
     if said:
         rank = fault[-1]
         line = next(line for line in done.log.splitlines() if said in line)

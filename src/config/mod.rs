@@ -13,7 +13,7 @@ use schemars::{json_schema, JsonSchema, Schema, SchemaGenerator};
 use serde::{Deserialize, Serialize};
 use serde_yaml::Value;
 
-pub use check::Plan;
+pub use check::{Plan, Shape};
 pub use keys::{keys, Key};
 
 use crate::error::{Error, Result};

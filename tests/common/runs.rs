@@ -68,6 +68,19 @@ impl Run {
         self.strike_at(step, |pid| Command::new("kill").args([&signal, &pid.to_string()]).status().unwrap().success())
     }
 
+    /// Starts the run and, once rank 0's log has this text, asks it to stop.
+    pub fn stop_once_logged(&self, text: &str, signal: &str) -> ExitStatus {
+        let mut child = self.command(&[]).stderr(Stdio::null()).spawn().unwrap();
+        let log = self.dir.join("logs/rank-0000.log");
+        while !std::fs::read_to_string(&log).unwrap_or_default().contains(text) {
+            assert_eq!(child.try_wait().unwrap(), None, "the run ended before it said {text:?}");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let kill = Command::new("kill").args([&format!("-{signal}"), &child.id().to_string()]).status();
+        assert!(kill.unwrap().success());
+        child.wait().unwrap()
+    }
+
     fn strike_at(&self, step: usize, strike: impl Fn(u32) -> bool) -> Option<ExitStatus> {
         let mut child = self.command(&[]).stderr(Stdio::null()).spawn().unwrap();
         let deadline = Instant::now() + Duration::from_secs(600);

@@ -17,11 +17,12 @@ use std::io::{Cursor, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use lockstep::config::Shape;
 use lockstep::config::{Activation, Config, Norm, Optim};
 use lockstep::data::prepare::{prepare, DataDir};
 use lockstep::data::shard::Shard;
 use lockstep::data::wikitext::{Archive, Source};
-use lockstep::model::{Gpt, GptConfig};
+use lockstep::model::Gpt;
 use lockstep::optim::adamw::AdamW;
 use lockstep::run::checkpoint::{self, Conditions, OptimizerFiles, Saving, State};
 use lockstep::run::tables::{EvalRow, Log, TrainRow};
@@ -50,7 +51,7 @@ fn temporary() -> TempDir {
     TempDir::new_in("/dev/shm").or_else(|_| TempDir::new()).unwrap()
 }
 
-const SMALL: GptConfig = GptConfig {
+const SMALL: Shape = Shape {
     n_layer: 1,
     n_head: 1,
     n_embd: 8,
