@@ -15,7 +15,7 @@ fn main() -> ExitCode {
     match done.unwrap_or_else(|panic| Err(error::from_panic(panic.as_ref()))) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // Not eprintln: it panics where nobody reads stderr any more.
+            // Not eprintln: it panics if nobody reads stderr any more.
             let _ = writeln!(io::stderr(), "lockstep: {error:#}");
             ExitCode::from(error::exit_code(&error))
         }

@@ -190,7 +190,7 @@ pub enum Verb {
     },
 }
 
-/// What `train` is told beside its file.
+/// The options of `train` besides its file.
 #[derive(Debug, Args)]
 pub struct Training {
     /// Replaces one key of the file, for example optim.lr=3e-4.

@@ -112,7 +112,7 @@ pub fn run(cli: &Cli) -> Result<()> {
         Verb::Doctor { libraries: true, .. } => doctor::run_libraries(print),
         Verb::Doctor { run_dir, device, .. } => doctor::run(run_dir, device, print),
         Verb::Completions { shell } => {
-            // Into memory first: the generator panics where its output cannot be written.
+            // Into memory first: the generator panics if its output cannot be written.
             let mut script = Vec::new();
             clap_complete::generate(*shell, &mut Cli::command(), "lockstep", &mut script);
             io::stdout().write_all(&script).map_err(stdout_failed)

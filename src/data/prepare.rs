@@ -79,8 +79,8 @@ impl Meta {
 /// `tokenizer` is `gpt2`, `bpe:N` (N tokens, trained here on the training split) or a tokenizer.json.
 ///
 /// # Errors
-/// Usage for another tokenizer, and where `out` holds something else than a data folder; Data
-/// where the source cannot be read or is not UTF-8; Storage where `out` cannot be written.
+/// Usage for another tokenizer, and if `out` holds something else than a data folder; Data
+/// if the source cannot be read or is not UTF-8; Storage if `out` cannot be written.
 pub fn prepare(source: &Source, tokenizer: &str, out: &Path) -> Result<Meta> {
     let out = resolve(out)?;
     refuse_foreign(&out)?;

@@ -22,7 +22,7 @@ pub struct Facts {
     /// What it computes on: a GPU, or the CPU; or why not.
     pub gpu: std::result::Result<Option<Gpu>, String>,
     pub visible_gpus: String,
-    /// NCCL's name for the node, where one is given.
+    /// NCCL's name for the node, if one is given.
     pub host_id: Option<String>,
     pub libtorch: String,
     pub cuda: String,
@@ -42,7 +42,7 @@ impl Facts {
     pub fn collect(comm: &Comm, wanted: &str) -> (Self, Device) {
         let libraries = comm.libraries();
         let threads = torch::set_threads(None);
-        // In training, `auto` takes the CPU where the GPU cannot be used; here that is what is to be found out.
+        // In training, `auto` takes the CPU if the GPU cannot be used; here that is the question.
         let wanted = if wanted == "auto" && torch::has_driver() { "cuda" } else { wanted };
         let device = torch::select(wanted, comm.local_rank).map_err(|e| format!("{e:#}"));
         let gpu = match &device {

@@ -38,7 +38,7 @@ const HEAD_START: Duration = Duration::from_secs(3);
 /// Examines the job and shows the report, on rank 0 alone. `run_dir` is probed on all ranks; `device` is cpu, cuda or auto.
 ///
 /// # Errors
-/// Communication, where a fault lies between the ranks; usage, where all lie in how the job was started or in what a
+/// Communication, if a fault is between the ranks; usage, if all are in how the job was started or in what a
 /// machine has; what `show` returns.
 pub fn run(run_dir: &Path, device: &str, show: impl Fn(&str) -> Result<()>) -> Result<()> {
     let mut report = Report::default();
@@ -80,7 +80,7 @@ pub fn run(run_dir: &Path, device: &str, show: impl Fn(&str) -> Result<()>) -> R
     }
 }
 
-/// The end where the ranks can no longer exchange anything: each says what it knows.
+/// The end if the ranks can no longer exchange anything: each says what it knows.
 fn broken(comm: &Comm, report: &Report, show: impl Fn(&str) -> Result<()>) -> Result<()> {
     let verdict = report.verdict();
     if comm.is_root() {

@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::files::write_durably;
 use crate::launcher::SlurmJob;
 
-/// Where a job's last start stood: `restarts.json` in the run directory.
+/// The step at which a job last started: `restarts.json` in the run directory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Start {
@@ -19,11 +19,11 @@ struct Start {
     since: u64,
 }
 
-/// Notes that this job goes on after `step`, if Slurm runs it.
+/// Notes that this job resumes after `step`, if Slurm runs it.
 ///
 /// # Errors
-/// Numbers, where Slurm has started it again more than `most` times since it first stood there (0: never): not 75, so that
-/// nothing queues it again. Storage, where the note cannot be written.
+/// Numbers, if Slurm has started it again more than `most` times since it first got to that step (0: never): not 75, so that
+/// nothing queues it again. Storage, if the note cannot be written.
 pub fn note_start(run_dir: &Path, step: usize, most: u32) -> Result<()> {
     let Some(SlurmJob { id: job, restarts, .. }) = SlurmJob::from_environment() else { return Ok(()) };
     let path = run_dir.join("restarts.json");

@@ -32,7 +32,7 @@ impl Evaluation {
     /// exchange.
     ///
     /// # Errors
-    /// Communication, where a peer does not answer in time.
+    /// Communication, if a peer does not answer in time.
     pub fn run(&self, comm: &Comm, model: &Gpt, device: Device, step: usize, enter: impl Fn(Phase)) -> Result<EvalRow> {
         let start = Instant::now();
         let all: Vec<usize> = (0..self.samples.len()).collect();

@@ -204,7 +204,7 @@ impl<'a> Trainer<'a> {
         Ok(())
     }
 
-    /// Returns the checkpoint that the run goes on from, its weights and numbers read.
+    /// Returns the checkpoint that the run resumes from, its weights and numbers read.
     fn take_up(&mut self, resume: &Resume, allowed: &[String]) -> Result<Option<PathBuf>> {
         let checkpoints = self.dir.checkpoints();
         // Taken before anything is read: the run that holds it may be about to save.
@@ -221,7 +221,7 @@ impl<'a> Trainer<'a> {
             Resume::Never if !has_history => None,
             Resume::Never => {
                 return Err(Error::Usage(format!(
-                    "{} holds checkpoints, and --resume never would begin anew over them; use another --run-dir",
+                    "{} holds checkpoints, and --resume never would start a new run over them; use another --run-dir",
                     self.dir.0.display()
                 ))
                 .into())
