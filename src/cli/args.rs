@@ -179,6 +179,9 @@ pub enum Verb {
         /// What the ranks compute on.
         #[arg(long, default_value = "auto", value_parser = ["auto", "cpu", "cuda"])]
         device: String,
+        /// For tests: how many seconds the ranks wait for each other.
+        #[arg(long, hide = true, default_value_t = 60)]
+        deadline_s: u64,
     },
     /// Prints shell completions.
     #[command(

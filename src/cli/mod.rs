@@ -110,7 +110,9 @@ pub fn run(cli: &Cli) -> Result<()> {
             })
         }
         Verb::Doctor { libraries: true, .. } => doctor::run_libraries(print),
-        Verb::Doctor { run_dir, device, .. } => doctor::run(run_dir, device, print),
+        Verb::Doctor { run_dir, device, deadline_s, .. } => {
+            doctor::run(run_dir, device, Duration::from_secs(*deadline_s), print)
+        }
         Verb::Completions { shell } => {
             // Into memory first: the generator panics if its output cannot be written.
             let mut script = Vec::new();

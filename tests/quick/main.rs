@@ -17,6 +17,7 @@ mod layers;
 mod lease;
 mod libraries;
 mod loader;
+mod map;
 mod model;
 mod pipeline;
 mod prepare;
