@@ -265,8 +265,8 @@ fn failed(status: ExitStatus, device: DeviceChoice) -> anyhow::Error {
             format!("`lockstep train` ended with exit code {code}, for the reason it gives above; {remedy}"),
         ),
         (None, SIGKILL) => Error::Usage(format!(
-            "`lockstep train` was killed, as the system does when memory runs short; a smaller data.micro_batch takes less; \
-             {remedy}"
+            "`lockstep train` was killed, as the system does when memory runs short; a smaller data.micro_batch \
+             takes less; {remedy}"
         ))
         .into(),
         (None, signal) => anyhow::anyhow!("`lockstep train` was ended by signal {signal}; {remedy}"),

@@ -103,7 +103,8 @@ impl Error {
         Self::Storage(format!("cannot write {path}: {reason}; {remedy} or name a folder that you may write to")).into()
     }
 
-    /// The error of a child process that ended with this code: of the same class, so that this process ends with it, too.
+    /// The error of a child process that ended with this code: of the same class, so that this process ends with it,
+    /// too.
     pub fn with_code(code: i32, message: String) -> anyhow::Error {
         let class = EXIT_CODES.iter().find(|row| i32::from(row.code) == code).and_then(|row| row.class);
         match class {

@@ -18,7 +18,8 @@ pub struct Batch {
     pub inputs: Tensor,
     /// (B, T) int64: the token after each input; 0 at padding.
     pub targets: Tensor,
-    /// (B, T) fp32: what each target's loss counts; 0 at padding. On a GPU one number with strides of 0, if all are equal.
+    /// (B, T) fp32: what each target's loss counts; 0 at padding. On a GPU one number with strides of 0, if all are
+    /// equal.
     pub weights: Tensor,
     /// (N,) int64: the positions of the flattened (B T,) targets that count; `None` if all do. The host knows, and a device
     /// need not be asked and waited for.

@@ -125,8 +125,8 @@ fn cores(all: &[Facts], report: &mut Report) {
                     if cores.len() == 1 { "" } else { "s" }
                 ),
                 format!(
-                    "{fewer}more cores for each rank (srun --cpus-per-task), or fewer ranks; if all are bound to the same \
-                     core, mpirun --bind-to none or srun --cpu-bind=cores"
+                    "{fewer}more cores for each rank (srun --cpus-per-task), or fewer ranks; if all are bound to the \
+                     same core, mpirun --bind-to none or srun --cpu-bind=cores"
                 ),
             );
         }

@@ -134,9 +134,9 @@ impl AdamW {
 const TINY: f64 = 1e-6;
 
 /// The gradient's squares in these ranges, summed in double precision, so that neither many small ones nor the squares of
-/// large ones get lost: on the CPU one sum for each [`UNIT`] of the whole gradient, (units,), 0 if a unit is in no range;
-/// on a GPU, which promises no bits, one sum of all, (1,). Ranges begin at multiples of a unit. Added over ranks whose ranges
-/// cover the gradient once, these are the squares of all of it.
+/// large ones get lost: on the CPU one sum for each [`UNIT`] of the whole gradient, (units,), 0 if a unit is in no
+/// range; on a GPU, which promises no bits, one sum of all, (1,). Ranges begin at multiples of a unit. Added over ranks
+/// whose ranges cover the gradient once, these are the squares of all of it.
 pub fn squares(parameters: &Parameters, ranges: &[Range<i64>]) -> Tensor {
     no_grad(|| {
         if parameters.grad.device().is_cuda() {

@@ -130,7 +130,8 @@ impl RunDir {
         match rows.last() {
             // The first save may still have been on its way when the second was due.
             Some(row) if save_every > 0 && row.step > 2 * save_every => Err(Error::Storage(format!(
-                "{} has the log of {} steps but no checkpoint; bring its checkpoints back, or start a new run in another --run-dir",
+                "{} has the log of {} steps but no checkpoint; bring its checkpoints back, or start a new run in another \
+                 --run-dir",
                 self.0.display(),
                 row.step
             ))

@@ -22,8 +22,8 @@ struct Start {
 /// Notes that this job resumes after `step`, if Slurm runs it.
 ///
 /// # Errors
-/// Numbers, if Slurm has started it again more than `most` times since it first got to that step (0: never): not 75, so that
-/// nothing queues it again. Storage, if the note cannot be written.
+/// Numbers, if Slurm has started it again more than `most` times since it first got to that step (0: never): not 75, so
+/// that nothing queues it again. Storage, if the note cannot be written.
 pub fn note_start(run_dir: &Path, step: usize, most: u32) -> Result<()> {
     let Some(SlurmJob { id: job, restarts, .. }) = SlurmJob::from_environment() else { return Ok(()) };
     let path = run_dir.join("restarts.json");

@@ -20,7 +20,8 @@ pub fn measure_peak(device: Device, kind: Kind) -> f64 {
     peak
 }
 
-/// Multiplies two (n, n) matrices so often, and returns how long that took; `None` if the device has no memory for them.
+/// Multiplies two (n, n) matrices so often, and returns how long that took; `None` if the device has no memory for
+/// them.
 fn product(n: i64, kind: Kind, device: Device) -> Option<impl Fn(u32) -> Duration> {
     // Not equal ones: a GPU takes less power for numbers whose bits do not change, and runs faster than it ever trains.
     let matrix = || Tensor::f_randn([n, n], (kind, device)).ok();

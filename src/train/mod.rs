@@ -193,8 +193,8 @@ impl Trainer<'_> {
         }
         let norm = norm(&squares);
         self.optimizer.step(parameters, step, lr, &norm);
-        // Bad weights are not sent to other ranks, which might hide whose they are. A GPU's host does not know yet; there the masked
-        // update sends the old weights.
+        // Bad weights are not sent to other ranks, which might hide whose they are. A GPU's host does not know yet;
+        // there the masked update sends the old weights.
         if parameters.flat.device().is_cuda() || norm.double_value(&[0]).is_finite() {
             timeline.enter(Part::Exchange)?;
             self.gradients.gather_weights(self.comm, &parameters.flat)?;

@@ -2,8 +2,9 @@
 //!
 //! `lease.json` names its holder, who counts up a number in it every two seconds. It appears by link(2) and changes by
 //! rename(2), which are atomic on NFS, too; locks may not be. Clocks are never compared: who finds a lease watches it,
-//! and only one that does not change for twelve seconds of the observer's own monotonic clock has expired. A holder that was
-//! replaced nevertheless, since it was stopped for long or its job was queued again, sees so before it writes on.
+//! and only one that does not change for twelve seconds of the observer's own monotonic clock has expired. A holder
+//! that was replaced nevertheless, since it was stopped for long or its job was queued again, sees so before it writes
+//! on.
 
 mod holder;
 mod watch;
