@@ -123,7 +123,7 @@ pub fn run(cli: &Cli) -> Result<()> {
             doctor::run(run_dir, device, Duration::from_secs(*deadline_s), print::line)
         }
         Verb::Completions { shell } => {
-            // Into memory first: the generator panics where its output cannot be written.
+            // Into memory first: the generator panics if its output cannot be written.
             let mut script = Vec::new();
             clap_complete::generate(*shell, &mut Cli::command(), "lockstep", &mut script);
             print::text(&String::from_utf8_lossy(&script))
