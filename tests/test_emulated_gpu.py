@@ -9,6 +9,7 @@ import ctypes
 import os
 import shutil
 import subprocess
+from functools import partial
 
 import pytest
 from emulation import BINARY, FAILED, LIBRARIES, ROOT, Emulation, apart, figures
@@ -31,6 +32,10 @@ NO_OVERLAP = {"comm.overlap": "false"}
 BUCKETS = {"model.preset": "gpt-mini", "comm.bucket_mib": 1, "train.steps": 10}
 
 
+# A case of the full tier.
+full = partial(pytest.param, marks=pytest.mark.full)
+
+
 @pytest.fixture(scope="module")
 def gpu(tmp_path_factory):
     return Emulation(tmp_path_factory.mktemp("emulated"))
@@ -40,25 +45,25 @@ def gpu(tmp_path_factory):
     ("ranks", "settings", "bound"),
     [
         (0, {}, FP32),
-        (0, MICRO_STEPS | RECOMPUTE, FP32),
-        (0, PARAGRAPHS | SEQUENCES | UNTIED, FP32),
-        (0, POST | DROPOUT, FP32),
-        (0, DETERMINISTIC | DROPOUT | PARAGRAPHS, FP32),
-        (0, IN_BF16, BF16),
-        (0, IN_BF16 | DROPOUT | PARAGRAPHS | MICRO_STEPS, BF16),
-        (1, DETERMINISTIC, FP32),
-        (2, {}, FP32),
-        (2, MICRO_STEPS | PARAGRAPHS | SEQUENCES, FP32),
-        (2, BUCKETS, FP32),
-        (2, BUCKETS | NO_OVERLAP, FP32),
+        full(0, MICRO_STEPS | RECOMPUTE, FP32),
+        full(0, PARAGRAPHS | SEQUENCES | UNTIED, FP32),
+        full(0, POST | DROPOUT, FP32),
+        full(0, DETERMINISTIC | DROPOUT | PARAGRAPHS, FP32),
+        full(0, IN_BF16, BF16),
+        full(0, IN_BF16 | DROPOUT | PARAGRAPHS | MICRO_STEPS, BF16),
+        full(1, DETERMINISTIC, FP32),
+        full(2, {}, FP32),
+        full(2, MICRO_STEPS | PARAGRAPHS | SEQUENCES, FP32),
+        full(2, BUCKETS, FP32),
+        full(2, BUCKETS | NO_OVERLAP, FP32),
         (2, BUCKETS | ZERO1 | MICRO_STEPS, FP32),
-        (2, ZERO1 | DROPOUT | DETERMINISTIC | RECOMPUTE, FP32),
-        (2, UNTIED | POST | ZERO1, FP32),
-        (2, SENT_IN_BF16, BF16),
-        (2, IN_BF16 | ZERO1 | SENT_IN_BF16, BF16),
-        (4, DROPOUT, FP32),
-        (4, BUCKETS | ZERO1, FP32),
-        (4, IN_BF16 | BUCKETS | ZERO1 | SENT_IN_BF16 | MICRO_STEPS, BF16),
+        full(2, ZERO1 | DROPOUT | DETERMINISTIC | RECOMPUTE, FP32),
+        full(2, UNTIED | POST | ZERO1, FP32),
+        full(2, SENT_IN_BF16, BF16),
+        full(2, IN_BF16 | ZERO1 | SENT_IN_BF16, BF16),
+        full(4, DROPOUT, FP32),
+        full(4, BUCKETS | ZERO1, FP32),
+        full(4, IN_BF16 | BUCKETS | ZERO1 | SENT_IN_BF16 | MICRO_STEPS, BF16),
     ],
     ids=lambda value: (
         ",".join(f"{key.split('.')[-1]}={word}" for key, word in value.items()) or "defaults"
@@ -96,8 +101,8 @@ def test_memory_is_seen_and_smaller_micro_batches_need_less(gpu):
     ("ranks", "settings"),
     [
         (0, MICRO_STEPS),
-        (0, MICRO_STEPS | PARAGRAPHS | SEQUENCES | IN_BF16),
-        (2, BUCKETS | ZERO1 | MICRO_STEPS),
+        full(0, MICRO_STEPS | PARAGRAPHS | SEQUENCES | IN_BF16),
+        full(2, BUCKETS | ZERO1 | MICRO_STEPS),
     ],
     ids=["alone", "padded, in bf16", "two ranks, ZeRO-1"],
 )
@@ -116,6 +121,7 @@ def test_the_host_waits_for_the_gpu_once_a_step(gpu, tmp_path, request, ranks, s
     assert sum(more.values()) == 4, more
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("settings", "kernels"),
     [
@@ -143,6 +149,7 @@ def test_cudnns_attention_is_for_one_shape_and_sixteenths(
         assert seen["attention_cudnn"] == 2 * 4
 
 
+@pytest.mark.full
 def test_the_whole_of_a_run_on_a_gpu(gpu, tmp_path):
     """Evaluates, saves, samples, is compared with the CPU, and speaks."""
     settings = {
@@ -178,7 +185,7 @@ def test_the_whole_of_a_run_on_a_gpu(gpu, tmp_path):
     assert float(cuda[6]) == pytest.approx(float(cpu[6]), rel=FP32)
 
 
-@pytest.mark.parametrize("ranks", [0, 2])
+@pytest.mark.parametrize("ranks", [0, full(2)])
 def test_a_run_resumes_bit_for_bit(gpu, ranks):
     settings = (
         DETERMINISTIC
@@ -195,7 +202,7 @@ def test_a_run_resumes_bit_for_bit(gpu, ranks):
     assert done.code == 0, done.log + done.out
 
 
-@pytest.mark.parametrize("ranks", [0, 2])
+@pytest.mark.parametrize("ranks", [full(0), 2])
 def test_doctor_finds_no_fault(gpu, ranks):
     done = gpu.call(["doctor", "--run-dir", gpu.folder / "runs"], ranks)
     assert done.code == 0, done.out + done.log
@@ -222,7 +229,9 @@ def test_ranks_that_share_a_gpu_are_refused(gpu):
         ("ignore-waits-of-libtorch", "aten::"),
     ],
 )
-@pytest.mark.parametrize("settings", [{}, ZERO1, SENT_IN_BF16], ids=["fp32", "ZeRO-1", "bf16"])
+@pytest.mark.parametrize(
+    "settings", [{}, full(ZERO1), full(SENT_IN_BF16)], ids=["fp32", "ZeRO-1", "bf16"]
+)
 def test_streams_that_do_not_wait_are_caught(gpu, request, mutation, operator, settings):
     """The driver ignores what comm/nccl.rs asks one stream to wait for in the other."""
     done = gpu.train(request.node.name, settings, 2, EMULATED_GPU_FAULT=mutation)
@@ -276,6 +285,7 @@ def test_kernels_of_our_own_run_as_compiled_for_the_cpu(gpu, tmp_path):
     assert list(numbers) == [0, 2, 4, 6, 8, 10]
 
 
+@pytest.mark.full
 def test_gpu_check_passes_and_judges_no_speed(gpu, tmp_path):
     """All of it, as for the first real GPU."""
     record = tmp_path / "record.csv"

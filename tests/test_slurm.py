@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from runs import same
 from virtual_cluster import BINARY, ROOT, script, start, wait_until
 
 pytestmark = pytest.mark.full
@@ -61,12 +62,12 @@ def alone(nodes):
 
 
 def assert_as_if_undisturbed(cluster, run):
-    """The run's losses are those of as many steps by two ranks that nothing stopped."""
-    losses = cluster.losses(run)
-    config = cluster.config("undisturbed", len(losses))
+    """The run is, bit for bit, as many steps by two ranks that nothing stopped."""
+    steps = len(cluster.losses(run))
+    config = cluster.config("undisturbed", steps)
     reference = "runs/undisturbed-" + run.removeprefix("runs/")
     cluster.call(ROOT / "launch/local", 2, "train", "--config", config, "--run-dir", reference)
-    assert losses == cluster.losses(reference)
+    same(cluster.work / run, cluster.work / reference, f"step-{steps:08}")
 
 
 def let_end(cluster, name, run, more=30):

@@ -71,6 +71,9 @@ pub fn run(cli: &Cli) -> Result<()> {
                 let plan = plan.map_err(|e| e.context(format!("in {}", config.display())))?;
                 let run_dir = config::run_dir(training, &plan.config);
                 log::start(cli, Some(&RunDir(run_dir.clone()).log(comm.rank)), comm.is_root());
+                if comm.is_root() {
+                    stop.acknowledge()?;
+                }
                 let watchdog = Watchdog::start(comm.rank, comm.host(), comm.world_size, &plan.config.fault)?;
                 let allowed = &training.allow_config_change;
                 watchdog.end(train::train(comm, &watchdog, &stop, plan, &run_dir, &resume, allowed))
@@ -98,13 +101,18 @@ pub fn run(cli: &Cli) -> Result<()> {
             let parsed = training_config(config, overrides)?;
             on_every_rank(deadlines(&parsed.fault), |comm| {
                 log::start(cli, None, comm.is_root());
+                if comm.is_root() {
+                    stop.acknowledge()?;
+                }
                 let folder = Path::new("runs").join(format!("{}-proof", parsed.name));
                 let watchdog = Watchdog::start(comm.rank, comm.host(), comm.world_size, &parsed.fault)?;
                 watchdog.end(prove(comm, &watchdog, &stop, &parsed, *steps as usize, &folder, print))
             })
         }
         Verb::Doctor { libraries: true, .. } => doctor::run_libraries(print),
-        Verb::Doctor { run_dir, device, .. } => doctor::run(run_dir, device, print),
+        Verb::Doctor { run_dir, device, deadline_s, .. } => {
+            doctor::run(run_dir, device, Duration::from_secs(*deadline_s), print)
+        }
         Verb::Completions { shell } => {
             // Into memory first: the generator panics where its output cannot be written.
             let mut script = Vec::new();

@@ -7,31 +7,11 @@ use std::path::Path;
 
 use serde_yaml::{Mapping, Value};
 
-use super::{usage, Config, Model, Train};
+use super::{keys, usage, Config, Key, Model, Train};
 use crate::error::{Error, Result};
 
 /// No longer configuration is read.
 const MAX_BYTES: usize = 64 << 10;
-
-/// Keys that do not change what is learnt, so that a resumed run may change them without asking.
-const FREE_ON_RESUME: [&str; 16] = [
-    "train.steps",
-    "train.log_every",
-    "train.eval_every",
-    "train.save_every",
-    "train.sample_every",
-    "train.keep_last",
-    "train.prompts",
-    "threads",
-    "name",
-    "comm.overlap",
-    "comm.bucket_mib",
-    "comm.grad_dtype",
-    "fault.startup_deadline_s",
-    "fault.step_deadline_s",
-    "fault.nonfinite",
-    "fault.max_restarts_without_progress",
-];
 
 impl Config {
     /// Reads a YAML file and applies `key=value` overrides to it.
@@ -105,7 +85,8 @@ impl Config {
     /// The keys, with both values, in which `self` differs from `older` and which would change what is learnt.
     pub fn changes_since(&self, older: &Self) -> Result<Vec<(String, String, String)>> {
         let changes = self.differences(older)?.into_iter();
-        Ok(changes.filter(|(key, ..)| !FREE_ON_RESUME.contains(&key.as_str())).collect())
+        let asked: Vec<Key> = keys().into_iter().filter(|key| !key.free_on_resume).collect();
+        Ok(changes.filter(|(changed, ..)| asked.iter().any(|key| key.path == *changed)).collect())
     }
 
     /// (key, value there, value here) for every key that differs from another configuration's.

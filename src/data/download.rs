@@ -2,12 +2,14 @@
 
 use std::fs::{self, OpenOptions};
 use std::io::{Read, Write};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use ureq::http::header::{CONTENT_RANGE, RANGE};
-use ureq::Agent;
+use ureq::http::Uri;
+use ureq::{Agent, Proxy};
 
 use crate::error::{Error, Result};
 use crate::files;
@@ -61,6 +63,7 @@ fn receive(url: &str, sha256: &str, part: &Path) -> Result<()> {
         // A compressed answer would make nonsense of ranges and sizes.
         .accept_encoding("identity")
         .http_status_as_error(false)
+        .proxy(if is_here(url) { None } else { Proxy::try_from_env() })
         .timeout_connect(Some(Duration::from_secs(15)))
         .timeout_recv_response(Some(Duration::from_secs(60)))
         .timeout_per_read(Some(Duration::from_secs(60)))
@@ -106,6 +109,12 @@ fn receive(url: &str, sha256: &str, part: &Path) -> Result<()> {
         .into());
     }
     Ok(())
+}
+
+/// Whether the address is this machine's own, which no proxy elsewhere can reach.
+fn is_here(url: &str) -> bool {
+    let host = url.parse::<Uri>().ok().and_then(|uri| uri.host().map(str::to_owned)).unwrap_or_default();
+    host == "localhost" || host.trim_matches(['[', ']']).parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
 }
 
 /// One request for what is missing of `part`.

@@ -1,7 +1,7 @@
 //! `lockstep doctor`: looks at a job as its ranks see it, tries what training needs of it, and says what to mend.
 //!
 //! Rank 0 prints what all have found: a table, then each fault with its remedy. Faults that would end the process inside
-//! MPI are looked for before MPI starts. No wait is longer than [`DEADLINE`], and every rank ends with the same verdict.
+//! MPI are looked for before MPI starts. No wait is longer than the deadline, and every rank ends with the same verdict.
 
 use std::io::Write;
 use std::panic::{catch_unwind, AssertUnwindSafe};
@@ -29,18 +29,16 @@ pub use libraries::run as run_libraries;
 use nccl_log::NcclLog;
 use report::{Place, Report};
 
-/// How long a rank waits for the others, at the start and in each exchange.
-const DEADLINE: Duration = Duration::from_secs(60);
-
 /// How much later than rank 0 the others fail, so that rank 0 can speak first.
 const HEAD_START: Duration = Duration::from_secs(3);
 
 /// Examines the job and shows the report, on rank 0 alone. `run_dir` is probed on all ranks; `device` is cpu, cuda or auto.
+/// The ranks wait for each other until the deadline, at the start and in each exchange.
 ///
 /// # Errors
 /// Communication, where a fault lies between the ranks; usage, where all lie in how the job was started or in what a
 /// machine has; what `show` returns.
-pub fn run(run_dir: &Path, device: &str, show: impl Fn(&str) -> Result<()>) -> Result<()> {
+pub fn run(run_dir: &Path, device: &str, deadline: Duration, show: impl Fn(&str) -> Result<()>) -> Result<()> {
     let mut report = Report::default();
     let launch = Job::from_environment();
     launch.describe(&mut report);
@@ -50,8 +48,8 @@ pub fn run(run_dir: &Path, device: &str, show: impl Fn(&str) -> Result<()>) -> R
     let joined = if report.is_faulty() {
         None
     } else {
-        launch.announce(DEADLINE);
-        let deadlines = Deadlines { startup: DEADLINE, step: DEADLINE, save: DEADLINE };
+        launch.announce(deadline);
+        let deadlines = Deadlines { startup: deadline, step: deadline, save: deadline };
         let joined = Comm::start(deadlines);
         let fault = |error| report.fault(place(&error), format!("{error:#}"), launch.remedy(place(&error)));
         joined.map_err(fault).ok()

@@ -13,7 +13,9 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use tempfile::TempDir;
 
 pub mod alike;
+pub mod documents;
 pub mod runs;
+pub mod zero1;
 
 /// `tiny.yaml`: 256 targets a step, milliseconds each.
 pub const TINY: &str = "name: tiny\ndevice: cpu\ndata: {dir: data, block_size: 32, batch_size: 8}\n\
@@ -37,9 +39,9 @@ impl Workspace {
         Self::in_folder(tempfile::tempdir().unwrap())
     }
 
-    /// In memory, so that no slow disk keeps a process from writing for seconds.
+    /// As [`in_memory`].
     pub fn in_memory() -> Self {
-        Self::in_folder(TempDir::new_in("/dev/shm").or_else(|_| TempDir::new()).unwrap())
+        Self::in_folder(in_memory())
     }
 
     fn in_folder(folder: TempDir) -> Self {
@@ -204,6 +206,11 @@ fn session() -> PathBuf {
         }
     }
     all.join(std::process::id().to_string())
+}
+
+/// A folder in memory, if the machine has one: for what may not wait for a disk, which may stop for seconds.
+pub fn in_memory() -> TempDir {
+    TempDir::new_in("/dev/shm").or_else(|_| TempDir::new()).unwrap()
 }
 
 /// The data folder of the sample under `bpe:512`.

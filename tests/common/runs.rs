@@ -1,10 +1,29 @@
 //! Runs through the binary, for tests of several ranks and of resuming.
 
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use super::{binary, sample};
+
+/// Steps of milliseconds, and no end in sight.
+pub const ENDLESS: &str =
+    "device: cpu\ndata: {block_size: 32, batch_size: 8}\nmodel: {n_layer: 2, n_head: 2, n_embd: 32}\n\
+    train: {steps: 1000000, eval_every: 0, save_every: 0}\n";
+
+/// Dropout, accumulation, an epoch's end inside the run, and evaluation, saving and sampling at steps of their own.
+pub const VARIED: &str = "seed: 11\ndata: {layout: packed, block_size: 32, batch_size: 32, micro_batch: MICRO}\n\
+    model: {n_layer: 2, n_head: 2, n_embd: 32, dropout: 0.1}\n\
+    optim: {lr: 1.0e-3, schedule: cosine, warmup_steps: 10}\n\
+    train: {steps: 100, eval_every: 14, save_every: 6, sample_every: 9, keep_last: 3, prompts: [' A', ' The']}\n";
+
+/// Longer than anything here takes on any machine: only what hangs fails by it.
+const PATIENCE: Duration = Duration::from_secs(600);
+
+/// More steps than any test waits for. A run that was begun with them may end earlier: its learning rate does not know.
+pub const NO_END: [&str; 4] = ["--set", "optim.schedule=constant", "--set", "train.steps=1000000"];
 
 /// A training run in a folder of its own.
 pub struct Run {
@@ -20,7 +39,7 @@ impl Run {
     pub fn new(folder: &Path, name: &str, config: &str, ranks: usize) -> Self {
         let path = folder.join(format!("{name}.yaml"));
         let folder_key = format!("data: {{dir: {}, ", sample().display());
-        std::fs::write(&path, config.replace("data: {", &folder_key)).unwrap();
+        fs::write(&path, config.replace("data: {", &folder_key)).unwrap();
         Self { config: path, dir: folder.join(name), ranks, threads: 1 }
     }
 
@@ -53,43 +72,138 @@ impl Run {
         self.command(more).stderr(Stdio::null()).status().unwrap()
     }
 
-    /// Starts the run and, once train.csv holds the row of `step`, kills every process of it.
-    ///
-    /// `None` where the run was done before that.
-    pub fn kill_at(&self, step: usize) -> Option<ExitStatus> {
+    /// Starts the run and, once train.csv holds the row of `step`, kills every process of it. It must not end before.
+    pub fn kill_at(&self, step: usize, more: &[&str]) -> ExitStatus {
         // Every process of the run, mpirun too, has the run directory at the end of its command line.
         let pattern = format!("{}$", self.dir.display());
-        self.strike_at(step, |_| Command::new("pkill").args(["-KILL", "-f", &pattern]).status().unwrap().success())
+        self.strike_at(step, more, |_| Command::new("pkill").args(["-KILL", "-f", &pattern]).status())
     }
 
     /// Starts the run and, once train.csv holds the row of `step`, asks it to stop as Slurm or a person would.
-    pub fn stop_at(&self, step: usize, signal: &str) -> Option<ExitStatus> {
+    pub fn stop_at(&self, step: usize, more: &[&str], signal: &str) -> ExitStatus {
         let signal = format!("-{signal}");
-        self.strike_at(step, |pid| Command::new("kill").args([&signal, &pid.to_string()]).status().unwrap().success())
+        self.strike_at(step, more, |pid| Command::new("kill").args([&signal, &pid.to_string()]).status())
     }
 
-    fn strike_at(&self, step: usize, strike: impl Fn(u32) -> bool) -> Option<ExitStatus> {
-        let mut child = self.command(&[]).stderr(Stdio::null()).spawn().unwrap();
-        let deadline = Instant::now() + Duration::from_secs(600);
-        loop {
-            if let Some(status) = child.try_wait().unwrap() {
-                assert!(status.success(), "the run ended by itself with {status}");
-                return None;
-            }
-            if last_step(&self.dir) >= step {
-                let struck = strike(child.id());
-                let status = child.wait().unwrap();
-                assert!(struck || status.success(), "no process was struck, and the run ended with {status}");
-                return struck.then_some(status);
-            }
-            assert!(Instant::now() < deadline, "step {step} was not reached in time");
-            std::thread::sleep(Duration::from_millis(1));
-        }
+    /// Starts the run and, once rank 0's log has this text, asks it to stop.
+    pub fn stop_once_logged(&self, text: &str, signal: &str) -> ExitStatus {
+        let mut going = Going::start(self, &[]);
+        let log = self.dir.join("logs/rank-0000.log");
+        going.until(text, || fs::read_to_string(&log).ok()?.contains(text).then_some(()));
+        let kill = Command::new("kill").args([&format!("-{signal}"), &going.child.id().to_string()]).status();
+        assert!(kill.unwrap().success());
+        going.child.wait().unwrap()
+    }
+
+    fn strike_at(&self, step: usize, more: &[&str], strike: impl Fn(u32) -> std::io::Result<ExitStatus>) -> ExitStatus {
+        let mut going = Going::start(self, more);
+        going.until(&format!("step {step}"), || (last_step(&self.dir) >= step).then_some(()));
+        assert!(strike(going.child.id()).unwrap().success(), "no process was struck: {}", going.said());
+        going.child.wait().unwrap()
     }
 }
 
-fn last_step(dir: &Path) -> usize {
-    let text = std::fs::read_to_string(dir.join("train.csv")).unwrap_or_default();
+/// The last step in the run's log; 0 if there is none yet.
+pub fn last_step(dir: &Path) -> usize {
+    let text = fs::read_to_string(dir.join("train.csv")).unwrap_or_default();
     let whole = text.rfind('\n').map_or("", |end| &text[..end]);
     whole.lines().next_back().and_then(|line| line.split(',').next()?.parse().ok()).unwrap_or(0)
+}
+
+/// A run under way, whose processes end with it.
+pub struct Going<'a> {
+    pub run: &'a Run,
+    pub child: Child,
+    pub stderr: PathBuf,
+}
+
+impl<'a> Going<'a> {
+    pub fn start(run: &'a Run, more: &[&str]) -> Self {
+        let stderr = run.dir.with_extension("stderr");
+        let child = run.command(more).stderr(File::create(&stderr).unwrap()).spawn().unwrap();
+        Self { run, child, stderr }
+    }
+
+    pub fn said(&self) -> String {
+        fs::read_to_string(&self.stderr).unwrap()
+    }
+
+    /// Waits for its end; the exit code and what was said.
+    #[track_caller]
+    pub fn ends(mut self) -> (Option<i32>, String) {
+        let begun = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                while is_alive(&self.run.dir) {
+                    assert!(begun.elapsed() < PATIENCE, "a process is left: {}", self.said());
+                    sleep(Duration::from_millis(20));
+                }
+                return (status.code(), self.said());
+            }
+            assert!(begun.elapsed() < PATIENCE, "the run goes on after {PATIENCE:?}: {}", self.said());
+            sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Waits for an event, and returns what it brings.
+    #[track_caller]
+    pub fn until<T>(&mut self, what: &str, event: impl Fn() -> Option<T>) -> T {
+        let begun = Instant::now();
+        loop {
+            if let Some(found) = event() {
+                return found;
+            }
+            assert!(self.child.try_wait().unwrap().is_none(), "the run ended before {what}: {}", self.said());
+            assert!(begun.elapsed() < PATIENCE, "{PATIENCE:?} passed before {what}: {}", self.said());
+            sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Waits until a rank trains, and returns its process and its node.
+    #[track_caller]
+    pub fn trains(&mut self, rank: usize) -> (String, String) {
+        let dir = self.run.dir.clone();
+        self.until("it trains", || heartbeat(&dir, rank, "step").filter(|(step, _)| *step >= 3));
+        let (pid, host) = heartbeat(&dir, rank, "pid").unwrap();
+        (pid.to_string(), host)
+    }
+}
+
+impl Drop for Going<'_> {
+    fn drop(&mut self) {
+        // Every process of the run, mpirun too, has the run directory at the end of its command line.
+        let pattern = format!("{}$", self.run.dir.display());
+        let _ = Command::new("pkill").args(["-KILL", "-f", &pattern]).status();
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A number of a rank's heartbeat, and the rank's node.
+fn heartbeat(dir: &Path, rank: usize, field: &str) -> Option<(u64, String)> {
+    let text = fs::read(dir.join(format!("heartbeats/rank-{rank:04}.json"))).ok()?;
+    let value: serde_json::Value = serde_json::from_slice(&text).ok()?;
+    assert_eq!(value["rank"].as_u64(), Some(rank as u64));
+    Some((value[field].as_u64()?, value["host"].as_str()?.to_owned()))
+}
+
+fn is_alive(dir: &Path) -> bool {
+    Command::new("pgrep").args(["-f", &format!("{}$", dir.display())]).stdout(Stdio::null()).status().unwrap().success()
+}
+
+pub fn signal(name: &str, pid: &str) {
+    assert!(Command::new("kill").args([&format!("-{name}"), pid]).status().unwrap().success(), "kill -{name} {pid}");
+}
+
+#[track_caller]
+pub fn says(said: &str, parts: &[&str]) {
+    for part in parts {
+        assert!(said.contains(part), "no {part:?} in {said}");
+    }
+}
+
+/// A pipe in a file's place: whoever opens it to write waits for a reader, as for a file server that is gone.
+pub fn fifo(path: &Path) {
+    fs::create_dir_all(path.parent().unwrap()).unwrap();
+    assert!(Command::new("mkfifo").arg(path).status().unwrap().success());
 }

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use lockstep::data::prepare::DataDir;
 use lockstep::data::shard::Shard;
+use lockstep::files::hex;
 use lockstep::random::mix;
 use lockstep::run::checkpoint;
 use lockstep::run::{Best, RunDir};

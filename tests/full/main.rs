@@ -4,3 +4,11 @@
 mod common;
 
 mod corruption;
+#[cfg(feature = "mpi")]
+mod documents;
+mod lease;
+mod resume;
+#[cfg(feature = "mpi")]
+mod watchdog;
+#[cfg(feature = "mpi")]
+mod zero1;

@@ -17,18 +17,19 @@ use std::io::{Cursor, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use lockstep::config::Shape;
 use lockstep::config::{Activation, Config, Norm, Optim};
 use lockstep::data::prepare::{prepare, DataDir};
 use lockstep::data::shard::Shard;
 use lockstep::data::wikitext::{Archive, Source};
-use lockstep::model::{Gpt, GptConfig};
+use lockstep::files::hex;
+use lockstep::model::Gpt;
 use lockstep::optim::adamw::AdamW;
 use lockstep::run::checkpoint::{self, Conditions, OptimizerFiles, Saving, State};
-use lockstep::run::tables::{EvalRow, Log, TrainRow};
+use lockstep::run::tables::{EvalRow, Table, TrainRow};
 use lockstep::tokenizer::Tokenizer;
 use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};
-use tempfile::TempDir;
 use zip::write::SimpleFileOptions;
 use zip::ZipWriter;
 
@@ -50,7 +51,7 @@ fn temporary() -> TempDir {
     TempDir::new_in("/dev/shm").or_else(|_| TempDir::new()).unwrap()
 }
 
-const SMALL: GptConfig = GptConfig {
+const SMALL: Shape = Shape {
     n_layer: 1,
     n_head: 1,
     n_embd: 8,
@@ -95,7 +96,7 @@ fn assert_untouched(folder: &Path, before: &BTreeMap<String, Vec<u8>>, changed: 
 #[test]
 fn shard() {
     let _alone = alone();
-    let folder = temporary();
+    let folder = common::in_memory();
     let path = folder.path().join("x.bin");
     let corpus: Vec<Vec<u8>> = [300, 70_000]
         .map(|vocab_size| {
@@ -131,7 +132,7 @@ fn shard() {
 #[test]
 fn safetensors() {
     let _alone = alone();
-    let folder = temporary();
+    let folder = common::in_memory();
     let (checkpoint, mut model) = saved(folder.path());
     let numel = model.parameters.numel();
     let names = ["model.safetensors", "optimizer.safetensors"];
@@ -159,7 +160,7 @@ fn safetensors() {
 /// The checkpoint's JSON files, changed one at a time.
 fn json(name: &str, limit: &Limit) {
     let _alone = alone();
-    let folder = temporary();
+    let folder = common::in_memory();
     let (checkpoint, model) = saved(&folder.path().join("checkpoints"));
     fs::write(folder.path().join("outside"), "x").unwrap();
     let path = checkpoint.join(name);
@@ -210,7 +211,7 @@ fn data_folder(folder: &Path) -> PathBuf {
 #[test]
 fn tokenizer_json() {
     let _alone = alone();
-    let folder = temporary();
+    let folder = common::in_memory();
     let path = data_folder(folder.path()).join("tokenizer.json");
     let corpus = [fs::read(&path).unwrap()];
     fuzz(
@@ -235,7 +236,7 @@ fn tokenizer_json() {
 #[test]
 fn meta_json() {
     let _alone = alone();
-    let folder = temporary();
+    let folder = common::in_memory();
     let data = data_folder(folder.path());
     let path = data.join("meta.json");
     let corpus = [fs::read(&path).unwrap()];
@@ -254,7 +255,7 @@ fn meta_json() {
 #[test]
 fn config_yaml() {
     let _alone = alone();
-    let folder = temporary();
+    let folder = common::in_memory();
     let path = folder.path().join("x.yaml");
     let whole = Config::parse("model: {preset: gpt-nano}", &[]).unwrap().to_yaml().unwrap();
     let bomb = "a: &a [x, x, x]\nb: &b [*a, *a, *a]\nc: [*b, *b, *b]\n";
@@ -280,7 +281,7 @@ fn config_yaml() {
 #[test]
 fn archive() {
     let _alone = alone();
-    let folder = temporary();
+    let folder = common::in_memory();
     let downloads = folder.path().join("out.download");
     fs::create_dir(&downloads).unwrap();
     let path = downloads.join("wikitext-2.zip");
@@ -321,7 +322,7 @@ fn archive() {
 #[test]
 fn archive_of_one_endless_line() {
     let _alone = alone();
-    let folder = temporary();
+    let folder = common::in_memory();
     let mut zip = ZipWriter::new(Cursor::new(Vec::new()));
     for split in ["train", "valid", "test"] {
         zip.start_file(format!("wikitext-2/wiki.{split}.tokens"), SimpleFileOptions::default()).unwrap();
@@ -344,10 +345,10 @@ fn archive_of_one_endless_line() {
 #[test]
 fn csv_repair() {
     let _alone = alone();
-    let folder = temporary();
+    let folder = common::in_memory();
     let path = folder.path().join("train.csv");
     let numbers = "64,6.2,510.1,0.0005,1.5,10,1,7,1,1,5000,,120.5,1,0.3";
-    let (mut train, _) = Log::open::<TrainRow>(&path, 0).unwrap();
+    let (mut train, _) = Table::open::<TrainRow>(&path, 0).unwrap();
     for step in 1..=6 {
         let cells = format!("{step},{numbers}");
         let record = csv::StringRecord::from(cells.split(',').collect::<Vec<_>>());
@@ -364,17 +365,17 @@ fn csv_repair() {
         |bytes| {
             let mut taken = false;
             fs::write(&path, bytes).unwrap();
-            if let Ok((_, rows)) = Log::open::<TrainRow>(&path, 4) {
+            if let Ok((_, rows)) = Table::open::<TrainRow>(&path, 4) {
                 let kept = fs::read(&path).unwrap();
                 assert!(kept.ends_with(b"\n") && rows.iter().all(|row| row.step <= 4));
-                assert_eq!(Log::rows::<TrainRow>(&path).unwrap().len(), rows.len());
+                assert_eq!(Table::rows::<TrainRow>(&path).unwrap().len(), rows.len());
                 taken = true;
             } else {
                 assert_eq!(fs::read(&path).unwrap(), bytes, "what cannot be repaired stays");
             }
             fs::write(&path, bytes).unwrap();
-            if let Ok((_, rows)) = Log::open::<EvalRow>(&path, 4) {
-                assert_eq!(Log::rows::<EvalRow>(&path).unwrap().len(), rows.len());
+            if let Ok((_, rows)) = Table::open::<EvalRow>(&path, 4) {
+                assert_eq!(Table::rows::<EvalRow>(&path).unwrap().len(), rows.len());
                 taken = true;
             }
             taken

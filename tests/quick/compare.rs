@@ -168,9 +168,9 @@ fn a_signal_ends_the_run_too_and_leaves_nothing() {
     command.current_dir(work.path("")).env("OMP_NUM_THREADS", "1");
     let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
     let wait = |what: &str, done: &mut dyn FnMut() -> bool| {
-        let until = Instant::now() + Duration::from_secs(60);
+        let until = Instant::now() + Duration::from_secs(600);
         while !done() {
-            assert!(Instant::now() < until, "no {what} within a minute");
+            assert!(Instant::now() < until, "no {what} in ten minutes");
             std::thread::sleep(Duration::from_millis(10));
         }
     };

@@ -4,7 +4,6 @@ use std::fs;
 use std::io::{Cursor, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
-use std::sync::Once;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -45,16 +44,14 @@ struct Server {
 }
 
 impl Server {
-    /// Answers one connection for each reply and then closes; ends by itself after some seconds.
+    /// Answers one connection for each reply and then closes; ends by itself after some minutes.
     fn start(body: &[u8], replies: &[Reply]) -> Self {
-        static NO_PROXY: Once = Once::new();
-        NO_PROXY.call_once(|| std::env::set_var("NO_PROXY", "127.0.0.1"));
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         listener.set_nonblocking(true).unwrap();
         let url = format!("http://{}/corpus.zip", listener.local_addr().unwrap());
         let (body, replies) = (body.to_vec(), replies.to_vec());
         let thread = std::thread::spawn(move || {
-            let deadline = Instant::now() + Duration::from_secs(30);
+            let deadline = Instant::now() + Duration::from_secs(300);
             let mut heads = Vec::new();
             while heads.len() < replies.len() && Instant::now() < deadline {
                 match listener.accept() {
@@ -75,7 +72,7 @@ impl Server {
 
 fn answer(mut stream: TcpStream, body: &[u8], reply: Reply) -> String {
     stream.set_nonblocking(false).unwrap();
-    stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(300))).unwrap();
     let mut head = Vec::new();
     let mut byte = [0];
     while !head.ends_with(b"\r\n\r\n") && stream.read(&mut byte).unwrap() == 1 {

@@ -1,6 +1,6 @@
 //! The collectives themselves, between one to four real ranks: every size, every kind of tensor, every way of cutting.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -13,11 +13,13 @@ const SIZES: [i64; 9] = [0, 1, 2, 3, 5, 63, 4097, 1_000_003, (1 << 22) + 7];
 
 /// Starts this test binary again as `ranks` ranks, each of which runs the test `name` below.
 fn as_ranks(ranks: usize, name: &str) -> std::process::Output {
+    let folder = tempfile::tempdir().unwrap();
     Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("launch/local"))
         .arg(ranks.to_string())
         .args(["--exact", &format!("collectives::{name}"), "--ignored", "--nocapture", "--test-threads=1"])
         .env("LOCKSTEP_BIN", std::env::current_exe().unwrap())
         .env("OMP_NUM_THREADS", "1")
+        .env("SHARED_FOLDER", folder.path())
         .output()
         .unwrap()
 }
@@ -46,7 +48,7 @@ fn sums_are_added_in_the_order_of_the_ranks() {
 
 #[test]
 fn a_rank_that_does_not_come_is_given_up_at_the_deadline() {
-    passes(2, "a_rank_waits_for_one_that_sleeps");
+    passes(2, "a_rank_gives_up_before_the_other_comes");
 }
 
 #[test]
@@ -68,7 +70,7 @@ fn gpus_sum_every_type_for_one_to_four_ranks() {
 
 #[test]
 fn a_missing_nccl_is_said_and_no_panic() {
-    let comm = Comm::start(deadlines(60)).unwrap();
+    let comm = Comm::start(deadlines(600)).unwrap();
     match comm.libraries().nccl {
         Ok(version) => assert!(version.split('.').all(|part| part.parse::<u32>().is_ok()), "{version}"),
         Err(reason) => assert!(reason.contains("libnccl.so") && reason.contains("launch/setup --cuda"), "{reason}"),
@@ -77,7 +79,7 @@ fn a_missing_nccl_is_said_and_no_panic() {
 
 fn deadlines(step: u64) -> Deadlines {
     let step = Duration::from_secs(step);
-    Deadlines { startup: Duration::from_secs(60), step, save: step }
+    Deadlines { startup: Duration::from_secs(600), step, save: step }
 }
 
 /// Small whole numbers, so that every order of adding gives the same.
@@ -88,7 +90,7 @@ fn numbers(rank: usize, size: i64) -> Tensor {
 #[test]
 #[ignore = "one rank of a test above"]
 fn a_rank_checks_every_collective() {
-    let comm = Comm::start(deadlines(60)).unwrap();
+    let comm = Comm::start(deadlines(600)).unwrap();
     let (n, rank) = (comm.world_size, comm.rank);
     for size in SIZES {
         let sum = (0..n).fold(Tensor::zeros([size], (Kind::Float, Device::Cpu)), |sum, rank| sum + numbers(rank, size));
@@ -109,13 +111,13 @@ fn a_rank_checks_every_collective() {
                 |tensor: &Tensor| tensor.narrow(0, bounds[rank] as i64, (bounds[rank + 1] - bounds[rank]) as i64);
             let found = numbers(rank, size);
             comm.begin_reduce_scatter(&found, &bounds).unwrap();
-            comm.finish().unwrap();
+            comm.complete().unwrap();
             assert_eq!(part(&found), part(&sum), "reduce-scatter of {size} at {bounds:?}");
 
             let found = Tensor::full([size], -1.0, (Kind::Float, Device::Cpu));
             part(&found).copy_(&part(&sum));
             comm.begin_all_gather(&found, &bounds).unwrap();
-            comm.finish().unwrap();
+            comm.complete().unwrap();
             assert_eq!(found, sum, "all-gather of {size} at {bounds:?}");
         }
     }
@@ -125,7 +127,7 @@ fn a_rank_checks_every_collective() {
     for (start, length) in [(0, 10), (10, 0), (10, 4990), (5000, 0), (5000, 5000)] {
         comm.begin_all_reduce(&flat.narrow(0, start, length)).unwrap();
     }
-    comm.finish().unwrap();
+    comm.complete().unwrap();
     let mut whole = numbers(rank, 10_000);
     comm.all_reduce(&mut whole).unwrap();
     assert_eq!(flat, whole);
@@ -143,7 +145,7 @@ fn a_rank_checks_every_collective() {
 #[test]
 #[ignore = "one rank of a test above"]
 fn a_rank_checks_the_order_of_sums() {
-    let comm = Comm::start(deadlines(60)).unwrap();
+    let comm = Comm::start(deadlines(600)).unwrap();
     let tiny = f32::EPSILON / 2.0;
     for large in 0..comm.world_size {
         let value = |rank: usize| if rank == large { 1.0 } else { tiny };
@@ -157,14 +159,18 @@ fn a_rank_checks_the_order_of_sums() {
 
 #[test]
 #[ignore = "one rank of a test above"]
-fn a_rank_waits_for_one_that_sleeps() {
+fn a_rank_gives_up_before_the_other_comes() {
     let comm = Comm::start(deadlines(1)).unwrap();
+    let given_up = PathBuf::from(std::env::var_os("SHARED_FOLDER").unwrap()).join("given up");
     if comm.rank == 1 {
-        std::thread::sleep(Duration::from_secs(3));
+        while !given_up.exists() {
+            std::thread::sleep(Duration::from_millis(10));
+        }
     } else {
         let error = comm.barrier(comm.deadlines.step).unwrap_err();
         assert_eq!(lockstep::error::exit_code(&error), 6);
         assert!(error.to_string().contains("longer than 1 s"), "{error}");
+        std::fs::write(given_up, "").unwrap();
     }
     // The other comes late after all, and both leave in order.
     if comm.rank == 1 {
@@ -175,7 +181,7 @@ fn a_rank_waits_for_one_that_sleeps() {
 #[test]
 #[ignore = "one rank of a test above"]
 fn a_rank_refuses_other_types() {
-    let comm = Comm::start(deadlines(60)).unwrap();
+    let comm = Comm::start(deadlines(600)).unwrap();
     for kind in [Kind::BFloat16, Kind::Half, Kind::Double, Kind::Int64] {
         let error = comm.begin_all_reduce(&Tensor::zeros([4], (kind, Device::Cpu))).unwrap_err();
         assert!(error.to_string().contains(&format!("{kind:?}")), "{error}");
@@ -198,7 +204,7 @@ fn a_rank_checks_nccl() {
     std::env::set_var("NCCL_HOSTID", format!("host-{}", std::env::var("OMPI_COMM_WORLD_RANK").unwrap()));
     std::env::set_var("NCCL_NET", "Socket");
     std::env::set_var("NCCL_SOCKET_IFNAME", "lo");
-    let mut comm = Comm::start(deadlines(60)).unwrap();
+    let mut comm = Comm::start(deadlines(600)).unwrap();
     let gpu = torch::select("cuda", 0).unwrap();
     comm.use_device(gpu).unwrap();
     let (n, rank) = (comm.world_size, comm.rank);
@@ -222,12 +228,12 @@ fn a_rank_checks_nccl() {
                     |tensor: &Tensor| tensor.narrow(0, bounds[rank] as i64, (bounds[rank + 1] - bounds[rank]) as i64);
                 let found = mine(rank).narrow(0, 0, length);
                 comm.begin_reduce_scatter(&found, &bounds).unwrap();
-                comm.finish().unwrap();
+                comm.complete().unwrap();
                 assert_eq!(part(&found), part(&sum), "reduce-scatter of {length} {kind:?}");
                 let found = Tensor::zeros([length], (kind, gpu));
                 part(&found).copy_(&part(&sum));
                 comm.begin_all_gather(&found, &bounds).unwrap();
-                comm.finish().unwrap();
+                comm.complete().unwrap();
                 assert_eq!(found, sum.narrow(0, 0, length), "all-gather of {length} {kind:?}");
             }
         }

@@ -102,7 +102,8 @@ fn a_wrong_interface_is_named_before_mpi_ends_the_job() {
 #[test]
 fn a_rank_that_never_comes_is_given_up_at_the_deadline() {
     let work = Workspace::new();
-    let said =
-        finish(ranks(&work, 2, "[ $rank = 1 ] && exec sleep 1000")).fails(6, &["starting MPI took longer than 60 s"]);
+    let mut command = ranks(&work, 2, "[ $rank = 1 ] && exec sleep 1000");
+    command.args(["--deadline-s", "3"]);
+    let said = finish(command).fails(6, &["starting MPI took longer than 3 s"]);
     said.reports(&["fault:      starting MPI took longer", "remedy:", "this job cannot train"]);
 }

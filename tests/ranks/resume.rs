@@ -1,63 +1,23 @@
-//! Resume is a promise: a run that was killed and resumed ends with the bits of one that was not.
+//! Resume is a promise: a run that was stopped and resumed ends with the bits of one that was not. `full/resume.rs` kills.
 
-use crate::common::alike::{assert_alike, assert_learnt_alike, columns};
-use crate::common::runs::Run;
-use crate::common::{rows, sample};
-use lockstep::data::shard::Shard;
-
-/// Dropout, accumulation, an epoch's end inside the run, and evaluation, saving and sampling at steps of their own.
-const CONFIG: &str = "seed: 11\ndata: {layout: packed, block_size: 32, batch_size: 32, micro_batch: MICRO}\n\
-    model: {n_layer: 2, n_head: 2, n_embd: 32, dropout: 0.1}\n\
-    optim: {lr: 1.0e-3, schedule: cosine, warmup_steps: 10}\n\
-    train: {steps: 100, eval_every: 14, save_every: 6, sample_every: 9, keep_last: 3, prompts: [' A', ' The']}\n";
-
-fn killed_and_resumed(ranks: usize) {
-    let folder = tempfile::tempdir().unwrap();
-    let config = CONFIG.replace("MICRO", &(16 / ranks).to_string());
-    let straight = Run::new(folder.path(), "straight", &config, ranks);
-    assert!(straight.start(&[]).success());
-    let steps = rows(&straight.dir.join("train.csv"));
-    assert_eq!(steps.len(), 100);
-    let epoch = Shard::open(&sample().join("train.bin")).unwrap().n_tokens() / 32 / 32;
-    assert!((30..70).contains(&epoch), "an epoch of {epoch} steps does not end amid the kills");
-
-    let broken = Run::new(folder.path(), "broken", &config, ranks);
-    let mut kills = 0;
-    // Inside an epoch, at an evaluation, a sample, a save, and past an epoch's end.
-    for step in [3, 14, 18, 24, 27, 40, 56, 77, 90] {
-        kills += usize::from(broken.kill_at(step).is_some());
-    }
-    assert!(kills >= 7, "only {kills} kills struck");
-    assert!(broken.start(&[]).success());
-    assert_alike(&broken.dir, &straight.dir);
-}
-
-#[test]
-fn one_rank_killed_and_resumed() {
-    killed_and_resumed(1);
-}
-
-#[test]
-fn two_ranks_killed_and_resumed() {
-    killed_and_resumed(2);
-}
+use crate::common::alike::{assert_learnt_alike, columns};
+use crate::common::runs::{last_step, Run, NO_END, VARIED};
 
 fn stopped_and_resumed(ranks: usize, threads: usize, signal: &str) {
     let folder = tempfile::tempdir().unwrap();
-    let config = CONFIG.replace("MICRO", &(16 / ranks).to_string()).replace("save_every: 6", "save_every: 0");
-    // So many that no request comes too late.
-    let config = config.replace("steps: 100", "steps: 300");
-    let straight = Run { threads, ..Run::new(folder.path(), "straight", &config, ranks) };
-    assert!(straight.start(&[]).success());
+    let config = VARIED.replace("MICRO", &(16 / ranks).to_string()).replace("save_every: 6", "save_every: 0");
     let broken = Run { threads, ..Run::new(folder.path(), "broken", &config, ranks) };
     for step in [5, 28, 61] {
-        let stopped = broken.stop_at(step, signal).expect("the signal came too late");
-        assert_eq!(stopped.code(), Some(75));
-        let steps = columns(&broken.dir.join("train.csv"), &["step"]).len();
-        let saved = broken.dir.join(format!("checkpoints/step-{steps:08}/MANIFEST.json"));
-        assert!(saved.is_file(), "stopped after step {steps} without saving it");
+        assert_eq!(broken.stop_at(step, &NO_END, signal).code(), Some(75));
+        let last = last_step(&broken.dir);
+        let saved = broken.dir.join(format!("checkpoints/step-{last:08}/MANIFEST.json"));
+        assert!(saved.is_file(), "stopped after step {last} without saving it");
     }
-    assert!(broken.start(&[]).success());
+    let steps = format!("train.steps={}", last_step(&broken.dir) + 10);
+    let straight = Run { threads, ..Run::new(folder.path(), "straight", &config, ranks) };
+    for run in [&broken, &straight] {
+        assert!(run.start(&[&NO_END[..2], &["--set", &steps]].concat()).success());
+    }
     // What a stop left out, an evaluation or a sample that was due, the resumed run has made up for.
     assert_learnt_alike(&broken.dir, &straight.dir);
 }
@@ -70,6 +30,36 @@ fn one_rank_of_two_threads_stops_on_request_with_75() {
 #[test]
 fn two_ranks_stop_together_on_request_with_75() {
     stopped_and_resumed(2, 1, "TERM");
+}
+
+/// Asked to stop amid a step of many micro-batches, the ranks give it up together, and the state before it is saved.
+fn given_up_and_resumed(ranks: usize) {
+    let folder = tempfile::tempdir().unwrap();
+    let config = format!(
+        "data: {{layout: packed, block_size: 32, batch_size: {}, micro_batch: 1}}\n\
+         model: {{n_layer: 2, n_head: 2, n_embd: 32, dropout: 0.1}}\ntrain: {{steps: 1, eval_every: 0}}\n",
+        1500 * ranks
+    );
+    let straight = Run::new(folder.path(), "straight", &config, ranks);
+    assert!(straight.start(&[]).success());
+    let broken = Run::new(folder.path(), "broken", &config, ranks);
+    assert_eq!(broken.stop_once_logged("sequences of each step", "TERM").code(), Some(75));
+    let log = std::fs::read_to_string(broken.dir.join("logs/rank-0000.log")).unwrap();
+    assert!(log.contains("asked to stop at step 1, micro-batch "), "{log}");
+    assert!(columns(&broken.dir.join("train.csv"), &["step"]).is_empty());
+    assert!(broken.dir.join("checkpoints/step-00000000/MANIFEST.json").is_file());
+    assert!(broken.start(&[]).success());
+    assert_learnt_alike(&broken.dir, &straight.dir);
+}
+
+#[test]
+fn one_rank_gives_up_a_long_step_on_request() {
+    given_up_and_resumed(1);
+}
+
+#[test]
+fn two_ranks_give_up_a_long_step_together_on_request() {
+    given_up_and_resumed(2);
 }
 
 const SHORT: &str =
@@ -112,7 +102,7 @@ fn another_runs_checkpoint_begins_a_run_and_a_restart_goes_on_with_its_own() {
 #[test]
 fn a_configuration_is_proved_to_resume_bit_for_bit() {
     let folder = tempfile::tempdir().unwrap();
-    let config = CONFIG.replace("MICRO", "8");
+    let config = VARIED.replace("MICRO", "8");
     let run = Run::new(folder.path(), "mine", &format!("name: mine\n{config}"), 2);
     let prove = |ranks: usize, more: &[&str]| {
         let mut command =

@@ -49,7 +49,10 @@ impl Lease {
         let mine = Holder::this_process();
         let candidate = path.with_extension(format!("json.{}", mine.token));
         let made = fs::create_dir_all(folder).or_else(|e| if folder.exists() { Ok(()) } else { Err(e) });
-        let taken = made.map_err(|e| Error::write(&path, e)).and_then(|()| acquire(&path, &candidate, &mine));
+        let taken = made.map_err(|e| Error::write(&path, e)).and_then(|()| {
+            let mut clock = Monotonic(Instant::now());
+            acquire(&path, &candidate, &mine, &mut clock)
+        });
         let _ = fs::remove_file(&candidate);
         taken?;
         clear_siblings(folder);
@@ -180,10 +183,27 @@ impl Own {
     }
 }
 
+/// The observer's clock. A test has one that does not wait.
+trait Clock {
+    fn now(&self) -> Duration;
+    fn sleep(&mut self, pause: Duration);
+}
+
+struct Monotonic(Instant);
+
+impl Clock for Monotonic {
+    fn now(&self) -> Duration {
+        self.0.elapsed()
+    }
+
+    fn sleep(&mut self, pause: Duration) {
+        sleep(pause);
+    }
+}
+
 /// Makes `path` this process's, through `candidate`.
-fn acquire(path: &Path, candidate: &Path, mine: &Holder) -> Result<()> {
+fn acquire(path: &Path, candidate: &Path, mine: &Holder, clock: &mut impl Clock) -> Result<()> {
     let storage = |e| Error::write(path, e);
-    let start = Instant::now();
     let mut watch = Watch::default();
     let mut said = false;
     loop {
@@ -193,7 +213,7 @@ fn acquire(path: &Path, candidate: &Path, mine: &Holder) -> Result<()> {
         }
         let sight = Sight::of(path).map_err(storage)?;
         let name = sight.as_ref().map_or(String::new(), Sight::name);
-        match watch.judge(sight.as_ref(), start.elapsed(), mine, Holder::is_gone) {
+        match watch.judge(sight.as_ref(), clock.now(), mine, Holder::is_gone) {
             Verdict::Free => match link(candidate, path, mine) {
                 Ok(true) => return Ok(()),
                 Err(e) if candidate.exists() => return Err(storage(e)),
@@ -203,7 +223,7 @@ fn acquire(path: &Path, candidate: &Path, mine: &Holder) -> Result<()> {
                 warn!("taking over {} from {name}: {why}", path.display());
                 match fs::rename(candidate, path) {
                     Err(e) if candidate.exists() => return Err(storage(e)),
-                    _ => sleep(pause),
+                    _ => clock.sleep(pause),
                 }
                 let now = Sight::of(path).map_err(storage)?.and_then(|sight| sight.holder);
                 if now.is_some_and(|holder| holder.token == mine.token) {
@@ -224,7 +244,7 @@ fn acquire(path: &Path, candidate: &Path, mine: &Holder) -> Result<()> {
                     warn!("{path} names {name}; waiting up to {} s to see whether it is alive", EXPIRY.as_secs());
                     said = true;
                 }
-                sleep(POLL);
+                clock.sleep(POLL);
             }
         }
     }
@@ -278,16 +298,88 @@ fn clear_siblings(folder: &Path) {
 mod tests {
     use super::*;
 
+    /// A clock that goes on by itself as far as it is asked to sleep; `passes` sees its times.
+    struct Scripted<F> {
+        now: Duration,
+        passes: F,
+    }
+
+    impl<F: FnMut(Duration)> Clock for Scripted<F> {
+        fn now(&self) -> Duration {
+            self.now
+        }
+
+        fn sleep(&mut self, pause: Duration) {
+            self.now += pause;
+            (self.passes)(self.now);
+        }
+    }
+
+    /// Tries to take the lease at `path`; how that ends, and how much time of the observer's clock it takes.
+    fn observe(path: &Path, passes: impl FnMut(Duration)) -> (Result<()>, Duration) {
+        let mine = Holder::this_process();
+        let candidate = path.with_extension("json.mine");
+        let mut clock = Scripted { now: Duration::ZERO, passes };
+        let taken = acquire(path, &candidate, &mine, &mut clock);
+        if taken.is_ok() {
+            assert_eq!(Sight::of(path).unwrap().unwrap().holder, Some(mine));
+        }
+        (taken, clock.now)
+    }
+
+    /// A lease of another machine, as one at that time would have written it.
+    fn elsewhere(since: &str) -> Holder {
+        Holder { machine: None, host: "node7".into(), since: since.into(), ..Holder::this_process() }
+    }
+
+    #[test]
+    fn a_lease_of_another_machine_expires_by_the_observers_clock_alone() {
+        let leases = ["1970-01-01 00:00:00 UTC", "2999-01-01 00:00:00 UTC"].map(|since| elsewhere(since).to_bytes());
+        for lease in leases.into_iter().chain([b"{\"cluster\": nu".to_vec(), Vec::new()]) {
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join(FILE);
+            fs::write(&path, &lease).unwrap();
+            // The file's own time, a day back.
+            let file = File::options().write(true).open(&path).unwrap();
+            file.set_modified(std::time::SystemTime::now() - Duration::from_secs(86_400)).unwrap();
+            let untouched = |now| assert!(now >= EXPIRY || fs::read(&path).unwrap() == lease, "taken after {now:?}");
+            let (taken, after) = observe(&path, untouched);
+            taken.unwrap();
+            assert!(after < EXPIRY + Duration::from_secs(1), "taken after {after:?}");
+        }
+    }
+
+    #[test]
+    fn a_lease_of_another_machine_that_is_renewed_is_respected() {
+        for first in [elsewhere("2999-01-01 00:00:00 UTC").to_bytes(), b"half a le".to_vec()] {
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join(FILE);
+            fs::write(&path, first).unwrap();
+            let renewed = Holder { counter: 1, ..elsewhere("1970-01-01 00:00:00 UTC") };
+            let renew = |now| {
+                if now >= EXPIRY - 2 * POLL {
+                    write_and_rename(&path, &renewed.to_bytes());
+                }
+            };
+            let error = observe(&path, renew).0.unwrap_err();
+            assert_eq!(crate::error::exit_code(&error), 2);
+            let said = error.to_string();
+            assert!(said.contains("on node7 since") && said.contains("which is alive"), "{said}");
+            assert_eq!(fs::read(&path).unwrap(), renewed.to_bytes());
+        }
+    }
+
     #[test]
     fn a_lease_is_renewed_mended_and_given_back() {
-        let folder = tempfile::tempdir().unwrap();
+        // In memory: on a disk that stops for seconds the lease would rightly be in doubt.
+        let folder = tempfile::TempDir::new_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
         let path = folder.path().join("run").join(FILE);
         let lease = Lease::take(path.parent().unwrap()).unwrap();
         let now = || Sight::of(&path).unwrap().and_then(|sight| sight.holder);
         let until = |done: &dyn Fn() -> bool| {
             let start = Instant::now();
             while !done() {
-                assert!(start.elapsed() < 30 * RENEWAL, "not renewed"); // a slow disk
+                assert!(start.elapsed() < 300 * RENEWAL, "not renewed");
                 sleep(POLL);
             }
         };

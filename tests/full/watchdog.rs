@@ -1,0 +1,92 @@
+//! Ranks that hang in other places than those of `ranks/watchdog.rs`, and what takes long but does not hang.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::process::Command;
+
+use crate::common::runs::{fifo, says, Going, Run, ENDLESS};
+use crate::common::{binary, finish, in_memory, rows, sample};
+
+/// Linux's flag for a file that is not waited for.
+const O_NONBLOCK: i32 = 0o4000;
+
+#[test]
+fn a_rank_that_hangs_with_work_of_its_own_is_named_by_the_other() {
+    let folder = in_memory();
+    let config =
+        format!("{ENDLESS}fault: {{step_deadline_s: 8}}\n").replace("save_every: 0", "save_every: 0, sample_every: 4");
+    let run = Run::new(folder.path(), "sampling", &config, 2);
+    fifo(&run.dir.join("samples/step-00000004.txt.tmp"));
+    let (code, said) = Going::start(&run, &[]).ends();
+    assert_eq!(code, Some(6), "{said}");
+    says(&said, &["rank 1: exchanging with the other ranks took longer than 8 s", "rank 0 on "]);
+    // By its heartbeats it lives; on a disk that takes a second for each it may seem to have stopped.
+    assert!(
+        [" lives but is not here", " has stopped"]
+            .iter()
+            .any(|how| said.contains(&format!("{how}: step 4, sampling, "))),
+        "{said}"
+    );
+}
+
+#[test]
+fn a_start_that_hangs_ends_the_job() {
+    let folder = in_memory();
+    let run = Run::new(folder.path(), "start", &format!("{ENDLESS}fault: {{startup_deadline_s: 15}}\n"), 2);
+    fifo(&run.dir.join("train.csv"));
+    let (code, said) = Going::start(&run, &[]).ends();
+    assert_eq!(code, Some(6), "{said}");
+    says(&said, &["rank 1: exchanging with the other ranks took longer than 15 s"]);
+}
+
+#[test]
+fn a_stderr_that_nobody_reads_does_not_keep_a_hanging_rank_alive() {
+    let folder = in_memory();
+    let run = Run::new(folder.path(), "deaf", &format!("{ENDLESS}fault: {{step_deadline_s: 1}}\n"), 1);
+    let pipe = folder.path().join("pipe");
+    fifo(&pipe);
+    // Open, and never read: once it is full, whoever writes a line waits.
+    let _reader = File::options().read(true).write(true).open(&pipe).unwrap();
+    let stderr = File::options().write(true).open(&pipe).unwrap();
+    let mut command = run.command(&[]);
+    command.stderr(stderr.try_clone().unwrap());
+    let mut going = Going { run: &run, child: command.spawn().unwrap(), stderr: run.config.clone() };
+    drop((command, stderr));
+    going.trains(0);
+    // Until it takes no more, by a file description of its own that does not wait.
+    let mut full = File::options().write(true).custom_flags(O_NONBLOCK).open(&pipe).unwrap();
+    while full.write(&[0]).is_ok() {}
+    let (code, _) = going.ends();
+    assert_eq!(code, Some(6));
+}
+
+#[test]
+fn a_long_evaluation_makes_progress() {
+    let folder = in_memory();
+    let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/data/sample/valid.txt")).unwrap();
+    // More and more text, until this machine takes longer for it than the 1 s allowed and the watchdog's 5 s more.
+    for doublings in 0.. {
+        let data = folder.path().join(format!("data-{doublings}"));
+        for split in ["train", "valid", "test"] {
+            fs::create_dir_all(folder.path().join("text")).unwrap();
+            fs::write(folder.path().join(format!("text/{split}.txt")), text.repeat(1 << doublings)).unwrap();
+        }
+        let mut prepare = Command::new(binary());
+        prepare.args(["-q", "prepare", "--tokenizer"]).arg(sample().join("tokenizer.json"));
+        prepare.arg("--source").arg(folder.path().join("text")).arg("--out").arg(&data);
+        finish(prepare).ok();
+        let config = format!(
+            "device: cpu\ndata: {{block_size: 4, batch_size: 1}}\nmodel: {{n_layer: 6, n_head: 8, n_embd: 320}}\n\
+            train: {{steps: 1, eval_every: 1, save_every: 0}}\nfault: {{step_deadline_s: 1}}\n"
+        );
+        let run = Run::new(folder.path(), &format!("evaluation-{doublings}"), &config, 1);
+        let (code, said) = Going::start(&run, &["--set", &format!("data.dir={}", data.display())]).ends();
+        assert_eq!(code, Some(0), "{said}");
+        let seconds: f64 = rows(&run.dir.join("eval.csv"))[0]["eval_s"].parse().unwrap();
+        if seconds > 7.0 {
+            return;
+        }
+    }
+}
