@@ -218,8 +218,8 @@ def scale(axes: Axes, values: pd.Series, *, logarithmic: bool) -> None:
         axes.set_ylim(low - margin, high + margin)
 
 
-def main() -> int:
-    """Runs the command line; returns the exit code."""
+def main(given: list[str] | None = None) -> int:
+    """Runs the command line, the process's own if none is given; returns the exit code."""
     parser = argparse.ArgumentParser(
         description="Draws the loss and perplexity curves of training runs.",
         epilog="example: .venv/bin/python analysis/plot.py runs/a runs/b --out runs/comparison",
@@ -231,7 +231,7 @@ def main() -> int:
         metavar="DIR",
         help="where to write loss.png and ppl.png (default: RUN/plots, or plots for several runs)",
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     folders = arguments.runs
     out = arguments.out or (folders[0] / "plots" if len(folders) == 1 else Path("plots"))
     try:

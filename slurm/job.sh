@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # What the job scripts beside this file share; they source it. It expects `root`, the clone.
 # shellcheck disable=SC2154 # the scripts set root
-# shellcheck disable=SC2034 # and read code
+# shellcheck disable=SC2034 # and read code and began
 
 # How often Slurm asked for a stop. From now on that does not end this shell.
 signals=0
@@ -9,10 +9,71 @@ trap 'signals=$((signals + 1))' USR1
 
 job=${SLURM_JOB_NAME:-lockstep}
 
+say() { printf '%s: %s\n' "$job" "$*" >&2; }
 die() {
-  printf '%s: %s\n' "$job" "$*" >&2
+  say "$@"
   exit 2
 }
+
+# The smallest and the largest number in one of Slurm's lists for each node, such as 2(x3),1, and the sum of all.
+smallest() { tr ',' '\n' <<<"$1" | sed 's/(.*//' | sort -n | head -n 1; }
+largest() { tr ',' '\n' <<<"$1" | sed 's/(.*//' | sort -n | tail -n 1; }
+total() { tr ',' '\n' <<<"$1" | awk -F '[(x)]+' '{ n += $1 * ($2 ? $2 : 1) } END { print n + 0 }'; }
+
+# Prints what Slurm knows of this job, in one line; nothing if Slurm does not answer. The last element of an array has
+# the array's own number, under which Slurm shows all of them.
+record() {
+  scontrol --details show --oneliner job "$SLURM_JOB_ID" 2>/dev/null | grep "^JobId=$SLURM_JOB_ID " || true
+}
+
+# sbatch hands on every variable that it finds and sets only those of its own options. So a job that is submitted inside
+# another allocation inherits that one's wishes. This forgets them: the job's record says what sbatch was told.
+forget_other_allocations() {
+  local record name pattern told forgotten=()
+  for name in "${!SLURM_STEP@}" "${!PMIX_@}" "${!PMI_@}" "${!OMPI_COMM_WORLD_@}"; do
+    [[ $name == PMIX_MCA_* ]] || unset "$name"
+  done
+  # A step gets the job's memory unless srun is told otherwise, and srun refuses two of these.
+  unset SLURM_MEM_PER_CPU SLURM_MEM_PER_NODE SLURM_MEM_PER_GPU
+  record=$(record)
+  [[ -n $record ]] || return 0
+
+  forget() {
+    [[ -n ${!1:-} ]] || return 0
+    forgotten+=("$1=${!1}")
+    unset "$1"
+  }
+  while read -r name pattern; do
+    told=''
+    if [[ $record =~ [[:space:]]$pattern ]]; then told=${BASH_REMATCH[1]}; fi
+    if [[ -n ${!name:-} && ${!name##*:} != "$told" ]]; then forget "$name"; fi
+  done <<'END'
+SLURM_NTASKS_PER_NODE NtasksPerN:B:S:C=([0-9]+)
+SLURM_CPUS_PER_TASK CPUs/Task=([0-9]+)
+SLURM_GPUS TresPerJob=[^[:space:]]*gpu[^,[:space:]]*[:=]([0-9]+)
+SLURM_GPUS_PER_NODE TresPerNode=[^[:space:]]*gpu[^,[:space:]]*[:=]([0-9]+)
+SLURM_GPUS_PER_TASK TresPerTask=[^[:space:]]*gpu[^,[:space:]]*[:=]([0-9]+)
+SLURM_ARRAY_TASK_ID ArrayTaskId=([0-9]+)
+SLURM_RESTART_COUNT Restarts=([0-9]+)
+END
+  if [[ $record != *gpu* ]]; then forget SLURM_GPUS_ON_NODE; fi
+  # With --ntasks-per-node, sbatch counts the tasks itself. Told of no tasks, Slurm lists as many as there are CPUs.
+  if [[ -n ${SLURM_NTASKS:-} && $record == *' NtasksPerN:B:S:C=0:'* ]]; then
+    if [[ $record != *" NumTasks=$SLURM_NTASKS "* || $(total "$SLURM_TASKS_PER_NODE") != "$SLURM_NTASKS" ]]; then
+      forget SLURM_NTASKS
+      unset SLURM_NPROCS
+    fi
+  fi
+  ((${#forgotten[@]})) || return 0
+  # What the record does not tell, or tells of every job.
+  if [[ ${SLURM_CPUS_PER_TASK:-} == 1 ]]; then forget SLURM_CPUS_PER_TASK; fi
+  for name in SLURM_{CPUS_PER_GPU,DISTRIBUTION,HINT,NTASKS_PER_CORE,NTASKS_PER_GPU,NTASKS_PER_SOCKET} \
+    SLURM_{OVERCOMMIT,THREADS_PER_CORE,TRES_PER_TASK}; do
+    forget "$name"
+  done
+  say "left over from another allocation, so without effect: ${forgotten[*]}"
+}
+if [[ -n ${SLURM_JOB_ID:-} ]]; then forget_other_allocations; fi
 
 # Sets up the job's environment: the site's modules and variables, then Lockstep's libraries.
 prepare() {
@@ -33,9 +94,9 @@ need_config() {
   [[ -f $1 ]] || die "no configuration $1 in $PWD, from where this job was submitted"
 }
 
-# The smallest and the largest number in one of Slurm's lists for each node, such as 2(x3),1.
-smallest() { tr ',' '\n' <<<"$1" | sed 's/(.*//' | sort -n | head -n 1; }
-largest() { tr ',' '\n' <<<"$1" | sed 's/(.*//' | sort -n | tail -n 1; }
+# setting KEY CONFIG [ARGUMENT of lockstep train]...: prints a value of the configuration, or run_dir, as the program
+# reads it. If the program cannot use them, it says why, and its code is this function's.
+setting() { "$root/launch/rank" config --print "$1" --config "${@:2}"; }
 
 # Prints how many GPUs the job has on its first node, in whichever way it asked for them.
 gpus_on_node() {
@@ -66,6 +127,10 @@ lay_out() {
   fi
   cpus=${SLURM_CPUS_PER_TASK:-$(($(smallest "$SLURM_JOB_CPUS_PER_NODE") / per_node))}
   cpus=$((cpus > 0 ? cpus : 1))
+  if [[ -n ${SLURM_NTASKS:-} ]] && ((ranks < nodes || ranks > $(total "$SLURM_TASKS_PER_NODE"))); then
+    die "SLURM_NTASKS=$ranks contradicts $nodes nodes with $SLURM_TASKS_PER_NODE tasks; unset it before sbatch," \
+      "or say --ntasks"
+  fi
 }
 
 # Uses up step numbers until the next is one under which no node of this job has died. A job that was queued again counts
@@ -138,18 +203,18 @@ ask() {
   repeater=$!
 }
 
-# start RANKS ARGUMENT...: runs `lockstep ARGUMENT...` as so many ranks. Sets code to their exit code. USR1, which
-# Slurm sends to this shell before the time is up, goes to the ranks: srun and mpirun hand it on.
+# start RANKS ARGUMENT...: runs `lockstep ARGUMENT...` as so many ranks. Sets code to their exit code, and began to
+# whether there was a rank at all. USR1, which Slurm sends to this shell before the time is up, goes to the ranks: srun
+# and mpirun hand it on.
 start() {
-  local ranks=$1 pid seen began repeater=''
+  local ranks=$1 pid seen sign repeater=''
   shift
   choose_launcher "$ranks"
-  code=75
+  code=75 began=0
   if ((signals)); then return; fi
-  printf '%s: %s starts %s x lockstep %s, at most %s on a node, CPUs for each: %s\n' \
-    "$job" "${launcher[0]##*/}" "$ranks" "$1" "$per_node" "$cpus" >&2
-  began=$(mktemp)
-  LOCKSTEP_BEGAN=$began "${launcher[@]}" "$root/launch/rank" "$@" </dev/null &
+  say "${launcher[0]##*/} starts $ranks x lockstep $1, at most $per_node on a node, CPUs for each: $cpus"
+  sign=$(mktemp)
+  LOCKSTEP_BEGAN=$sign "${launcher[@]}" "$root/launch/rank" "$@" </dev/null &
   pid=$!
   trap 'signals=$((signals + 1)); ask' USR1
   while true; do
@@ -160,10 +225,8 @@ start() {
   done
   trap 'signals=$((signals + 1))' USR1
   if [[ -n $repeater ]]; then kill "$repeater" 2>/dev/null || true; fi
-  # srun ends with 0 where it cannot start the ranks, since a node has just died, for one.
-  if ((code == 0)) && [[ ! -s $began ]]; then
-    printf '%s: no rank was started\n' "$job" >&2
-    code=6
-  fi
-  rm -f -- "$began"
+  if [[ -s $sign ]]; then began=1; fi
+  rm -f -- "$sign"
+  # srun ends with 0 if it cannot start the ranks, for example since a node has just died.
+  if ((!began && code == 0)); then code=6; fi
 }

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
+use schemars::JsonSchema;
 use serde::Serialize;
 use signal_hook::consts::{SIGINT, SIGKILL, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
@@ -45,21 +46,21 @@ pub struct Comparison<'a> {
 }
 
 /// A row of compare.csv.
-#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, JsonSchema)]
 pub struct CompareRow {
     /// `cpu` or `cuda`.
     pub device: &'static str,
-    #[allow(missing_docs)]
+    /// Number of ranks: 1.
     pub world_size: usize,
     /// Optimizer steps done.
     pub steps: usize,
-    /// Training time of all steps; without the start, and without the save at the end.
+    /// Training time of all steps, without the program's start and the last checkpoint.
     pub total_s: f64,
-    /// Median over the steps after the warm-up.
+    /// Median of `step_ms` after the warm-up: the first 5 steps, or half of fewer than 10.
     pub step_ms_median: f64,
-    /// Targets a second in the steps after the warm-up.
+    /// Tokens predicted a second, after the warm-up.
     pub tokens_per_s: f64,
-    /// The objective of the last step.
+    /// Loss of the last step. On all devices it is nearly the same, or something is wrong.
     pub final_loss: f64,
     /// The first device's `step_ms_median` divided by this one's.
     pub speedup: f64,

@@ -1,10 +1,11 @@
 //! Error classes and the exit code of each.
 //!
 //! Every function returns [`Result`]; whoever knows what a failure means for the user wraps it in an
-//! [`Error`], whose class decides the exit code in one place, [`exit_code`]. A message says what was
+//! [`Error`], whose class decides the exit code by one table, [`EXIT_CODES`]. A message says what was
 //! expected, what was found, where, and what to do.
 
 use std::fmt::Display;
+use std::mem::discriminant;
 use std::path::Path;
 
 /// A result whose error is a chain; the class is the first [`Error`] found in it.
@@ -33,6 +34,57 @@ pub enum Error {
     Preempted(String),
 }
 
+/// An exit code of the program.
+pub struct ExitCode {
+    /// The number.
+    pub code: u8,
+    /// What it means to the user.
+    pub meaning: &'static str,
+    class: Option<fn(String) -> Error>,
+}
+
+/// All exit codes.
+pub const EXIT_CODES: [ExitCode; 10] = [
+    ExitCode { code: 0, meaning: "done", class: None },
+    ExitCode { code: 1, meaning: "a defect of Lockstep itself: please report it", class: None },
+    ExitCode {
+        code: 2,
+        meaning: "usage: a command line, a configuration or a machine that cannot run this",
+        class: Some(Error::Usage),
+    },
+    ExitCode {
+        code: 3,
+        meaning: "data: text, token files or vocabularies that cannot be used",
+        class: Some(Error::Data),
+    },
+    ExitCode {
+        code: 4,
+        meaning: "storage: a file that cannot be written, a checkpoint that cannot be trusted",
+        class: Some(Error::Storage),
+    },
+    ExitCode { code: 5, meaning: "numbers: a loss or a gradient that is not finite", class: Some(Error::Numbers) },
+    ExitCode {
+        code: 6,
+        meaning: "communication: a rank is lost, hangs, or does not agree with the others",
+        class: Some(Error::Communication),
+    },
+    ExitCode {
+        code: 75,
+        meaning: "stopped on request, the state is saved: start the same command again",
+        class: Some(Error::Preempted),
+    },
+    ExitCode {
+        code: 130,
+        meaning: "ended at once by Ctrl-C: the second one while training, the first one otherwise",
+        class: None,
+    },
+    ExitCode {
+        code: 143,
+        meaning: "ended at once by SIGTERM: the second one while training, the first one otherwise",
+        class: None,
+    },
+];
+
 impl Error {
     /// A data error (exit 3) about a file: "cannot read PATH: REASON".
     pub fn read(path: &Path, reason: impl Display) -> anyhow::Error {
@@ -53,27 +105,16 @@ impl Error {
 
     /// The error of a process that was ours and ended with this code: the same class, so that this one ends as it did.
     pub fn with_code(code: i32, message: String) -> anyhow::Error {
-        let class = match code {
-            2 => Self::Usage,
-            3 => Self::Data,
-            4 => Self::Storage,
-            5 => Self::Numbers,
-            6 => Self::Communication,
-            75 => Self::Preempted,
-            _ => return anyhow::anyhow!(message),
-        };
-        class(message).into()
+        let class = EXIT_CODES.iter().find(|row| i32::from(row.code) == code).and_then(|row| row.class);
+        match class {
+            Some(class) => class(message).into(),
+            None => anyhow::anyhow!(message),
+        }
     }
 
     fn code(&self) -> u8 {
-        match self {
-            Self::Usage(_) => 2,
-            Self::Data(_) => 3,
-            Self::Storage(_) => 4,
-            Self::Numbers(_) => 5,
-            Self::Communication(_) => 6,
-            Self::Preempted(_) => 75,
-        }
+        let is_of = |class: fn(String) -> Self| discriminant(&class(String::new())) == discriminant(self);
+        EXIT_CODES.iter().find(|row| row.class.is_some_and(is_of)).map_or(1, |row| row.code)
     }
 }
 

@@ -1,21 +1,34 @@
 //! How a process comes to its end: signals, as requests to stop that all ranks decide on together, and the end at once.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::Arc;
+use std::thread;
 
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::flag;
+use signal_hook::iterator::Signals;
 
 use crate::error::{Error, Result};
 
-/// Whether this rank was asked to save and stop.
-pub struct StopRequest(Arc<AtomicBool>);
+/// Whether this rank was asked to save and stop, and where it is with its work.
+pub struct StopRequest {
+    raised: Arc<AtomicBool>,
+    place: Arc<Place>,
+}
+
+/// What is being computed: micro-step `micro_step` (from 0) of `micro_steps` of a step.
+#[derive(Default)]
+struct Place {
+    step: AtomicUsize,
+    micro_step: AtomicUsize,
+    micro_steps: AtomicUsize,
+}
 
 impl StopRequest {
     /// Notes SIGUSR1, SIGTERM and SIGINT from now on; a second SIGTERM or SIGINT ends the process at once.
     ///
     /// # Errors
-    /// Usage, where the system refuses signal handlers.
+    /// Usage, if the system refuses signal handlers.
     pub fn install() -> Result<Self> {
         let raised = Arc::new(AtomicBool::new(false));
         // Of its own: Slurm may send USR1 first and TERM later, while the save that USR1 asked for still goes on.
@@ -31,13 +44,13 @@ impl StopRequest {
             Ok(())
         };
         register().map_err(refused)?;
-        Ok(Self(raised))
+        Ok(Self { raised, place: Arc::default() })
     }
 
     /// Lets SIGUSR1 end the process, for what has nothing to save: `launch/rank` begins with it ignored.
     ///
     /// # Errors
-    /// Usage, where the system refuses signal handlers.
+    /// Usage, if the system refuses signal handlers.
     pub fn end_at_once() -> Result<()> {
         let always = Arc::new(AtomicBool::new(true));
         flag::register_conditional_shutdown(SIGUSR1, 128 + SIGUSR1, always).map_err(refused)?;
@@ -45,8 +58,52 @@ impl StopRequest {
     }
 
     /// Whether a signal has come.
-    pub fn raised(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
+    pub fn is_raised(&self) -> bool {
+        self.raised.load(Ordering::Relaxed)
+    }
+
+    /// Marks where the work is.
+    pub fn note(&self, step: usize, micro_step: usize, micro_steps: usize) {
+        self.place.step.store(step, Ordering::Relaxed);
+        self.place.micro_step.store(micro_step, Ordering::Relaxed);
+        self.place.micro_steps.store(micro_steps, Ordering::Relaxed);
+    }
+
+    /// Says at once when the first request comes, or that one has come already: a step may take long, and whoever asked
+    /// should not have to ask again. Only one rank needs to.
+    ///
+    /// # Errors
+    /// Usage, if the system refuses signal handlers or a thread.
+    pub fn acknowledge(&self) -> Result<()> {
+        if self.is_raised() {
+            self.place.say();
+            return Ok(());
+        }
+        let mut signals = Signals::new([SIGUSR1, SIGTERM, SIGINT]).map_err(refused)?;
+        let place = self.place.clone();
+        let wait = move || {
+            if signals.forever().next().is_some() {
+                place.say();
+            }
+        };
+        thread::Builder::new().name("signals".into()).spawn(wait).map_err(refused)?;
+        Ok(())
+    }
+}
+
+impl Place {
+    fn say(&self) {
+        let [step, micro_step, micro_steps] =
+            [&self.step, &self.micro_step, &self.micro_steps].map(|number| number.load(Ordering::Relaxed));
+        let place = match (step, micro_steps) {
+            (0, _) => "before the first step".into(),
+            (_, 1) => format!("at step {step}"),
+            _ => format!("at step {step}, micro-batch {} of {micro_steps}", micro_step + 1),
+        };
+        tracing::info!(
+            "asked to stop {place}: saving as soon as that is done, or earlier if a step takes many seconds; a second SIGTERM \
+             or Ctrl-C ends this rank at once"
+        );
     }
 }
 

@@ -12,7 +12,8 @@ import runs
 from processes import Processes, start, until
 from report import Failed
 
-SECONDS = 60  # for what takes a moment, on a machine that may be busy
+CHECKS = Path(runs.__file__).parent
+SECONDS = 300  # for what takes a moment, on a machine that may be busy
 
 TRAIN = "step,tokens,loss,ppl,lr,grad_norm,world_size,step_ms\n"
 EVAL = "step,split,loss,ppl,word_ppl,tokens,eval_s\n"
@@ -138,6 +139,13 @@ def test_a_guard_ends_them_with_the_process_that_forgot_to(processes, tmp_path):
     assert until(processes.living, SECONDS)
     script = "import sys; from processes import Processes; Processes(*sys.argv[1:]).guard()"
     [(name, value)] = processes.mark.items()
-    checks = Path(runs.__file__).parent
-    subprocess.run([sys.executable, "-c", script, name, value], cwd=checks, check=True)
+    subprocess.run([sys.executable, "-c", script, name, value], cwd=CHECKS, check=True)
     assert until(lambda: not processes.living(), SECONDS)
+
+
+@pytest.mark.parametrize("module", sorted(path.stem for path in CHECKS.glob("*.py")))
+def test_checks_need_the_standard_library_only(module):
+    """A machine with a GPU may have a bare python3. -S leaves out all packages."""
+    command = [sys.executable, "-S", "-c", f"import {module}"]
+    done = subprocess.run(command, cwd=CHECKS, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,7 +1,9 @@
-"""Real kills, signals, and disks that fail, in the short form; launch/faults has the long one."""
+"""Disturbances that no other test makes, briefly; launch/faults has them all, and the long form."""
 
 import pytest
 from drills import DRILLS
+
+pytestmark = pytest.mark.full
 
 
 @pytest.mark.parametrize(
@@ -10,5 +12,5 @@ from drills import DRILLS
 def test_a_fault_does_no_harm(drill, tmp_path):
     row = drill.row(tmp_path / "drill", drill.short)
     if row.result == "NOT RUN":
-        pytest.skip(row.seen)
+        pytest.skip(f"NOT RUN: {row.seen}")
     assert row.result == "PASS", row.seen

@@ -22,6 +22,16 @@ def adorn(axes: Axes, **legend) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def adorn_shares(axes: Axes, title: str, x: str, y: str) -> None:
+    """For one picture of several, whose curves are shares of a whole."""
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.set_ylim(0, 1.03)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    adorn(axes, fontsize=8, loc="lower left")
+
+
 def save(figure: Figure, path: Path, dpi: int) -> None:
     """Writes a picture, and its folder if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,16 +107,11 @@ def efficiency(axes: Axes, tables: dict[str, pd.DataFrame], title: str) -> None:
         axes.plot(
             table["gpus"], table["efficiency"], ls="--" if dashed else "-", label=label, **style
         )
-    axes.set_title(title, loc="left", fontsize=10)
     axes.set_xscale("log", base=2)
     sizes = next(iter(tables.values()))["gpus"]
     axes.set_xticks(sizes if len(sizes) < 8 else sizes[1::2])
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.set_ylim(0, 1.03)
-    axes.set_xlabel("GPUs")
-    axes.set_ylabel("efficiency of a GPU")
-    adorn(axes, fontsize=8, loc="lower left")
+    adorn_shares(axes, title, "GPUs", "efficiency of a GPU")
 
 
 def checkpoints(axes: Axes, model: Model) -> None:
@@ -125,16 +130,9 @@ def checkpoints(axes: Axes, model: Model) -> None:
             label=f"{n:,} GPUs: a failure each {found['mtbf_h']:.0f} h, best {best / 60:.0f} min",
         )
         axes.plot(best / 60, found["useful_share"], "o", color=color, markersize=5)
-    axes.set_title(
-        f"Modelled: checkpoints of gpt2-xl, a pause of {pause:.0f} s each\n"
-        "failures at the rate that Meta counted on H100",
-        loc="left",
-        fontsize=10,
-    )
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.set_ylim(0, 1.03)
-    axes.set_xlabel("minutes of training between checkpoints")
-    axes.set_ylabel("time that goes into kept training")
-    adorn(axes, fontsize=8, loc="lower left")
+    title = f"Modelled: checkpoints of gpt2-xl, a pause of {pause:.0f} s each\n"
+    title += "failures at the rate that Meta counted on H100"
+    x, y = "minutes of training between checkpoints", "time that goes into kept training"
+    adorn_shares(axes, title, x, y)

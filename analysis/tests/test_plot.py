@@ -1,13 +1,12 @@
 """plot.py through its command line, on small CSVs written here."""
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
 import plot
 import pytest
+from command_line import call, started
 
 PLOT = Path(__file__).resolve().parent.parent / "plot.py"
 
@@ -43,10 +42,8 @@ def make_run(folder):
     return folder
 
 
-def draw(*arguments, cwd=None):
-    return subprocess.run(
-        [sys.executable, PLOT, *arguments], cwd=cwd, capture_output=True, text=True, check=False
-    )
+def draw(*arguments):
+    return call(plot.main, *arguments)
 
 
 def is_png(path):
@@ -70,10 +67,11 @@ def test_one_run_is_drawn_into_its_own_folder(run):
         assert is_png(run / "plots" / name)
 
 
-def test_several_runs_are_drawn_into_the_working_folder(run, tmp_path):
+def test_several_runs_are_drawn_into_the_working_folder(run, tmp_path, monkeypatch):
     # Of the same name, in another folder.
     other = make_run(tmp_path / "other/sample")
-    result = draw(run, other, cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    result = draw(run, other)
     assert result.returncode == 0, result.stderr
     assert is_png(tmp_path / "plots/loss.png")
     assert not (run / "plots").exists()
@@ -171,6 +169,6 @@ def test_a_folder_that_cannot_be_made_is_told(run, tmp_path):
 
 def test_the_command_line_is_explained():
     assert draw().returncode == 2
-    result = draw("--help")
+    result = started(PLOT, "--help")
     assert result.returncode == 0
     assert "example: .venv/bin/python analysis/plot.py" in result.stdout

@@ -1,17 +1,13 @@
 """analysis/scaling through its command line, on runs written here from a known machine."""
 
-import contextlib
-import io
 import json
-import subprocess
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from command_line import call, started
 from scaling import command, cost, fit
 from scaling.runs import PARTS, Run, read_run
 
@@ -96,20 +92,7 @@ def synthetic(folder, ranks, batch, bucket, overlap, *, zero1=False, noise=0.03,
 
 
 def scaling(*arguments):
-    """Runs a command line in this process, which is faster than to start another one."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = command.main([str(argument) for argument in arguments])
-        except SystemExit as exit:  # argparse's
-            code = exit.code
-    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
-
-
-def started(*arguments, cwd=None):
-    """Runs it as a program."""
-    command = [sys.executable, SCALING, *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    return call(command.main, *arguments)
 
 
 def refused(*arguments):
@@ -352,7 +335,7 @@ def test_a_vocabulary_that_is_none_is_told(tmp_path):
 
 
 def test_predict_draws_what_it_models(tmp_path):
-    result = started("predict", cwd=tmp_path)
+    result = started(SCALING, "predict", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     picture = tmp_path / "runs/scaling.png"
     assert picture.read_bytes().startswith(b"\x89PNG\r\n")
@@ -381,6 +364,6 @@ def test_a_picture_that_cannot_be_written_is_told(cluster, tmp_path):
 def test_the_command_line_is_explained():
     assert scaling().returncode == 2
     assert scaling("predict", "--preset", "gpt-5").returncode == 2
-    result = started("--help")
+    result = started(SCALING, "--help")
     assert result.returncode == 0
     assert "example: .venv/bin/python analysis/scaling" in result.stdout

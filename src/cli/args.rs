@@ -4,17 +4,17 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-/// Trains GPT language models with one process or several that move in lockstep.
+/// Trains GPT language models, with one process or with several ranks.
 #[derive(Debug, Parser)]
 #[command(name = "lockstep", version, about)]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
     pub verb: Verb,
-    /// How log lines on stderr look.
+    /// The format of log lines on standard error.
     #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,
-    /// Logs more; twice for everything.
+    /// Logs more; given twice, everything.
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     pub verbose: u8,
     /// Logs warnings only.
@@ -39,52 +39,58 @@ pub enum Verb {
         after_help = "Example:\n  lockstep prepare --source wikitext-2-raw --tokenizer bpe:8192 --out data/wikitext-2"
     )]
     Prepare {
-        /// `sample` (embedded), a folder with wiki.{train,valid,test}.{tokens,raw} or .txt, or wikitext-2, wikitext-2-raw,
-        /// wikitext-103, wikitext-103-raw (downloaded, checksum verified).
+        /// `sample` (comes with the program), `wikitext-2`, `wikitext-2-raw`, `wikitext-103`, `wikitext-103-raw` (downloaded,
+        /// checksum verified), or a folder with train.txt, valid.txt and test.txt, or wiki.train.tokens and so on.
         #[arg(long)]
         source: String,
-        /// `gpt2` (50,257 tokens), `bpe:N` (N tokens, trained on the training split), or a tokenizer.json.
+        /// `gpt2` (50,257 tokens), `bpe:N` (N tokens, trained on the training split), or the path of a tokenizer.json.
         #[arg(long)]
         tokenizer: String,
         /// The data folder to write.
         #[arg(long)]
         out: PathBuf,
-        /// A mirror of the archive to download.
+        /// Another address to download the archive from.
         #[arg(long)]
         url: Option<String>,
     },
-    /// Prints the token ids of text, a line a line, or the text of ids.
+    /// Prints a line of token ids for each line of text, or the text of ids.
     #[command(after_help = "Example:\n  echo 'Hello world' | lockstep tokenize --tokenizer gpt2")]
     Tokenize {
-        /// `gpt2` or a tokenizer.json.
+        /// `gpt2` or the path of a tokenizer.json.
         #[arg(long)]
         tokenizer: String,
         /// Reads ids and prints text.
         #[arg(long)]
         decode: bool,
-        /// The file to read; stdin where none is named.
+        /// The file to read; standard input if none is named.
         file: Option<PathBuf>,
     },
-    /// Trains a model, or goes on where a run was stopped.
+    /// Trains a model, or resumes a run.
     #[command(after_help = "Example:\n  lockstep train --config configs/wikitext2.yaml --set optim.lr=1e-3")]
     Train {
         /// The run's YAML file.
         #[arg(long)]
         config: PathBuf,
-        /// Replaces one key of it, for example optim.lr=3e-4.
-        #[arg(long = "set", value_name = "KEY=VALUE")]
-        overrides: Vec<String>,
-        /// Where the run's files go; runs/NAME where none is named.
-        #[arg(long)]
-        run_dir: Option<PathBuf>,
-        /// `auto`: at the newest checkpoint of the run directory; `never`; or a checkpoint or run directory.
-        #[arg(long, default_value = "auto", value_name = "auto|never|PATH")]
-        resume: String,
-        /// Lets a resumed run change this key, although it changes what is learnt.
-        #[arg(long, value_name = "KEY")]
-        allow_config_change: Vec<String>,
+        /// How to train.
+        #[command(flatten)]
+        training: Training,
     },
-    /// Evaluates a checkpoint and prints one CSV row with its header.
+    /// Prints the configuration that `train` takes from the same arguments, or one value of it.
+    #[command(
+        after_help = "Example:\n  lockstep config --config configs/wikitext2.yaml --set optim.lr=1e-3 --print optim.lr"
+    )]
+    Config {
+        /// The YAML file; without one, every key has its default.
+        #[arg(long)]
+        config: Option<PathBuf>,
+        /// As for `train`.
+        #[command(flatten)]
+        training: Training,
+        /// Prints the value of this key only, or of `run_dir`.
+        #[arg(long, value_name = "KEY")]
+        print: Option<String>,
+    },
+    /// Evaluates a checkpoint, and prints a row of eval.csv with its header.
     #[command(after_help = "Example:\n  lockstep eval --run-dir runs/wikitext2 --split test")]
     Eval {
         /// The run and its checkpoint.
@@ -102,32 +108,33 @@ pub enum Verb {
         /// The run and its checkpoint.
         #[command(flatten)]
         run: Run,
-        /// What to continue; may be given several times.
+        /// The text to continue; may be given several times.
         #[arg(long, required = true, num_args = 1.., value_name = "TEXT")]
         prompt: Vec<String>,
         /// Tokens to generate.
         #[arg(long, default_value_t = 100)]
         tokens: usize,
-        /// Divides the logits; 0 takes the likeliest token.
+        /// Divides the logits; 0 always takes the likeliest token.
         #[arg(long, default_value_t = 0.8)]
         temperature: f64,
-        /// Draws from the K likeliest tokens only.
+        /// Draws only from the K likeliest tokens.
         #[arg(long)]
         top_k: Option<usize>,
-        /// Draws from the likeliest tokens that together reach this probability only.
+        /// Draws only from the likeliest tokens that together reach this probability.
         #[arg(long)]
         top_p: Option<f64>,
-        /// Fixes every draw.
+        /// Determines every draw.
         #[arg(long, default_value_t = 0)]
         seed: u64,
-        /// Continuations of each prompt.
+        /// How many continuations to write for each prompt.
         #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
         samples: u32,
     },
-    /// Trains the same on each device, and prints how long it took as CSV.
+    /// Trains the same steps on each device, and prints how long they took, as CSV.
     ///
-    /// Seed and batches are alike. The first five steps (of fewer than ten, the first half) warm up, and count neither for
-    /// the median nor for the tokens a second. A device that is not there is an error, after the rows of those before it.
+    /// Seed and batches are the same. The first five steps (of fewer than ten, the first half) warm up: they count neither
+    /// for the median nor for the tokens a second. If a device does not exist, that is an error, after the rows of those
+    /// before it.
     #[command(
         after_help = "Example:\n  lockstep compare --config configs/homework.yaml --steps 50 --devices cpu,cuda"
     )]
@@ -141,33 +148,35 @@ pub enum Verb {
         /// Optimizer steps on each device.
         #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..))]
         steps: u32,
-        /// The devices, in order; the speed-up is that over the first.
+        /// The devices, in order. The speed-up is over the first one.
         #[arg(long, value_enum, value_delimiter = ',', default_value = "cpu,cuda")]
         devices: Vec<DeviceName>,
-        /// The file that gets the same table; the runs lie beside it while they last.
+        /// A file for the same table. The runs are beside it while they last.
         #[arg(long, default_value = "compare.csv")]
         out: PathBuf,
     },
-    /// Lists or verifies a run's checkpoints, or proves that a run resumes bit for bit.
+    /// Lists or verifies the checkpoints of a run, or proves that a run resumes bit for bit.
     #[command(after_help = "Example:\n  lockstep checkpoint verify --run-dir runs/wikitext2")]
     Checkpoint {
         /// What to do with them.
         #[command(subcommand)]
         action: CheckpointAction,
     },
-    /// Checks the job that it is started as, and says what to mend: launcher, libraries, GPUs, run directory, sums.
+    /// Checks whether a job can train as it was started, and says what to do if it cannot.
+    ///
+    /// Checks launcher, libraries, GPUs, networks, clocks, the run directory and sums. Start it as you would start `train`.
     #[command(
         after_help = "Examples:\n  srun --mpi=pmix launch/rank doctor --run-dir runs\n  lockstep doctor --libraries"
     )]
     Doctor {
-        /// Instead, on one machine with or without a GPU: loads every library that training on a GPU needs, and says where
-        /// each is.
+        /// Checks only this machine, with or without a GPU: loads every library that training on a GPU needs, and says where
+        /// each one is.
         #[arg(long, conflicts_with_all = ["run_dir", "device"])]
         libraries: bool,
-        /// The folder for runs: every rank must see it and may write there.
+        /// The folder for runs, which every rank must see and write to.
         #[arg(long, default_value = "runs")]
         run_dir: PathBuf,
-        /// What the ranks are to compute on.
+        /// What the ranks compute on.
         #[arg(long, default_value = "auto", value_parser = ["auto", "cpu", "cuda"])]
         device: String,
         /// For tests: how many seconds the ranks wait for each other.
@@ -184,13 +193,31 @@ pub enum Verb {
     },
 }
 
+/// What `train` is told beside its file.
+#[derive(Debug, Args)]
+pub struct Training {
+    /// Replaces one key of the file, for example optim.lr=3e-4.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub overrides: Vec<String>,
+    /// Where the run's files go; runs/NAME if not given.
+    #[arg(long)]
+    pub run_dir: Option<PathBuf>,
+    /// Where to start: `auto`, the newest checkpoint of the run directory, if there is one; `never`, a new run; or the path
+    /// of a checkpoint or of another run directory.
+    #[arg(long, default_value = "auto", value_name = "auto|never|PATH")]
+    pub resume: String,
+    /// Allows a resumed run to change this key, although that changes what is learnt.
+    #[arg(long, value_name = "KEY")]
+    pub allow_config_change: Vec<String>,
+}
+
 /// Which checkpoint of which run.
 #[derive(Debug, Args)]
 pub struct Run {
     /// The run directory.
     #[arg(long)]
     pub run_dir: PathBuf,
-    /// `best`, `latest` or `step-N`.
+    /// Which checkpoint: `best`, `latest` or `step-N`.
     #[arg(long, default_value = "best")]
     pub checkpoint: String,
 }
@@ -214,19 +241,21 @@ pub enum DeviceName {
 /// The verbs of `lockstep checkpoint`.
 #[derive(Debug, Subcommand)]
 pub enum CheckpointAction {
-    /// Prints step, size and folder of each.
+    /// Prints step, size and folder of each checkpoint.
+    #[command(after_help = "Example:\n  lockstep checkpoint list --run-dir runs/wikitext2")]
     List {
         /// The run directory.
         #[arg(long)]
         run_dir: PathBuf,
     },
-    /// Compares every byte with what was written.
+    /// Compares every byte of every checkpoint with what was written.
+    #[command(after_help = "Example:\n  lockstep checkpoint verify --run-dir runs/wikitext2")]
     Verify {
         /// The run directory.
         #[arg(long)]
         run_dir: PathBuf,
     },
-    /// Trains a few steps straight, and half of them again from a checkpoint: all ranks, and every bit alike?
+    /// Trains a few steps straight, and the second half of them again from a checkpoint, and compares every bit.
     #[command(after_help = "Example:\n  launch/local 2 checkpoint prove --config configs/sample.yaml")]
     Prove {
         /// The run's YAML file.

@@ -14,7 +14,7 @@ use crate::data::loader::Samples;
 use crate::data::prepare::DataDir;
 use crate::error::{Error, Result};
 use crate::model::generate::{generate, Sampling};
-use crate::model::{Gpt, GptConfig};
+use crate::model::Gpt;
 use crate::run::{self, find_checkpoint, RunDir};
 use crate::tokenizer::Tokenizer;
 use crate::torch;
@@ -84,10 +84,9 @@ fn load(run: &Run, world_size: usize, local_rank: usize) -> Result<Loaded> {
     };
     let device = torch::select(wanted, local_rank)?;
     let tokenizer = Tokenizer::from_file(&dir.tokenizer())?;
-    let config = GptConfig::new(&plan, tokenizer.vocab_size());
     // The weights are kept in fp32; bf16 pays on a GPU only.
     let kind = if device.is_cuda() { train::kind(plan.config.precision) } else { Kind::Float };
-    let mut model = Gpt::new(config, device, kind);
+    let mut model = Gpt::new(plan.shape(tokenizer.vocab_size()), device, kind);
     run::checkpoint::load_model(&path, &mut model.parameters).map_err(|e| {
         e.context(format!("a model of {} with a vocabulary of {}", dir.config().display(), tokenizer.vocab_size()))
     })?;

@@ -2,6 +2,7 @@
 
 pub mod args;
 mod checkpoint;
+mod config;
 mod inference;
 mod log;
 mod tokenize;
@@ -20,6 +21,7 @@ use crate::data::prepare::prepare;
 use crate::data::wikitext::Source;
 use crate::doctor;
 use crate::error::{Error, Result};
+use crate::launcher::Launch;
 use crate::model::generate::Sampling;
 use crate::run::RunDir;
 use crate::stop::StopRequest;
@@ -33,6 +35,7 @@ use crate::watch::Watchdog;
 /// # Errors
 /// As the verb; [`crate::error::exit_code`] says what they mean for the process.
 pub fn run(cli: &Cli) -> Result<()> {
+    refuse_ranks(&cli.verb)?;
     // Those wait until they know their rank.
     if !matches!(cli.verb, Verb::Train { .. } | Verb::Checkpoint { action: CheckpointAction::Prove { .. } }) {
         StopRequest::end_at_once()?;
@@ -52,23 +55,28 @@ pub fn run(cli: &Cli) -> Result<()> {
             ))
         }
         Verb::Tokenize { tokenizer, decode, file } => tokenize::tokenize(tokenizer, *decode, file.as_deref()),
-        Verb::Train { config, overrides, run_dir, resume, allow_config_change } => {
+        Verb::Config { config, training, print: key } => config::show(config.as_deref(), training, key.as_deref()),
+        Verb::Train { config, training } => {
             // From the start: a launcher may ask for a stop while MPI is still gathering the ranks.
             let stop = StopRequest::install()?;
-            Config::check_names(allow_config_change)?;
-            let resume = match resume.as_str() {
+            Config::check_names(&training.allow_config_change)?;
+            let resume = match training.resume.as_str() {
                 "auto" => Resume::Auto,
                 "never" => Resume::Never,
                 path => Resume::From(path.into()),
             };
-            let parsed = training_config(config, overrides)?;
+            let parsed = training_config(config, &training.overrides)?;
             on_every_rank(deadlines(&parsed.fault), |comm| {
                 let plan = parsed.validate(comm.world_size);
                 let plan = plan.map_err(|e| e.context(format!("in {}", config.display())))?;
-                let run_dir = run_dir.clone().unwrap_or_else(|| Path::new("runs").join(&plan.config.name));
+                let run_dir = config::run_dir(training, &plan.config);
                 log::start(cli, Some(&RunDir(run_dir.clone()).log(comm.rank)), comm.is_root());
+                if comm.is_root() {
+                    stop.acknowledge()?;
+                }
                 let watchdog = Watchdog::start(comm.rank, comm.host(), comm.world_size, &plan.config.fault)?;
-                watchdog.end(train::train(comm, &watchdog, &stop, plan, &run_dir, &resume, allow_config_change))
+                let allowed = &training.allow_config_change;
+                watchdog.end(train::train(comm, &watchdog, &stop, plan, &run_dir, &resume, allowed))
             })
         }
         Verb::Eval { run, split } => on_every_rank(Deadlines::default(), |comm| inference::eval(comm, run, *split)),
@@ -93,6 +101,9 @@ pub fn run(cli: &Cli) -> Result<()> {
             let parsed = training_config(config, overrides)?;
             on_every_rank(deadlines(&parsed.fault), |comm| {
                 log::start(cli, None, comm.is_root());
+                if comm.is_root() {
+                    stop.acknowledge()?;
+                }
                 let folder = Path::new("runs").join(format!("{}-proof", parsed.name));
                 let watchdog = Watchdog::start(comm.rank, comm.host(), comm.world_size, &parsed.fault)?;
                 watchdog.end(prove(comm, &watchdog, &stop, &parsed, *steps as usize, &folder, print))
@@ -108,6 +119,33 @@ pub fn run(cli: &Cli) -> Result<()> {
             clap_complete::generate(*shell, &mut Cli::command(), "lockstep", &mut script);
             io::stdout().write_all(&script).map_err(stdout_failed)
         }
+    }
+}
+
+/// Refuses the verbs that are one process's work to several: each would do all of it, in the same files.
+fn refuse_ranks(verb: &Verb) -> Result<()> {
+    let name = match verb {
+        Verb::Prepare { .. } => "prepare",
+        Verb::Tokenize { .. } => "tokenize",
+        Verb::Config { .. } => "config",
+        Verb::Generate { .. } => "generate",
+        Verb::Checkpoint { action: CheckpointAction::List { .. } } => "checkpoint list",
+        Verb::Checkpoint { action: CheckpointAction::Verify { .. } } => "checkpoint verify",
+        Verb::Completions { .. } => "completions",
+        // The comparison refuses them itself, with what would happen.
+        Verb::Train { .. }
+        | Verb::Eval { .. }
+        | Verb::Compare { .. }
+        | Verb::Doctor { .. }
+        | Verb::Checkpoint { .. } => return Ok(()),
+    };
+    match Launch::from_environment().world_size {
+        Some(ranks @ 2..) => Err(Error::Usage(format!(
+            "`{name}` is one process's work, and a launcher started {ranks}; run it without launch/local or mpirun, and \
+             with one task under srun"
+        ))
+        .into()),
+        _ => Ok(()),
     }
 }
 

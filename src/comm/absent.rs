@@ -42,7 +42,7 @@ impl World {
         match self.never {}
     }
 
-    pub fn finish(&self, _: Duration) -> Result<()> {
+    pub fn complete(&self, _: Duration) -> Result<()> {
         match self.never {}
     }
 

@@ -156,7 +156,7 @@ impl Comm {
         self.world.as_ref().map_or_else(host::name, |world| world.host.clone())
     }
 
-    /// Begins to replace a tensor by its sum over all ranks: it must not be read or written until [`Comm::finish`].
+    /// Begins to replace a tensor by its sum over all ranks: it must not be read or written until [`Comm::complete`].
     ///
     /// On the CPU the sum is added in the order of the ranks, so that every rank holds the same bits in every run; there
     /// only fp32 has one.
@@ -195,10 +195,10 @@ impl Comm {
     ///
     /// # Errors
     /// Communication, if a peer does not answer in time.
-    pub fn finish(&self) -> Result<()> {
+    pub fn complete(&self) -> Result<()> {
         match (&self.gpus, &self.world) {
-            (Some(gpus), _) => gpus.finish(),
-            (None, Some(world)) => world.finish(self.deadlines.step),
+            (Some(gpus), _) => gpus.complete(),
+            (None, Some(world)) => world.complete(self.deadlines.step),
             (None, None) => Ok(()),
         }
     }
@@ -232,7 +232,7 @@ impl Comm {
     /// As [`Comm::begin_all_reduce`].
     pub fn all_reduce(&self, tensor: &mut Tensor) -> Result<()> {
         self.begin_all_reduce(tensor)?;
-        self.finish()
+        self.complete()
     }
 
     /// Replaces a tensor by rank 0's.
@@ -241,7 +241,7 @@ impl Comm {
     /// As [`Comm::begin_all_reduce`].
     pub fn broadcast(&self, tensor: &mut Tensor) -> Result<()> {
         self.begin(tensor, |gpus| gpus.begin_broadcast(tensor), |world| world.begin_broadcast(tensor))?;
-        self.finish()
+        self.complete()
     }
 
     fn begin(

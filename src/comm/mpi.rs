@@ -96,7 +96,7 @@ impl World {
         Ok(Self { jobs: Some(jobs), thread: Some(thread), shared, rank, local_rank, world_size, library, host })
     }
 
-    /// Begins to replace a tensor by its sum over the ranks; it must not be touched until [`World::finish`].
+    /// Begins to replace a tensor by its sum over the ranks; it must not be touched until [`World::complete`].
     pub fn begin_all_reduce(&self, tensor: &Tensor) -> Result<()> {
         self.begin(tensor, Mpi::all_reduce)
     }
@@ -124,7 +124,7 @@ impl World {
     }
 
     /// Waits until everything begun is done.
-    pub fn finish(&self, deadline: Duration) -> Result<()> {
+    pub fn complete(&self, deadline: Duration) -> Result<()> {
         self.call(deadline, |_| ())
     }
 

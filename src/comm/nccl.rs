@@ -101,7 +101,7 @@ impl Group {
         Ok(group)
     }
 
-    /// Begins to replace a tensor by its sum over the ranks; it must not be touched until [`Group::finish`].
+    /// Begins to replace a tensor by its sum over the ranks; it must not be touched until [`Group::complete`].
     pub fn begin_all_reduce(&self, tensor: &Tensor) -> Result<()> {
         let (data, count, kind) = self.begin(tensor)?;
         // SAFETY: `begin` has checked that `count` elements of `kind` lie at `data` on this GPU; the caller keeps the
@@ -156,7 +156,7 @@ impl Group {
     }
 
     /// LibTorch's stream waits for all that was begun; the host does not.
-    pub fn finish(&self) -> Result<()> {
+    pub fn complete(&self) -> Result<()> {
         self.compute.join(&self.stream).map_err(|e| failed("ordering the streams", &e))
     }
 

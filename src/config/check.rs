@@ -1,6 +1,6 @@
 //! From what the user wrote to values that are legal: [`Plan`].
 
-use super::{usage, Auto, Config, Model, Schedule, PRESETS};
+use super::{usage, Activation, Auto, Config, Model, Norm, Schedule, PRESETS};
 use crate::error::Result;
 
 /// A configuration that has been checked against the number of ranks.
@@ -10,16 +10,51 @@ pub struct Plan {
     pub config: Config,
     #[allow(missing_docs)]
     pub world_size: usize,
-    #[allow(missing_docs)]
-    pub n_layer: usize,
-    #[allow(missing_docs)]
-    pub n_head: usize,
-    /// C: the width of the hidden state, a multiple of `n_head`.
-    pub n_embd: usize,
+    /// (n_layer, n_head, n_embd).
+    sizes: (usize, usize, usize),
     /// Sequences that one rank computes at a time.
     pub micro_batch: usize,
     /// Micro-batches of one rank in one optimizer step.
     pub accumulation: usize,
+}
+
+/// What fixes a model's arithmetic.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[allow(missing_docs)]
+pub struct Shape {
+    pub n_layer: i64,
+    pub n_head: i64,
+    /// C: the width of the hidden state, a multiple of `n_head`.
+    pub n_embd: i64,
+    pub block_size: i64,
+    pub vocab_size: i64,
+    pub dropout: f64,
+    pub norm: Norm,
+    pub activation: Activation,
+    pub tied_head: bool,
+    pub bias: bool,
+    pub recompute: bool,
+}
+
+impl Plan {
+    /// The model over a vocabulary of this size.
+    pub fn shape(&self, vocab_size: usize) -> Shape {
+        let (n_layer, n_head, n_embd) = self.sizes;
+        let Model { dropout, norm, activation, tied_head, bias, recompute, .. } = self.config.model;
+        Shape {
+            n_layer: n_layer as i64,
+            n_head: n_head as i64,
+            n_embd: n_embd as i64,
+            block_size: self.config.data.block_size as i64,
+            vocab_size: vocab_size as i64,
+            dropout,
+            norm,
+            activation,
+            tied_head,
+            bias,
+            recompute,
+        }
+    }
 }
 
 impl Config {
@@ -59,7 +94,7 @@ impl Config {
         self.model.preset = None;
         (self.model.n_layer, self.model.n_head, self.model.n_embd) = (Some(n_layer), Some(n_head), Some(n_embd));
         let accumulation = share / micro_batch;
-        Ok(Plan { config: self, world_size, n_layer, n_head, n_embd, micro_batch, accumulation })
+        Ok(Plan { config: self, world_size, sizes: (n_layer, n_head, n_embd), micro_batch, accumulation })
     }
 
     fn check_ranges(&self, n_layer: usize, n_head: usize, n_embd: usize) -> Result<()> {

@@ -4,32 +4,38 @@
 //! so later code holds legal values only.
 
 mod check;
+mod keys;
 mod yaml;
 
 use std::path::PathBuf;
 
+use schemars::{json_schema, JsonSchema, Schema, SchemaGenerator};
 use serde::{Deserialize, Serialize};
 use serde_yaml::Value;
 
-pub use check::Plan;
+pub use check::{Plan, Shape};
+pub use keys::{keys, Key};
 
 use crate::error::{Error, Result};
 
 /// The configuration file's keys, as the user writes them.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
-    /// Names the run; its folder is `runs/NAME` unless `--run-dir` says otherwise.
+    /// The run's folder is `runs/NAME`, unless `--run-dir` names another.
+    #[schemars(extend("x-free-on-resume" = true))]
     pub name: String,
-    /// Everything random follows from it: weights, sample order, dropout, sampling.
+    /// Determines everything random: first weights, order of samples, dropout, samples of text.
     pub seed: u64,
-    /// `cpu`, `cuda`, or `auto`: a GPU where there is one.
+    /// What to compute on.
     pub device: DeviceChoice,
-    /// The type of weights and activations in the forward and backward pass.
+    /// The type of weights and activations in the forward and backward pass. Sums and optimizer state are fp32.
     pub precision: Precision,
-    /// Whether a GPU, too, computes the same bits in every run; CPUs always do.
+    /// Whether a GPU, too, computes the same bits in every run, at some cost in speed (and NCCL without NVLS, unless
+    /// `NCCL_ALGO` is set). CPUs always do.
     pub deterministic: bool,
-    /// CPU threads of each rank.
+    /// CPU threads of each rank. `auto`: `OMP_NUM_THREADS`, else the rank's share of the cores.
+    #[schemars(extend("x-free-on-resume" = true))]
     pub threads: Auto,
     /// What is read.
     pub data: Data,
@@ -38,20 +44,24 @@ pub struct Config {
     /// How it is trained.
     pub optim: Optim,
     /// How the gradients travel.
+    #[schemars(extend("x-free-on-resume" = true))]
     pub comm: CommOptions,
     /// How long, and what is written meanwhile.
     pub train: Train,
-    /// What is borne before the run ends.
+    /// How long to wait, and what to tolerate, before the run ends.
+    #[schemars(extend("x-free-on-resume" = true))]
     pub fault: Fault,
 }
 
 /// `device:`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
-#[allow(missing_docs)]
 pub enum DeviceChoice {
+    /// The CPU.
     Cpu,
+    /// A GPU; an error if none can be used.
     Cuda,
+    /// A GPU if one can be used, else the CPU.
     Auto,
 }
 
@@ -66,12 +76,13 @@ impl DeviceChoice {
     }
 }
 
-/// `precision:`. Master weights, gradients' sums and optimizer state are fp32 either way.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+/// `precision:`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
-#[allow(missing_docs)]
 pub enum Precision {
+    /// 32 bits.
     Fp32,
+    /// 16 bits, with the range of fp32.
     Bf16,
 }
 
@@ -82,6 +93,15 @@ pub enum Precision {
 pub enum Auto {
     Auto,
     Number(usize),
+}
+
+impl JsonSchema for Auto {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "Auto".into()
+    }
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 1}]})
+    }
 }
 
 impl TryFrom<Value> for Auto {
@@ -110,73 +130,74 @@ impl From<Auto> for Value {
 }
 
 /// `data:`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Data {
     /// The folder that `lockstep prepare` wrote.
     pub dir: PathBuf,
-    /// How the text is cut into samples.
+    /// How the text is cut into sequences.
     pub layout: Layout,
-    /// T: the longest context, in tokens.
+    /// The most tokens in a sequence: how far the model looks back.
     pub block_size: usize,
-    /// Sequences an optimizer step, over all ranks.
+    /// Sequences in an optimizer step, over all ranks.
     pub batch_size: usize,
-    /// Sequences that one rank computes at a time.
+    /// Sequences that a rank computes at a time; fewer need less memory. `auto`: the most that divide its share evenly and
+    /// have no more than 8,192 tokens.
     pub micro_batch: Auto,
 }
 
 /// `data.layout:`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Layout {
-    /// The split as one stream, cut into blocks of T tokens.
+    /// The text as one stream, cut into blocks.
     Packed,
-    /// Each line alone, cut into pieces of at most T tokens, padded and masked.
+    /// Each line alone, cut if it is too long.
     Paragraphs,
 }
 
 /// `model:`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Model {
-    /// A size by name; `n_layer`, `n_head` and `n_embd` take its place.
+    /// A size by name, from the table of presets.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub preset: Option<String>,
+    /// Blocks. This and the next two keys together replace a preset.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[allow(missing_docs)]
     pub n_layer: Option<usize>,
+    /// Attention heads in a block.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[allow(missing_docs)]
     pub n_head: Option<usize>,
+    /// Width of the hidden state, a multiple of `n_head`.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[allow(missing_docs)]
     pub n_embd: Option<usize>,
-    /// The share of activations dropped in training, 0 to below 1.
+    /// Share of activations dropped in training, from 0 to below 1.
     pub dropout: f64,
-    /// Where the layer norms stand.
+    /// Where the layer norms are.
     pub norm: Norm,
-    /// The nonlinearity of the MLP.
+    /// The nonlinearity between the two linear layers of a block.
     pub activation: Activation,
     /// Whether the output head is the token embedding.
     pub tied_head: bool,
     /// Whether linear layers and norms have biases.
     pub bias: bool,
-    /// Computes each block again in the backward pass instead of keeping its activations.
+    /// Whether to compute each block again in the backward pass instead of keeping its activations: less memory, more time.
     pub recompute: bool,
 }
 
 /// `model.norm:`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Norm {
-    /// x + f(LN(x)), and a final norm: GPT-2.
+    /// x + f(LN(x)) and a final norm, as GPT-2.
     Pre,
-    /// LN(x + f(x)), no final norm: the original Transformer.
+    /// LN(x + f(x)) and no final norm, as the original Transformer.
     Post,
 }
 
 /// `model.activation:`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Activation {
     /// The tanh form, as in GPT-2.
@@ -186,120 +207,131 @@ pub enum Activation {
 }
 
 /// `optim:`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Optim {
     /// The highest learning rate.
     pub lr: f64,
-    /// Adam's two decay rates.
+    /// AdamW's two decay rates.
     pub betas: [f64; 2],
-    /// Added to Adam's denominator.
+    /// Added to AdamW's denominator.
     pub eps: f64,
-    /// Decoupled, on linear layers' matrices only.
+    /// Weight decay, on the matrices of linear layers only: not on biases, norms, embeddings or a tied head.
     pub weight_decay: f64,
-    /// The gradient's largest global norm; 0 for no clipping.
+    /// The largest norm of the gradient; 0 for no clipping.
     pub grad_clip: f64,
-    /// The learning rate's course.
+    /// What the learning rate does after the warm-up.
     pub schedule: Schedule,
-    /// Steps of linear rise from 0.
+    /// Steps in which the learning rate rises from 0.
     pub warmup_steps: usize,
-    /// Where the decay ends (cosine, linear), or how long it is (wsd); 0 means `train.steps` for the first two.
+    /// The step at which the decay ends (`cosine`, `linear`; 0: the last step), or how many steps it takes (`wsd`).
     pub decay_steps: usize,
     /// The learning rate after the decay.
     pub min_lr: f64,
-    /// Whether each rank keeps its part of Adam's moments only.
+    /// Whether each rank keeps only its part of AdamW's state (ZeRO stage 1).
     pub zero1: bool,
 }
 
 /// `comm:`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct CommOptions {
     /// Whether gradients travel while the backward pass goes on.
     pub overlap: bool,
     /// MiB of fp32 gradients that travel at a time.
     pub bucket_mib: usize,
-    /// The type in which gradients travel between GPUs; between CPUs it is fp32, since MPI has no bf16.
+    /// The type in which gradients travel between GPUs. Between CPUs it is always fp32, since MPI has no bf16.
     pub grad_dtype: GradDtype,
 }
 
 /// `comm.grad_dtype:`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
-#[allow(missing_docs)]
 pub enum GradDtype {
+    /// As they are.
     Fp32,
+    /// Half the traffic, less precise.
     Bf16,
 }
 
 /// `fault:`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Fault {
     /// Seconds until all ranks have started and joined.
     pub startup_deadline_s: u64,
-    /// Seconds that a rank waits for the others within a step, and that a micro-batch may take.
+    /// Seconds that a rank waits for the others in a step, and that a micro-batch or a sample of text may take.
     pub step_deadline_s: u64,
-    /// Seconds that a checkpoint may take to be written, once it is waited for.
+    /// Seconds that a save may take, once it is waited for.
     pub save_deadline_s: u64,
-    /// What happens to a batch whose loss or gradient is not finite.
+    /// What to do if a loss or a gradient is not finite.
     pub nonfinite: NonFinite,
-    /// How often Slurm may start a job again that gets no further; 0 for no limit.
+    /// How often Slurm may restart a job that gets no further than the last time; 0 for no limit.
     pub max_restarts_without_progress: u32,
 }
 
 /// `fault.nonfinite:`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum NonFinite {
-    /// The run ends, with its weights as they were.
+    /// End the run, its weights as they were.
     Stop,
-    /// The batch is left out, up to ten in a row.
+    /// Leave the batch out, up to ten in a row.
     Skip,
 }
 
 /// `optim.schedule:`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
-#[allow(missing_docs)]
 pub enum Schedule {
+    /// It stays.
     Constant,
+    /// It falls to `min_lr` along a cosine.
     Cosine,
+    /// It falls to `min_lr` along a line.
     Linear,
+    /// It stays, and falls along a line at the end (warm-up, stable, decay).
     Wsd,
 }
 
 /// `train:`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Train {
     /// Optimizer steps.
+    #[schemars(extend("x-free-on-resume" = true))]
     pub steps: usize,
-    /// What a step makes smaller.
+    /// The loss that a step minimises.
     pub loss: Loss,
-    /// A run directory or a checkpoint whose weights the run begins with.
+    /// A run directory or a checkpoint whose weights a new run begins with.
     pub init_from: Option<PathBuf>,
     /// Steps between rows of train.csv.
+    #[schemars(extend("x-free-on-resume" = true))]
     pub log_every: usize,
-    /// Steps between evaluations; 0 for none.
+    /// Steps between evaluations on the validation split, besides the last step; 0 for none.
+    #[schemars(extend("x-free-on-resume" = true))]
     pub eval_every: usize,
-    /// Steps between checkpoints; 0 for the last step only.
+    /// Steps between checkpoints, besides the last step; 0 for that one only.
+    #[schemars(extend("x-free-on-resume" = true))]
     pub save_every: usize,
-    /// Checkpoints kept beside the best.
+    /// Checkpoints to keep, beside the best one.
+    #[schemars(extend("x-free-on-resume" = true))]
     pub keep_last: usize,
-    /// Steps between samples of generated text; 0 for none.
+    /// Steps between samples of generated text, besides the last step; 0 for none.
+    #[schemars(extend("x-free-on-resume" = true))]
     pub sample_every: usize,
     /// What the samples begin with.
+    #[schemars(extend("x-free-on-resume" = true))]
     pub prompts: Vec<String>,
 }
 
 /// `train.loss:`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Loss {
-    /// Sum of negative log-likelihood over counted tokens, of the global batch.
+    /// The mean over the tokens of the batch: each token counts alike.
     TokenMean,
-    /// Mean over sequences of each sequence's own token mean.
+    /// The mean over sequences of each one's own mean: each sequence counts alike.
     SequenceMean,
 }
 

@@ -7,31 +7,11 @@ use std::path::Path;
 
 use serde_yaml::{Mapping, Value};
 
-use super::{usage, Config, Model, Train};
+use super::{keys, usage, Config, Key, Model, Train};
 use crate::error::{Error, Result};
 
 /// No longer configuration is read.
 const MAX_BYTES: usize = 64 << 10;
-
-/// Keys that do not change what is learnt, so that a resumed run may change them without asking.
-const FREE_ON_RESUME: [&str; 16] = [
-    "train.steps",
-    "train.log_every",
-    "train.eval_every",
-    "train.save_every",
-    "train.sample_every",
-    "train.keep_last",
-    "train.prompts",
-    "threads",
-    "name",
-    "comm.overlap",
-    "comm.bucket_mib",
-    "comm.grad_dtype",
-    "fault.startup_deadline_s",
-    "fault.step_deadline_s",
-    "fault.nonfinite",
-    "fault.max_restarts_without_progress",
-];
 
 impl Config {
     /// Reads a YAML file and applies `key=value` overrides to it.
@@ -79,9 +59,12 @@ impl Config {
         for name in names {
             let mut wanted = Value::Mapping(Mapping::new());
             set(&mut wanted, name, Value::Null)?;
+            if paths.iter().any(|path| path.starts_with(&format!("{name}."))) {
+                return usage(format!("`{name}` is a section; name one of its keys"));
+            }
             if !paths.contains(name) {
                 check_keys(&wanted, &known, "", &paths)?;
-                return usage(format!("`{name}` is a section; name one of its keys"));
+                return usage(format!("unknown key `{name}`: what comes before the last dot has no keys of its own"));
             }
         }
         Ok(())
@@ -102,7 +85,8 @@ impl Config {
     /// The keys, with both values, in which `self` differs from `older` and which would change what is learnt.
     pub fn changes_since(&self, older: &Self) -> Result<Vec<(String, String, String)>> {
         let changes = self.differences(older)?.into_iter();
-        Ok(changes.filter(|(key, ..)| !FREE_ON_RESUME.contains(&key.as_str())).collect())
+        let asked: Vec<Key> = keys().into_iter().filter(|key| !key.free_on_resume).collect();
+        Ok(changes.filter(|(changed, ..)| asked.iter().any(|key| key.path == *changed)).collect())
     }
 
     /// (key, value there, value here) for every key that differs from another configuration's.
@@ -121,6 +105,19 @@ impl Config {
             .filter(|key| new.get(*key) != old.get(*key))
             .map(|key| (key.clone(), text(old.get(key)), text(new.get(key))))
             .collect())
+    }
+
+    /// The value of one key, such as `data.batch_size`, in a line: text as it is, nothing for a key that is not set.
+    ///
+    /// # Errors
+    /// Usage: a key that does not exist, with the nearest one.
+    pub fn value(&self, key: &str) -> Result<String> {
+        Self::check_names(&[key.into()])?;
+        Ok(match flatten(self)?.remove(key) {
+            None | Some(Value::Null) => String::new(),
+            Some(Value::String(text)) => text,
+            Some(value) => serde_json::to_string(&value)?,
+        })
     }
 
     /// The resolved configuration as YAML, for `config.yaml`.

@@ -31,7 +31,7 @@ pub fn generate(
     sampling: &Sampling,
     end_of_text: u32,
 ) -> Vec<Vec<u32>> {
-    let block = model.config.block_size as usize;
+    let block = model.shape.block_size as usize;
     let mut rows: Vec<Vec<u32>> = prompts
         .iter()
         .map(|prompt| match prompt.len() {

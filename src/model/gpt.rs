@@ -9,50 +9,15 @@ use tch::{no_grad, Device, Kind, Tensor};
 use super::cache::Cache;
 use super::head::{self, Targets};
 use super::parameters::Parameters;
-use crate::config::{Activation, Norm, Plan};
+use crate::config::{Activation, Norm, Shape};
 use crate::random::mix;
 
-/// What fixes a model's arithmetic.
-#[derive(Debug, Clone, Copy, PartialEq)]
-#[allow(missing_docs)]
-pub struct GptConfig {
-    pub n_layer: i64,
-    pub n_head: i64,
-    pub n_embd: i64,
-    pub block_size: i64,
-    pub vocab_size: i64,
-    pub dropout: f64,
-    pub norm: Norm,
-    pub activation: Activation,
-    pub tied_head: bool,
-    pub bias: bool,
-    pub recompute: bool,
-}
-
-impl GptConfig {
-    /// The model that a plan asks for, over a vocabulary of this size.
-    pub fn new(plan: &Plan, vocab_size: usize) -> Self {
-        let model = &plan.config.model;
-        Self {
-            n_layer: plan.n_layer as i64,
-            n_head: plan.n_head as i64,
-            n_embd: plan.n_embd as i64,
-            block_size: plan.config.data.block_size as i64,
-            vocab_size: vocab_size as i64,
-            dropout: model.dropout,
-            norm: model.norm,
-            activation: model.activation,
-            tied_head: model.tied_head,
-            bias: model.bias,
-            recompute: model.recompute,
-        }
-    }
-
+impl Shape {
     /// Floating-point operations that one token of training needs: 6 N + 12 L C T, N without the embedding tables but
     /// with the head (Kaplan et al. 2020; the second term is attention's).
     pub fn flop_per_token(&self) -> f64 {
         let matrices: i64 = self
-            .shapes()
+            .tensors()
             .iter()
             .filter(|(name, ..)| !name.ends_with("wte.weight") && !name.ends_with("wpe.weight"))
             .map(|(_, shape, _)| shape.iter().product::<i64>())
@@ -62,7 +27,7 @@ impl GptConfig {
     }
 
     /// (name, shape, decay) of every parameter, in the order in which backward finishes their gradients.
-    fn shapes(&self) -> Vec<(String, Vec<i64>, bool)> {
+    fn tensors(&self) -> Vec<(String, Vec<i64>, bool)> {
         let c = self.n_embd;
         let mut all = Vec::new();
         if !self.tied_head {
@@ -125,7 +90,7 @@ struct Block {
 /// The model and its parameters.
 pub struct Gpt {
     /// What it is.
-    pub config: GptConfig,
+    pub shape: Shape,
     /// Its flat memory.
     pub parameters: Parameters,
     wte: Tensor,
@@ -146,16 +111,16 @@ impl Gpt {
     /// A model of zeros: [`Gpt::initialize`] it, or load a checkpoint into its parameters and publish them.
     ///
     /// `kind` is the type of weights and activations in the forward and backward pass: `Float` or `BFloat16`.
-    pub fn new(config: GptConfig, device: Device, kind: Kind) -> Self {
-        let parameters = Parameters::new(config.shapes(), device, kind);
+    pub fn new(shape: Shape, device: Device, kind: Kind) -> Self {
+        let parameters = Parameters::new(shape.tensors(), device, kind);
         // `shapes` and the names here are two readings of one table; a name that it lacks cannot be asked for.
         let leaf = |name: &str| parameters.leaf(name).unwrap_or_else(|| unreachable!("no parameter {name}"));
         let grad = |name: &str| parameters.grad_of(name).unwrap_or_else(|| unreachable!("no parameter {name}"));
         let affine = |name: String| Affine {
             weight: leaf(&format!("{name}.weight")),
-            bias: config.bias.then(|| leaf(&format!("{name}.bias"))),
+            bias: shape.bias.then(|| leaf(&format!("{name}.bias"))),
         };
-        let blocks = (0..config.n_layer)
+        let blocks = (0..shape.n_layer)
             .map(|layer| {
                 let part = |name: &str| affine(format!("transformer.h.{layer}.{name}"));
                 Block {
@@ -168,21 +133,21 @@ impl Gpt {
                 }
             })
             .collect();
-        let head = if config.tied_head { WTE } else { HEAD };
+        let head = if shape.tied_head { WTE } else { HEAD };
         let embedded = parameters.end_of("transformer.h.0.");
-        let ends = (0..config.n_layer).map(|layer| parameters.end_of(&format!("transformer.h.{layer}.")));
+        let ends = (0..shape.n_layer).map(|layer| parameters.end_of(&format!("transformer.h.{layer}.")));
         let ends = [embedded].into_iter().chain(ends).chain([parameters.end_of("transformer.ln_f.")]).collect();
         Self {
             wte: leaf(WTE),
             wpe: leaf(WPE),
             blocks,
-            ln_f: (config.norm == Norm::Pre).then(|| affine("transformer.ln_f".into())),
+            ln_f: (shape.norm == Norm::Pre).then(|| affine("transformer.ln_f".into())),
             head: leaf(head),
             head_grad: grad(head),
             wte_grad: grad(WTE),
             wpe_grad: grad(WPE),
             ends,
-            config,
+            shape,
             parameters,
         }
     }
@@ -207,7 +172,7 @@ impl Gpt {
                     continue;
                 }
                 let residual = spec.name.ends_with("c_proj.weight");
-                let deviation = if residual { 0.02 / ((2 * self.config.n_layer) as f64).sqrt() } else { 0.02 };
+                let deviation = if residual { 0.02 / ((2 * self.shape.n_layer) as f64).sqrt() } else { 0.02 };
                 let mut draws = Tensor::empty(&spec.shape[..], (Kind::Float, Device::Cpu));
                 view.copy_(&draws.normal_(0.0, deviation));
             }
@@ -217,9 +182,9 @@ impl Gpt {
 
     /// An empty cache for `batch` sequences.
     pub fn cache(&self, batch: i64) -> Cache {
-        let (heads, width) = (self.config.n_head, self.config.n_embd / self.config.n_head);
+        let (heads, width) = (self.shape.n_head, self.shape.n_embd / self.shape.n_head);
         let empty = || Tensor::empty([batch, heads, 0, width], (self.kind(), self.wte.device()));
-        Cache { layers: (0..self.config.n_layer).map(|_| (empty(), empty())).collect() }
+        Cache { layers: (0..self.shape.n_layer).map(|_| (empty(), empty())).collect() }
     }
 
     /// Hidden states after the last block and norm, for evaluation and generation.
@@ -275,7 +240,7 @@ impl Gpt {
         let mut x = no_grad(|| self.embed(inputs, 0));
         for stage in 0..self.stages() {
             let input = x.detach().set_requires_grad(true);
-            let output = if self.config.recompute {
+            let output = if self.shape.recompute {
                 x = no_grad(|| self.stage(stage, &input, seed));
                 None
             } else {
@@ -291,7 +256,7 @@ impl Gpt {
         drop(x);
         // Whether an update may be made is seen from the gradient's norm, by every rank, since the ranks add it up.
         let _ = no_grad(|| self.parameters.grad.narrow(0, 0, 1).g_add_(&(&loss * 0.0)));
-        let mut end = if self.config.tied_head { 0 } else { self.parameters.end_of(HEAD) };
+        let mut end = if self.shape.tied_head { 0 } else { self.parameters.end_of(HEAD) };
         finished(&self.parameters.grad, end);
 
         while let Some((input, output)) = tape.pop() {
@@ -307,7 +272,7 @@ impl Gpt {
             let rows = inputs.reshape([-1]);
             let grad = grad.to_kind(Kind::Float);
             let _ = self.wpe_grad.narrow(0, 0, inputs.size()[1]).g_add_(&grad.sum_dim_intlist(0, false, Kind::Float));
-            let _ = self.wte_grad.index_add_(0, &rows, &grad.reshape([-1, self.config.n_embd]));
+            let _ = self.wte_grad.index_add_(0, &rows, &grad.reshape([-1, self.shape.n_embd]));
         });
         finished(&self.parameters.grad, self.parameters.numel());
         loss
@@ -325,7 +290,7 @@ impl Gpt {
     }
 
     fn stage(&self, stage: usize, x: &Tensor, seed: u64) -> Tensor {
-        let dropout = self.config.dropout;
+        let dropout = self.shape.dropout;
         if dropout > 0.0 {
             // Seeded per stage, so that a block computed again draws what it drew before.
             tch::manual_seed(mix(seed, stage as u64) as i64);
@@ -339,7 +304,7 @@ impl Gpt {
     }
 
     fn block(&self, block: &Block, x: &Tensor, dropout: f64, cache: Option<&mut (Tensor, Tensor)>) -> Tensor {
-        match self.config.norm {
+        match self.shape.norm {
             Norm::Pre => {
                 let x = x + self.attention(block, &block.ln_1.layer_norm(x), dropout, cache);
                 &x + self.mlp(block, &block.ln_2.layer_norm(&x), dropout)
@@ -353,8 +318,8 @@ impl Gpt {
 
     /// Causal self-attention, (B, T, C) to (B, T, C); with a cache, T new tokens attend to all before them as well.
     fn attention(&self, block: &Block, x: &Tensor, dropout: f64, cache: Option<&mut (Tensor, Tensor)>) -> Tensor {
-        let (b, t, c) = (x.size()[0], x.size()[1], self.config.n_embd);
-        let heads = |x: &Tensor| x.view([b, t, self.config.n_head, -1]).transpose(1, 2); // (B, H, T, D)
+        let (b, t, c) = (x.size()[0], x.size()[1], self.shape.n_embd);
+        let heads = |x: &Tensor| x.view([b, t, self.shape.n_head, -1]).transpose(1, 2); // (B, H, T, D)
         let parts = block.c_attn.linear(x).split(c, 2); // 3 x (B, T, C)
         let (q, mut k, mut v) = (heads(&parts[0]), heads(&parts[1]), heads(&parts[2]));
         let mut causal = true;
@@ -376,7 +341,7 @@ impl Gpt {
     /// (B, T, C) to (B, T, 4C) and back.
     fn mlp(&self, block: &Block, x: &Tensor, dropout: f64) -> Tensor {
         let x = block.c_fc.linear(x);
-        let x = match self.config.activation {
+        let x = match self.shape.activation {
             Activation::Gelu => x.gelu("tanh"),
             Activation::Relu => x.relu(),
         };

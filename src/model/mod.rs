@@ -6,5 +6,5 @@ pub mod gpt;
 pub mod head;
 pub mod parameters;
 
-pub use gpt::{Gpt, GptConfig};
+pub use gpt::Gpt;
 pub use parameters::Parameters;

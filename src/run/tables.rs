@@ -4,6 +4,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use schemars::JsonSchema;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -11,76 +12,77 @@ use crate::error::{Error, Result};
 use crate::files::write_durably;
 
 /// A row of train.csv. An unknown number is an empty cell.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct TrainRow {
     /// Optimizer steps done; the first row is 1.
     pub step: usize,
-    /// Targets counted so far, over all ranks.
+    /// Tokens predicted so far, over all ranks.
     pub tokens: u64,
-    /// The objective of this step's global batch.
+    /// The loss that this step minimises (`train.loss`), over the whole batch, with dropout.
     pub loss: f64,
     /// exp(loss).
     pub ppl: f64,
-    #[allow(missing_docs)]
+    /// Learning rate.
     pub lr: f64,
-    /// The gradient's global norm before clipping.
+    /// The gradient's norm before clipping.
     pub grad_norm: f64,
-    /// Rank 0's wall time of the step without evaluation, saving and sampling; the next four add up to it.
+    /// Rank 0's time for the step, without evaluation, saving and sampling. The next four columns add up to it.
     pub step_ms: f64,
-    /// Reading the batch.
+    /// Reading the batch; on a GPU, the part that the computation did not hide.
     pub data_ms: f64,
-    /// Forward and backward passes.
+    /// Forward and backward pass.
     pub compute_ms: f64,
-    /// Communication that no computation hid.
+    /// Adding gradients over the ranks, the part that the backward pass did not hide; includes waiting for slower ranks.
     pub comm_exposed_ms: f64,
-    /// Clipping and the update.
+    /// Clipping and update.
     pub optimizer_ms: f64,
-    /// Targets a second of all ranks, since the last row.
+    /// Tokens a second of all ranks together, since the row before.
     pub tokens_per_s: f64,
-    /// Model FLOP/s utilisation: the share of the measured peak of all ranks.
+    /// Model FLOP/s utilisation: the share of the speed at which this machine multiplies large matrices, measured at the
+    /// start. The log compares that speed with the data sheet's at the start, if it knows the card.
     pub mfu: Option<f64>,
-    /// The most memory of any rank: resident on a CPU; on a GPU what its tensors took, as PyTorch's `max_memory_allocated`
-    /// counts.
+    /// The most memory of any rank so far: resident on a CPU; on a GPU what its tensors took, as PyTorch's
+    /// `max_memory_allocated` counts, without what CUDA, NCCL and the allocator's cache hold besides.
     pub memory_mib: Option<f64>,
-    #[allow(missing_docs)]
+    /// Number of ranks.
     pub world_size: usize,
-    /// Training time, summed over restarts.
+    /// Training time so far, over all restarts.
     pub elapsed_s: f64,
 }
 
 /// A row of eval.csv.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct EvalRow {
     /// Optimizer steps done.
     pub step: usize,
     /// `valid` or `test`.
     pub split: String,
-    /// Token mean over the split.
+    /// Mean over all tokens of the split, without dropout.
     pub loss: f64,
-    /// exp(loss).
+    /// exp(loss): perplexity for each token, to compare runs with the same vocabulary.
     pub ppl: f64,
-    /// exp(total negative log-likelihood / (words + lines)); only where the split is one stream.
+    /// Perplexity for each word, to compare any vocabularies; only with `data.layout: packed`.
     pub word_ppl: Option<f64>,
-    /// Targets evaluated.
+    /// Tokens predicted.
     pub tokens: u64,
-    /// Wall time.
+    /// Time that the evaluation took.
     pub eval_s: f64,
 }
 
 /// A row of ranks.csv: a rank that has become slow.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct RankRow {
-    /// The step at whose end that was seen.
+    /// The step at whose end the rank was found to have become slow.
     pub step: usize,
-    #[allow(missing_docs)]
+    /// The rank.
     pub rank: usize,
     /// Its node.
     pub host: String,
-    /// Forward and backward passes of the rank: the median of the last steps.
+    /// Its time for the forward and backward pass of a step: the median of the last ten.
     pub compute_ms: f64,
-    /// The same of the median rank.
+    /// The median rank's; of an even number of ranks, the faster one of the two in the middle.
     pub median_ms: f64,
-    /// The one divided by the other.
+    /// `compute_ms` divided by `median_ms`.
     pub factor: f64,
 }
 

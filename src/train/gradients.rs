@@ -39,7 +39,7 @@ pub struct Gradients {
     wire: Option<Tensor>,
     /// Buckets that this step has sent.
     sent: usize,
-    /// The first failure to send, kept until [`Gradients::finish`]: the backward pass cannot return it.
+    /// The first failure to send, kept until [`Gradients::sum`]: the backward pass cannot return it.
     failure: Option<anyhow::Error>,
 }
 
@@ -118,13 +118,13 @@ impl Gradients {
     ///
     /// # Errors
     /// Communication, where a collective failed or a peer does not answer in time.
-    pub fn finish(&mut self, comm: &Comm, grad: &mut Tensor) -> Result<()> {
+    pub fn sum(&mut self, comm: &Comm, grad: &mut Tensor) -> Result<()> {
         self.send(comm, grad, i64::MAX);
         self.sent = 0;
         if let Some(failure) = self.failure.take() {
             return Err(failure);
         }
-        comm.finish()?;
+        comm.complete()?;
         if let Some(wire) = &self.wire {
             for Range { start, end } in self.owned(comm.rank) {
                 no_grad(|| grad.narrow(0, start, end - start).copy_(&wire.narrow(0, start, end - start)));
@@ -136,7 +136,7 @@ impl Gradients {
     /// Gathers the weights that each rank has updated, where those are only its own.
     ///
     /// # Errors
-    /// As [`Gradients::finish`].
+    /// As [`Gradients::sum`].
     pub fn gather_weights(&self, comm: &Comm, flat: &Tensor) -> Result<()> {
         if !self.sharded {
             return Ok(());
@@ -144,7 +144,7 @@ impl Gradients {
         for bucket in &self.buckets {
             comm.begin_all_gather(&bucket.of(flat), &bucket.parts)?;
         }
-        comm.finish()
+        comm.complete()
     }
 }
 

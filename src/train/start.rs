@@ -8,6 +8,7 @@ use tracing::{info, warn};
 
 use super::evaluate::Evaluation;
 use super::gradients::Gradients;
+use super::report::Speed;
 use super::{kind, Resume, Trainer};
 use crate::comm::Comm;
 use crate::config::{Auto, Config, Layout, Plan};
@@ -16,7 +17,7 @@ use crate::data::prepare::DataDir;
 use crate::error::{Error, Result};
 use crate::files::hex;
 use crate::host;
-use crate::model::{Gpt, GptConfig};
+use crate::model::Gpt;
 use crate::optim::adamw::AdamW;
 use crate::run::checkpoint::{self, Conditions, OptimizerFiles, State, FORMAT_VERSION, MOMENTS};
 use crate::run::lease::Lease;
@@ -70,7 +71,7 @@ impl<'a> Trainer<'a> {
         let kind = kind(config.precision);
         let cudnn_attention =
             kind == Kind::BFloat16 && layout == Layout::Packed && torch::cudnn_attention_is_exact(config.model.dropout);
-        let mut model = Gpt::new(GptConfig::new(&plan, tokenizer.vocab_size()), device, kind);
+        let mut model = Gpt::new(plan.shape(tokenizer.vocab_size()), device, kind);
         model.initialize(config.seed);
         let gradients = Gradients::new(comm, &model.parameters, &config.comm, config.optim.zero1);
         let optimizer = AdamW::new(&model.parameters, gradients.owned(comm.rank), &config.optim);
@@ -102,8 +103,12 @@ impl<'a> Trainer<'a> {
             stop,
             peak: torch::measure_peak(device, kind),
             cudnn_attention,
+            from: 0,
             sequences: 0,
+            asks_every: 1,
+            speed: Speed::from(0),
             skipped: 0,
+            written: false,
             saving: None,
             recorder: None,
             plan,
@@ -113,7 +118,7 @@ impl<'a> Trainer<'a> {
     /// Rank 0 finds and reads what the run begins with; the others receive it.
     pub(super) fn begin(&mut self, resume: &Resume, allowed: &[String]) -> Result<()> {
         // First, so that a job that is refused leaves the run directory as it was.
-        self.agree()?;
+        self.compare_ranks()?;
         let hosts = self.comm.gather_text(&self.comm.host())?;
         self.enter(Phase::StartUp);
         let found = if self.comm.is_root() { self.take_up(resume, allowed)? } else { None };
@@ -135,6 +140,7 @@ impl<'a> Trainer<'a> {
         if numbers[3] > 0.0 {
             self.take_up_moments(found.as_deref())?;
         }
+        (self.from, self.speed) = (self.state.step, Speed::from(self.state.tokens));
         Ok(())
     }
 
@@ -158,7 +164,7 @@ impl<'a> Trainer<'a> {
     }
 
     /// Compares what every rank brings along: replicas that differ from the start would train on without a word.
-    fn agree(&self) -> Result<()> {
+    fn compare_ranks(&self) -> Result<()> {
         if self.comm.world_size == 1 {
             return Ok(());
         }
@@ -281,7 +287,25 @@ impl<'a> Trainer<'a> {
         Ok(())
     }
 
+    /// Says what is about to be trained.
     pub(super) fn announce(&self) {
+        match &self.recorder {
+            Some(recorder) => recorder.say(|| self.describe()),
+            None => self.describe(),
+        }
+    }
+
+    /// Says which part of the work this rank has done.
+    pub(super) fn say_share(&self) {
+        let (from, to) = (self.from, self.state.step);
+        if to > from {
+            let all = (to - from) * self.loader.batch_size;
+            let (rank, mine) = (self.comm.rank, self.sequences);
+            info!("rank {rank} computed {mine} of the {all} sequences of steps {} to {to}", from + 1);
+        }
+    }
+
+    fn describe(&self) {
         let State { step, conditions, .. } = &self.state;
         let train = &self.plan.config.train;
         if *step >= train.steps {
@@ -292,7 +316,7 @@ impl<'a> Trainer<'a> {
             "{} parameters, vocabulary {}, on {:?} ({}), {} ranks x {} threads, {} sequences a step as {} x {} x {} (ranks, \
              micro-steps, sequences)",
             self.model.parameters.numel(),
-            self.model.config.vocab_size,
+            self.model.shape.vocab_size,
             self.device,
             conditions.hardware,
             conditions.world_size,

@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use tempfile::TempDir;
 
 pub mod alike;
+pub mod documents;
 pub mod runs;
 pub mod zero1;
 

@@ -18,7 +18,11 @@ def main():
         description="Disturbs real runs as it promises to survive, and says what was seen.",
     )
     parser.add_argument("--only", metavar="WORD", help="the drills whose name has this word")
-    parser.add_argument("--short", action="store_true", help="as few times as launch/test does")
+    parser.add_argument(
+        "--short",
+        action="store_true",
+        help="as launch/test --full does: few times, and only what no other test shows",
+    )
     parser.add_argument("--times", type=int, metavar="N", help="how often each is done")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the table as CSV, too")
     choice = parser.parse_args()

@@ -444,7 +444,7 @@ class Clock:
 DRILLS = [
     Drill("Slurm: kill -9 of each rank in each phase", 1, 10, kill_in_each_phase),
     Drill("Slurm: requeued while the old start lives", 0, 6, requeue_while_the_old_dies),
-    Drill("Slurm: two jobs on one run directory", 1, 3, two_jobs_in_one_place),
+    Drill("Slurm: two jobs on one run directory", 0, 3, two_jobs_in_one_place),  # quick/lease.rs
     Drill("Slurm: five preemptions and a dead node", 0, 1, preemptions_and_a_dead_node),
     Drill("Slurm: soak", 0, 50, soak),
 ]

@@ -49,7 +49,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Drill:
-    """A disturbance, and how often it is made in the short (0: not at all) and in the long form."""
+    """A disturbance, and how often it is made in the short form, for pytest, and in the long one.
+
+    The short form leaves out (0) what another test shows.
+    """
 
     fault: str
     short: int

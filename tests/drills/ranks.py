@@ -469,14 +469,14 @@ def turn_the_clock(lab, times):
 
 
 DRILLS = [
-    Drill("kill -9 at random steps, one rank", 2, 50, kill_at_random),
+    Drill("kill -9 at random steps, one rank", 0, 50, kill_at_random),  # ranks/resume.rs
     Drill("kill -9 of each rank in each phase", 5, 60, kill_each_rank),
-    Drill("SIGSTOP of a rank", 2, 10, stop_a_rank),
+    Drill("SIGSTOP of a rank", 0, 10, stop_a_rank),  # ranks/watchdog.rs
     Drill("a rank slowed twofold", 0, 6, slow_a_rank),
     Drill("quiet ranks", 0, 3, leave_in_peace),
-    Drill("NaN in one rank's memory", 1, 10, poison_a_rank),
-    Drill("USR1 and TERM at random times", 4, 100, signal_at_random),
+    Drill("NaN in one rank's memory", 0, 10, poison_a_rank),  # ranks/nonfinite.rs
+    Drill("USR1 and TERM at random times", 0, 100, signal_at_random),  # ranks/resume.rs
     Drill("a second TERM or INT", 2, 12, insist),
-    Drill("two jobs on one run directory", 1, 10, two_jobs),
+    Drill("two jobs on one run directory", 0, 10, two_jobs),  # quick/lease.rs
     Drill("clock a day ahead or back", 2, 20, turn_the_clock),
 ]

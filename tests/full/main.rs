@@ -4,6 +4,8 @@
 mod common;
 
 mod corruption;
+#[cfg(feature = "mpi")]
+mod documents;
 mod lease;
 mod resume;
 #[cfg(feature = "mpi")]

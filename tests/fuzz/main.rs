@@ -17,12 +17,12 @@ use std::io::{Cursor, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use lockstep::config::{Activation, Config, Norm, Optim};
+use lockstep::config::{Activation, Config, Norm, Optim, Shape};
 use lockstep::data::prepare::{prepare, DataDir};
 use lockstep::data::shard::Shard;
 use lockstep::data::wikitext::{Archive, Source};
 use lockstep::files::hex;
-use lockstep::model::{Gpt, GptConfig};
+use lockstep::model::Gpt;
 use lockstep::optim::adamw::AdamW;
 use lockstep::run::checkpoint::{self, Conditions, OptimizerFiles, Saving, State};
 use lockstep::run::tables::{EvalRow, Table, TrainRow};
@@ -45,7 +45,7 @@ fn alone() -> MutexGuard<'static, ()> {
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-const SMALL: GptConfig = GptConfig {
+const SMALL: Shape = Shape {
     n_layer: 1,
     n_head: 1,
     n_embd: 8,
@@ -77,7 +77,7 @@ fn saved(folder: &Path) -> (PathBuf, Gpt) {
     let state =
         State { format_version: 1, step: 7, tokens: 99, elapsed_s: 1.5, data_sha256: hex(&[3; 32]), conditions };
     let saving = Saving::begin(folder, &state, &model.parameters, &optimizer, None).unwrap();
-    (saving.finish(None, || Ok(())).unwrap(), model)
+    (saving.publish(None, || Ok(())).unwrap(), model)
 }
 
 /// Nothing but `changed` may have come, gone or become another.

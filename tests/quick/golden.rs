@@ -6,8 +6,9 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
 
+use lockstep::config::Shape;
 use lockstep::config::{Activation, Norm, Optim};
-use lockstep::model::{Gpt, GptConfig};
+use lockstep::model::Gpt;
 use lockstep::optim::adamw::{self, squares, AdamW};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
@@ -34,8 +35,8 @@ impl Golden {
         self.settings[name].parse().unwrap_or_else(|_| panic!("{name}: {}", self.settings[name]))
     }
 
-    fn config(&self) -> GptConfig {
-        GptConfig {
+    fn config(&self) -> Shape {
+        Shape {
             n_layer: self.number("n_layer"),
             n_head: self.number("n_head"),
             n_embd: self.number("n_embd"),
@@ -62,7 +63,7 @@ impl Golden {
     }
 
     /// The model with the golden weights.
-    fn model(&self, config: GptConfig, kind: Kind) -> Gpt {
+    fn model(&self, config: Shape, kind: Kind) -> Gpt {
         let mut model = Gpt::new(config, Device::Cpu, kind);
         let named: Vec<&String> = self.tensors.keys().filter(|name| name.starts_with("param.")).collect();
         assert_eq!(named.len(), model.parameters.specs.len());
@@ -114,7 +115,7 @@ fn logits_loss_and_gradients() {
     for case in CASES {
         let golden = Golden::read(case);
         for recompute in [false, true] {
-            let mut model = golden.model(GptConfig { recompute, ..golden.config() }, Kind::Float);
+            let mut model = golden.model(Shape { recompute, ..golden.config() }, Kind::Float);
             let [inputs, targets, weights] = golden.batch();
             let logits = model.logits(&model.hidden(inputs, None));
             assert!(distance(&logits, &golden.tensors["logits"]) < 1e-5, "{case}: logits");

@@ -4,8 +4,10 @@
 mod common;
 
 mod compare;
+mod config;
 mod devices;
 mod doctor;
+mod documents;
 mod download;
 mod driver;
 mod errors;
@@ -19,7 +21,6 @@ mod map;
 mod model;
 mod pipeline;
 mod prepare;
-mod readme;
 mod sample;
 mod shard;
 mod tokenizer;

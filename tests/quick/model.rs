@@ -1,11 +1,12 @@
 //! What the model promises beyond its golden values.
 
+use lockstep::config::Shape;
 use lockstep::config::{Activation, Norm};
 use lockstep::model::generate::{generate, Sampling};
-use lockstep::model::{Gpt, GptConfig};
+use lockstep::model::Gpt;
 use tch::{Device, Kind, Tensor};
 
-const SMALL: GptConfig = GptConfig {
+const SMALL: Shape = Shape {
     n_layer: 3,
     n_head: 2,
     n_embd: 16,
@@ -26,7 +27,7 @@ fn generator() -> std::sync::MutexGuard<'static, ()> {
 }
 
 /// A model whose weights are large enough that what it says depends on what it read.
-fn model(config: GptConfig) -> Gpt {
+fn model(config: Shape) -> Gpt {
     let mut model = Gpt::new(config, Device::Cpu, Kind::Float);
     model.initialize(5);
     tch::no_grad(|| {
@@ -56,7 +57,7 @@ fn batch(shape: [i64; 2]) -> [Tensor; 3] {
 fn the_cache_changes_nothing() {
     let _turn = generator();
     for norm in [Norm::Pre, Norm::Post] {
-        let model = model(GptConfig { norm, ..SMALL });
+        let model = model(Shape { norm, ..SMALL });
         let ids = ids([3, 12]);
         let whole = model.hidden(&ids, None);
         let mut cache = model.cache(3);
@@ -70,7 +71,7 @@ fn the_cache_changes_nothing() {
 
 /// Greedy continuation without a cache, with the same window as [`generate`].
 fn uncached(model: &Gpt, prompt: &[u32], tokens: usize) -> Vec<u32> {
-    let block = model.config.block_size as usize;
+    let block = model.shape.block_size as usize;
     let mut row = prompt[prompt.len().saturating_sub(block)..].to_vec();
     let (start, mut seen_from) = (row.len(), 0);
     for length in start..start + tokens {
@@ -121,7 +122,7 @@ fn recomputed_blocks_draw_the_same_dropout() {
     let _turn = generator();
     let [inputs, targets, weights] = batch([2, 12]);
     let gradient = |recompute, seed| {
-        let mut model = model(GptConfig { dropout: 0.3, recompute, ..SMALL });
+        let mut model = model(Shape { dropout: 0.3, recompute, ..SMALL });
         let loss = model.forward_backward(&inputs, &targets, &weights, None, seed, &mut |_, _| ()).double_value(&[0]);
         (loss, model.parameters.grad)
     };
@@ -177,7 +178,7 @@ fn a_weight_seen_everywhere_is_that_weight_at_each_target() {
 #[test]
 fn initialisation_has_gpt2s_deviations() {
     let _turn = generator();
-    let mut model = Gpt::new(GptConfig { n_embd: 128, vocab_size: 1000, ..SMALL }, Device::Cpu, Kind::Float);
+    let mut model = Gpt::new(Shape { n_embd: 128, vocab_size: 1000, ..SMALL }, Device::Cpu, Kind::Float);
     model.initialize(1);
     for spec in &model.parameters.specs {
         let view = spec.view(&model.parameters.flat);
@@ -200,7 +201,7 @@ fn initialisation_has_gpt2s_deviations() {
 #[test]
 fn a_loss_that_is_not_finite_makes_the_gradient_so() {
     let _turn = generator();
-    let mut model = Gpt::new(GptConfig { n_layer: 1, tied_head: false, ..SMALL }, Device::Cpu, Kind::Float);
+    let mut model = Gpt::new(Shape { n_layer: 1, tied_head: false, ..SMALL }, Device::Cpu, Kind::Float);
     model.initialize(5);
     let (token, target) = (ids([1, 1]), 7);
     let hidden = model.hidden(&token, None).view([-1]);

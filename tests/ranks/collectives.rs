@@ -111,13 +111,13 @@ fn a_rank_checks_every_collective() {
                 |tensor: &Tensor| tensor.narrow(0, bounds[rank] as i64, (bounds[rank + 1] - bounds[rank]) as i64);
             let found = numbers(rank, size);
             comm.begin_reduce_scatter(&found, &bounds).unwrap();
-            comm.finish().unwrap();
+            comm.complete().unwrap();
             assert_eq!(part(&found), part(&sum), "reduce-scatter of {size} at {bounds:?}");
 
             let found = Tensor::full([size], -1.0, (Kind::Float, Device::Cpu));
             part(&found).copy_(&part(&sum));
             comm.begin_all_gather(&found, &bounds).unwrap();
-            comm.finish().unwrap();
+            comm.complete().unwrap();
             assert_eq!(found, sum, "all-gather of {size} at {bounds:?}");
         }
     }
@@ -127,7 +127,7 @@ fn a_rank_checks_every_collective() {
     for (start, length) in [(0, 10), (10, 0), (10, 4990), (5000, 0), (5000, 5000)] {
         comm.begin_all_reduce(&flat.narrow(0, start, length)).unwrap();
     }
-    comm.finish().unwrap();
+    comm.complete().unwrap();
     let mut whole = numbers(rank, 10_000);
     comm.all_reduce(&mut whole).unwrap();
     assert_eq!(flat, whole);
@@ -228,12 +228,12 @@ fn a_rank_checks_nccl() {
                     |tensor: &Tensor| tensor.narrow(0, bounds[rank] as i64, (bounds[rank + 1] - bounds[rank]) as i64);
                 let found = mine(rank).narrow(0, 0, length);
                 comm.begin_reduce_scatter(&found, &bounds).unwrap();
-                comm.finish().unwrap();
+                comm.complete().unwrap();
                 assert_eq!(part(&found), part(&sum), "reduce-scatter of {length} {kind:?}");
                 let found = Tensor::zeros([length], (kind, gpu));
                 part(&found).copy_(&part(&sum));
                 comm.begin_all_gather(&found, &bounds).unwrap();
-                comm.finish().unwrap();
+                comm.complete().unwrap();
                 assert_eq!(found, sum.narrow(0, 0, length), "all-gather of {length} {kind:?}");
             }
         }

@@ -32,6 +32,36 @@ fn two_ranks_stop_together_on_request_with_75() {
     stopped_and_resumed(2, 1, "TERM");
 }
 
+/// Asked to stop amid a step of many micro-batches, the ranks give it up together, and the state before it is saved.
+fn given_up_and_resumed(ranks: usize) {
+    let folder = tempfile::tempdir().unwrap();
+    let config = format!(
+        "data: {{layout: packed, block_size: 32, batch_size: {}, micro_batch: 1}}\n\
+         model: {{n_layer: 2, n_head: 2, n_embd: 32, dropout: 0.1}}\ntrain: {{steps: 1, eval_every: 0}}\n",
+        1500 * ranks
+    );
+    let straight = Run::new(folder.path(), "straight", &config, ranks);
+    assert!(straight.start(&[]).success());
+    let broken = Run::new(folder.path(), "broken", &config, ranks);
+    assert_eq!(broken.stop_once_logged("sequences of each step", "TERM").code(), Some(75));
+    let log = std::fs::read_to_string(broken.dir.join("logs/rank-0000.log")).unwrap();
+    assert!(log.contains("asked to stop at step 1, micro-batch "), "{log}");
+    assert!(columns(&broken.dir.join("train.csv"), &["step"]).is_empty());
+    assert!(broken.dir.join("checkpoints/step-00000000/MANIFEST.json").is_file());
+    assert!(broken.start(&[]).success());
+    assert_learnt_alike(&broken.dir, &straight.dir);
+}
+
+#[test]
+fn one_rank_gives_up_a_long_step_on_request() {
+    given_up_and_resumed(1);
+}
+
+#[test]
+fn two_ranks_give_up_a_long_step_together_on_request() {
+    given_up_and_resumed(2);
+}
+
 const SHORT: &str =
     "data: {layout: packed, block_size: 16, batch_size: 4}\nmodel: {n_layer: 1, n_head: 1, n_embd: 16}\n\
     train: {steps: 12, eval_every: 4, save_every: 4}\n";

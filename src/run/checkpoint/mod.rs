@@ -147,7 +147,7 @@ pub struct Saving {
 
 impl Saving {
     /// Copies what is to be saved and begins to write it into the folder `checkpoints`. Where the optimizer's state is
-    /// spread over ranks, `ranks` are these, and all of them must call this, and [`Saving::finish`].
+    /// spread over ranks, `ranks` are these, and all of them must call this, and [`Saving::publish`].
     ///
     /// # Errors
     /// Storage, where no thread can be started; communication, where a rank does not answer.
@@ -202,7 +202,7 @@ impl Saving {
     /// # Errors
     /// Storage, where a file cannot be written; nothing but a temporary folder is then left behind. What `may_publish`
     /// says.
-    pub fn finish(self, ranks: Option<&Comm>, may_publish: impl Fn() -> Result<()>) -> Result<PathBuf> {
+    pub fn publish(self, ranks: Option<&Comm>, may_publish: impl Fn() -> Result<()>) -> Result<PathBuf> {
         let Self { temporary, target, state, thread } = self;
         let written = thread.join().unwrap_or_else(|panic| Err(crate::error::from_panic(panic.as_ref())));
         may_publish()?;
@@ -217,7 +217,7 @@ impl Saving {
                     return Ok(());
                 }
             }
-            publish(&temporary, &target, &state, files, &may_publish)
+            complete(&temporary, &target, &state, files, &may_publish)
         });
         if done.is_err() {
             // Else the folder may be another's by now. Its removal makes room on a full disk.
@@ -233,7 +233,7 @@ fn name_of_part(rank: usize, ranks: usize) -> String {
 }
 
 /// Completes a folder of durable tensors, the manifest last, and renames it.
-fn publish(
+fn complete(
     temporary: &Path,
     target: &Path,
     state: &State,

@@ -1,0 +1,32 @@
+//! `lockstep config`: what a configuration and its overrides come to. Job scripts ask it, so that they read no YAML.
+
+use std::path::{Path, PathBuf};
+
+use super::args::Training;
+use super::print;
+use crate::config::Config;
+use crate::error::Result;
+
+/// Prints the whole configuration as YAML, or the value of one key in a line.
+pub fn show(path: Option<&Path>, training: &Training, key: Option<&str>) -> Result<()> {
+    let config = match path {
+        // What is wrong for one rank is wrong for any number of them.
+        Some(path) => {
+            let plan = Config::load(path, &training.overrides)?.validate(1);
+            plan.map_err(|e| e.context(format!("in {}", path.display())))?.config
+        }
+        None => Config::parse("", &training.overrides)?,
+    };
+    match key {
+        None => print(config.to_yaml()?.trim_end()),
+        Some("run_dir") => print(&run_dir(training, &config).display().to_string()),
+        Some(key) => {
+            print(&config.value(key).map_err(|e| e.context("--print takes `run_dir`, or a configuration's key"))?)
+        }
+    }
+}
+
+/// Where a training's files go.
+pub fn run_dir(training: &Training, config: &Config) -> PathBuf {
+    training.run_dir.clone().unwrap_or_else(|| Path::new("runs").join(&config.name))
+}

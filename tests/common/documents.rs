@@ -1,0 +1,24 @@
+//! The documents for users, as `tests/quick/documents.rs` and `tests/full/documents.rs` read them.
+
+use std::fs;
+use std::path::Path;
+
+/// The clone.
+pub fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// Their names, from the clone: README.md first, since the others' commands go on from its own, and then the guide.
+pub fn documents() -> Vec<String> {
+    let mut pages: Vec<String> = fs::read_dir(root().join("docs"))
+        .unwrap()
+        .map(|entry| format!("docs/{}", entry.unwrap().file_name().to_str().unwrap()))
+        .filter(|name| name.ends_with(".md") && name != "docs/guide.md")
+        .collect();
+    pages.sort();
+    ["README.md", "docs/guide.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+        .map(String::from)
+        .into_iter()
+        .chain(pages)
+        .collect()
+}

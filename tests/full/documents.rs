@@ -1,0 +1,134 @@
+//! Every command in the documents is run, in order, in a folder that looks like a clone, and leaves nothing that git does
+//! not ignore.
+//!
+//! Commands are in blocks marked `sh`. Those marked `bash` need a cluster or hours; `tests/test_slurm.py` runs their like on
+//! a cluster, and here the programs that they name have to exist.
+//!
+//! To be fast and to need no network, a command is run with the substitutions of [`substituted`].
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::{symlink, PermissionsExt};
+use std::path::Path;
+use std::process::Command;
+use std::time::Instant;
+
+use crate::common::binary;
+use crate::common::documents::{documents, root};
+
+/// Commands that are not run: how they begin, and why.
+const NOT_RUN: [(&str, &str); 2] =
+    [("launch/quickstart", "it builds, and trains for minutes"), ("launch/test", "it runs this test")];
+
+/// What the commands must leave behind.
+const LEFT: [&str; 8] = [
+    "data/wikitext-2/meta.json",
+    "data/wikitext-103-raw-gpt2/meta.json",
+    "runs/wikitext2/checkpoints/step-00000004/model.safetensors",
+    "runs/wikitext2/logs/rank-0001.log",
+    "runs/wikitext2/plots/loss.png",
+    "runs/homework/plots/ppl.png",
+    "runs/four-ranks/logs/rank-0003.log",
+    "runs/comparison/ppl.png",
+];
+
+/// The commands in the blocks of this kind, of all documents, each once.
+fn commands(kind: &str) -> Vec<String> {
+    let mut seen = BTreeSet::new();
+    let mut commands = Vec::new();
+    for name in documents() {
+        let text = fs::read_to_string(root().join(name)).unwrap();
+        let blocks =
+            text.split(&format!("\n```{kind}\n")).skip(1).map(|rest| rest.split("\n```").next().unwrap().to_owned());
+        let lines = blocks.collect::<Vec<_>>().join("\n").replace("\\\n", " ");
+        commands.extend(lines.lines().map(String::from).filter(|line| !line.is_empty() && seen.insert(line.clone())));
+    }
+    assert!(commands.len() > 10, "{} commands in blocks of {kind}", commands.len());
+    commands
+}
+
+#[test]
+fn every_command_runs() {
+    let clone = tempfile::tempdir().unwrap();
+    for name in [".gitignore", "analysis", "configs", "launch", ".venv"] {
+        let place = root().join(name);
+        assert!(place.exists(), "{name} is not there; run launch/setup");
+        symlink(place, clone.path().join(name)).unwrap();
+    }
+    fs::create_dir_all(clone.path().join("target/release")).unwrap();
+    symlink(binary(), clone.path().join("target/release/lockstep")).unwrap();
+    shell(clone.path(), "git init -q && git add -A").unwrap();
+
+    for command in commands("sh") {
+        if NOT_RUN.iter().any(|(beginning, _)| command.starts_with(beginning)) {
+            assert_is_program(&command);
+            continue;
+        }
+        let run = substituted(&command);
+        let start = Instant::now();
+        shell(clone.path(), &run).unwrap_or_else(|e| panic!("{command}\nrun as: {run}\n{e}"));
+        println!("{:5.1} s  {run}", start.elapsed().as_secs_f64());
+    }
+    for name in LEFT {
+        assert!(clone.path().join(name).is_file(), "{name} was not left behind");
+    }
+    let left = shell(clone.path(), "git status --porcelain --untracked-files=all | grep -v '^A '; true").unwrap();
+    assert_eq!(left, "", "git does not ignore what these commands leave");
+}
+
+#[test]
+fn clusters_commands_name_programs_of_the_clone() {
+    for command in commands("bash") {
+        assert_is_program(&command);
+        for word in command.split(' ').filter(|word| word.starts_with("slurm/") && word.ends_with(".sbatch")) {
+            assert!(root().join(word).is_file(), "{command}: there is no {word}");
+        }
+    }
+}
+
+/// The first word of a command, if it is a path, is a program in the clone.
+fn assert_is_program(command: &str) {
+    let program = command.split(' ').next().unwrap();
+    if ["launch/", "analysis/", "tests/", "slurm/"].iter().any(|folder| program.starts_with(folder)) {
+        let mode = fs::metadata(root().join(program)).unwrap_or_else(|e| panic!("{command}: {e}")).permissions().mode();
+        assert!(mode & 0o111 != 0, "{command} is not executable");
+    }
+}
+
+/// What a command printed to standard output, or why it failed.
+fn shell(folder: &Path, command: &str) -> Result<String, String> {
+    let output = Command::new("timeout")
+        .args(["--kill-after=5", "1200", "bash", "-euo", "pipefail", "-c", command])
+        .current_dir(folder)
+        .env("LOCKSTEP_BIN", binary())
+        .output()
+        .unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    match output.status.success() {
+        true => Ok(text(&output.stdout)),
+        false => Err(format!("{}\n{}\n{}", output.status, text(&output.stdout), text(&output.stderr))),
+    }
+}
+
+/// Every corpus is the sample, a training has two steps, or four if it says how many, and there is no GPU: what needs one is
+/// made small enough for the CPU.
+fn substituted(command: &str) -> String {
+    let sample = format!("--source '{}' ", root().join("src/data/sample").display());
+    let mut run = command
+        .replace("--source wikitext-2 ", &sample)
+        .replace("--source wikitext-103-raw ", &sample)
+        .replace("--steps 50 --devices cpu,cuda", "--steps 2 --devices cpu")
+        .replace(
+            "configs/gpt2-124m.yaml",
+            "configs/gpt2-124m.yaml --set model.preset=gpt-nano --set data.batch_size=2",
+        );
+    assert!(!run.contains("--source wikitext"), "{command}: this test downloads nothing, tell it what to read");
+    if let Some((before, after)) = run.split_once("train.steps=") {
+        run = format!("{before}train.steps=4{}", after.trim_start_matches(|c: char| c.is_ascii_digit()));
+    } else if run.contains(" train ") {
+        run += " --set train.steps=2";
+    } else if run.contains(" checkpoint prove ") {
+        run += " --steps 2";
+    }
+    run
+}
