@@ -101,7 +101,7 @@ setting() { "$root/launch/rank" config --print "$1" --config "${@:2}"; }
 # Prints how many GPUs the job has on its first node, in whichever way it asked for them.
 gpus_on_node() {
   local gpus=${SLURM_GPUS_ON_NODE:-${SLURM_GPUS_PER_NODE:-${SLURM_GPUS:-0}}}
-  printf '%s\n' "${gpus##*:}" # a type may stand before the number
+  printf '%s\n' "${gpus##*:}" # a type may precede the number
 }
 
 # Sets nodes, ranks, per_node (ranks on a node, at most) and cpus (for each rank): as the sbatch command said,
@@ -115,8 +115,8 @@ lay_out() {
   if [[ -n $total && -z ${SLURM_NTASKS:-} ]]; then
     if ((nodes == 1)); then gpus=$total; fi
     ((total == nodes * gpus)) ||
-      die "the job's $total GPUs are not the same number on each of its $nodes nodes (here $gpus), so the ranks cannot be" \
-        "shared out; submit with --gpus-per-node in place of --gpus"
+      die "the job's $total GPUs are not the same number on each of its $nodes nodes (here $gpus), so the ranks" \
+        "cannot be shared out; submit with --gpus-per-node in place of --gpus"
   fi
   if [[ -n ${SLURM_NTASKS:-} ]]; then
     ranks=$SLURM_NTASKS
@@ -133,9 +133,9 @@ lay_out() {
   fi
 }
 
-# Uses up step numbers until the next is one under which no node of this job has died. A job that was queued again counts
-# its steps from 0 again; a node that died amid a step keeps the socket of Slurm's PMIx, and some Slurms (22.05) then refuse
-# to start ranks there under the step's number.
+# Uses up step numbers until the next is one under which no node of this job has died. A job that was queued again
+# counts its steps from 0 again; a node that died amid a step keeps the socket of Slurm's PMIx, and some Slurms (22.05)
+# then refuse to start ranks there under the step's number.
 skip_dead_steps() {
   local spool said next
   ((${SLURM_RESTART_COUNT:-0})) || return 0
@@ -157,12 +157,12 @@ skip_dead_steps() {
   done
 }
 
-# Sets launcher to the command that starts $1 ranks: srun, or mpirun where srun does not know how MPI's ranks
-# find each other.
+# Sets launcher to the command that starts $1 ranks: srun, or mpirun if srun does not know how MPI's ranks find each
+# other.
 choose_launcher() {
   local ranks=$1 on_nodes pmi mpirun=mpirun
   on_nodes=$(((ranks + per_node - 1) / per_node))
-  # More nodes than that where the sbatch command spread fewer ranks over them.
+  # The sbatch command may spread them over more nodes.
   if ((ranks == ${SLURM_NTASKS:-0})); then on_nodes=$nodes; fi
   # Newer Slurms no longer hand the job's cpus per task on to its steps, hence the explicit number.
   launcher=(srun --nodes="$on_nodes" --ntasks="$ranks" --cpus-per-task="$cpus"
@@ -172,7 +172,7 @@ choose_launcher() {
   if (($(gpus_on_node) > 0)); then launcher+=(--gpu-bind=none); fi
   # Its name for PMIx may bear a version: pmix_v4.
   pmi=$(srun --mpi=list 2>&1 | grep -oE '\bpmix(_v[0-9]+)?\b' | sort | head -n 1 || true)
-  # Where the site knows better, srun reads it.
+  # If the site knows better, it has set SLURM_MPI_TYPE, which srun reads.
   if [[ -z ${SLURM_MPI_TYPE:-} && -n $pmi ]]; then launcher+=(--mpi="$pmi"); fi
   if [[ -n ${SLURM_MPI_TYPE:-$pmi} ]]; then
     if [[ ${SLURM_MPI_TYPE:-$pmi} == pmix* ]]; then skip_dead_steps; fi

@@ -2,46 +2,31 @@
 
 import shutil
 import subprocess
-import tempfile
-from pathlib import Path
 
 import pytest
-from virtual_cluster import BINARY, ROOT, script, start
+from virtual_cluster import BINARY, ROOT, script
+
+pytestmark = pytest.mark.full
 
 VARIABLE = "OMPI_MCA_btl_tcp_if_include"
 
 
-@pytest.fixture(scope="module")
-def folder():
-    (ROOT / "target").mkdir(exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="doctor-test-", dir=ROOT / "target"))
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.fixture(scope="module")
-def cluster(folder):
-    cluster = start(folder, 2)
-    try:
-        assert BINARY.exists(), f"{BINARY} is not there; build it: cargo build --release"
-        yield cluster
-    finally:
-        cluster.close()
-
-
 def doctor(cluster, *arguments, options=("--mpi=pmix", "-N2", "-n2"), **environment):
     """Runs it on the nodes; returns the exit code, and what it said on stdout."""
-    command = ["srun", *options, ROOT / "launch/rank", "-q", "doctor", *arguments]
+    command = ["srun", "--nodelist=n[1-2]", *options]
+    command += [ROOT / "launch/rank", "-q", "doctor", *arguments]
+    work = cluster.folder / "doctor"
+    work.mkdir(exist_ok=True)
     done = subprocess.run(
         list(map(str, command)),
-        cwd=cluster.work,
+        cwd=work,
         env={**cluster.environment, **environment},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=600,
     )
     print(done.stdout, done.stderr)
-    assert not (cluster.work / "runs").exists(), "it left something in the run directory"
+    assert not (work / "runs").exists(), "it left something in the run directory"
     return done.returncode, done.stdout
 
 
@@ -75,7 +60,9 @@ def test_a_node_without_the_shared_folder(cluster):
     assert "remedy: name a folder that every node mounts" in report
 
 
-def test_another_binary_on_one_node(cluster, folder):
+def test_another_binary_on_one_node(cluster):
+    folder = cluster.folder / "doctor"
+    folder.mkdir(exist_ok=True)
     other = folder / "other"
     shutil.copy(BINARY, other)
     with other.open("ab") as file:

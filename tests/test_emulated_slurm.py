@@ -1,27 +1,17 @@
 """Jobs with GPUs on a real Slurm, launch/cluster's, whose nodes' GPUs are emulated."""
 
-import shutil
-import tempfile
-from pathlib import Path
-
 import pytest
-from emulation import ROOT, Emulation, apart
-from virtual_cluster import start
+from emulation import Emulation, apart
+
+pytestmark = pytest.mark.full
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    """Two nodes of two cores and two GPUs, which see the emulation's libraries."""
-    (ROOT / "target").mkdir(exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="slurm-gpu-test-", dir=ROOT / "target"))
-    cluster = start(folder, 2, 2, 2)
-    try:
-        gpu = Emulation(folder)
-        cluster.environment |= {"LOCKSTEP_BIN": str(gpu.binary), "EMULATED_GPU_DEVICES": "2"}
-        yield cluster, gpu
-    finally:
-        cluster.close()
-        shutil.rmtree(folder, ignore_errors=True)
+def gpu(gpu_nodes):
+    """The emulation, where the nodes see it."""
+    folder = gpu_nodes.folder / "emulation"
+    folder.mkdir()
+    return Emulation(folder)
 
 
 @pytest.mark.parametrize(
@@ -33,8 +23,9 @@ def cluster():
     ],
     ids=["two nodes", "one node", "a GPU a task"],
 )
-def test_a_job_with_gpus_has_a_rank_on_each(cluster, options, ranks):
-    cluster, gpu = cluster
+def test_a_job_with_gpus_has_a_rank_on_each(gpu_cluster, gpu, options, ranks):
+    cluster = gpu_cluster
+    cluster.environment |= {"LOCKSTEP_BIN": str(gpu.binary), "EMULATED_GPU_DEVICES": "2"}
     run = "runs/" + "".join(options)
     arguments = [gpu.config, "--set", "device=cuda", "--set", "optim.zero1=true", "--run-dir", run]
     job = cluster.submit(*options, arguments=arguments)

@@ -70,14 +70,15 @@ def is_running(pid):
         return False
 
 
-def start_two_ranks(ranks):
+def start_two_ranks(ranks, stderr=subprocess.DEVNULL):
     """Starts two ranks through launch/local; returns it, and the ranks' process ids."""
     folder, environment = ranks
     local = subprocess.Popen(
         [ROOT / "launch/local", "2", "train"],
         env=environment,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=stderr,
+        text=True,
         start_new_session=True,
         # A shell's background jobs ignore INT; their children inherit that, and bash keeps to it.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -113,6 +114,21 @@ def test_rank_hands_arguments_on_unchanged(ranks):
 def test_rank_takes_its_share_of_the_cores(ranks, environment, threads):
     folder = rank(ranks, **environment)
     assert (folder / "threads-0").read_text() == f"{threads}\n"
+
+
+def test_rank_does_not_ask_pmix_for_what_it_may_lack(tmp_path):
+    script(tmp_path, "binary", 'echo "${PMIX_MCA_psec-}"')
+    usual = {**os.environ, "LOCKSTEP_BIN": str(tmp_path / "binary")}
+    for variables, expected in [
+        ({"PMIX_SECURITY_MODE": "munge,native"}, "native"),
+        ({"PMIX_SECURITY_MODE": "munge"}, ""),
+        ({}, ""),
+        ({"PMIX_SECURITY_MODE": "munge,native", "PMIX_MCA_psec": "munge"}, "munge"),
+    ]:
+        said = subprocess.check_output(
+            [ROOT / "launch/rank"], env={**usual, **variables}, text=True
+        )
+        assert said == f"{expected}\n"
 
 
 def test_rank_says_how_to_build_a_missing_binary(ranks):
@@ -160,9 +176,9 @@ def test_local_lets_the_ranks_save_before_they_stop(ranks, stop):
 
 def test_a_second_signal_ends_the_ranks_at_once(ranks):
     ranks[1]["SAVE_S"] = "1000"
-    local, pids = start_two_ranks(ranks)
+    local, pids = start_two_ranks(ranks, subprocess.PIPE)
     os.kill(local.pid, signal.SIGTERM)
-    time.sleep(0.3)
+    assert local.stderr.readline().startswith("local: asking the ranks to save and stop")
     os.kill(local.pid, signal.SIGTERM)
     assert local.wait(timeout=300) == 143
     wait_until(lambda: not any(map(is_running, pids)))
@@ -170,27 +186,253 @@ def test_a_second_signal_ends_the_ranks_at_once(ranks):
     assert not list(folder.glob("saved-*"))
 
 
-# What the job scripts ask of Slurm; `srun` starts what it is given after its own options.
+def local_says(folder, ranks, body):
+    """The exit code and stderr of launch/local, with a shell script for the binary."""
+    script(folder, "stand-in", f"rank=$OMPI_COMM_WORLD_RANK\n{body}")
+    environment = {**os.environ, "LOCKSTEP_BIN": str(folder / "stand-in")}
+    done = subprocess.run(
+        [ROOT / "launch/local", str(ranks), "train"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    return done.returncode, done.stderr
+
+
+def together(folder, ranks):
+    """Holds each rank until all have come here: mpirun ends the others once one has left."""
+    there = " && ".join(f"-e {folder}/{rank}" for rank in range(ranks))
+    return f"touch {folder}/$rank; until [[ {there} ]]; do sleep 0.05; done"
+
+
+def test_ranks_that_end_for_the_same_reason_say_it_once_and_last(tmp_path):
+    body = f"""
+echo "lockstep: rank $rank: no space left" >&2
+echo "12:00:00Z  INFO rank $rank works" >&2
+{together(tmp_path, 3)}
+exit 4
+"""
+    code, said = local_says(tmp_path, 3, body)
+    lines = said.splitlines()
+    assert (code, lines[-1]) == (4, "lockstep: ranks 0, 1, 2: no space left")
+    assert sorted(lines[:-1]) == [f"12:00:00Z  INFO rank {rank} works" for rank in range(3)]
+    # What they say before they know their rank.
+    body = f"echo 'lockstep: no such file' >&2; {together(tmp_path, 3)}; exit 2"
+    assert local_says(tmp_path, 3, body) == (2, "lockstep: no such file\n")
+
+
+def test_ranks_with_reasons_of_their_own_all_say_them(tmp_path):
+    body = f'echo "lockstep: rank $rank: reason $rank" >&2; {together(tmp_path, 2)}; exit 3'
+    code, said = local_says(tmp_path, 2, body)
+    lines = [f"lockstep: rank {rank}: reason {rank}" for rank in range(2)]
+    assert (code, sorted(said.splitlines())) == (3, lines)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("[[ $rank == 0 ]] || kill -SEGV $$; sleep 1000", "signal 11"),
+        ("exit 9", "non-zero status"),
+    ],
+)
+def test_what_ranks_do_not_explain_themselves_is_not_hidden(tmp_path, body, words):
+    code, said = local_says(tmp_path, 2, body)
+    assert code != 0
+    assert words in said
+
+
+def test_local_ends_though_nobody_reads_what_it_says(ranks):
+    """Neither a pipe that nobody reads any more nor one that nobody empties keeps it."""
+    _, environment = ranks
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [ROOT / "launch/local", "2", "exit", "3"]
+    assert subprocess.run(command, env=environment, stderr=writer).returncode == 3
+    os.close(writer)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    try:
+        while True:
+            os.write(writer, bytes(1 << 12))
+    except BlockingIOError:
+        pass
+    os.set_blocking(writer, True)
+    assert subprocess.run(command, env=environment, stderr=writer).returncode == 3
+
+
+# What the job scripts ask of Slurm. `srun` notes how it was called, and starts what follows its
+# own options unless it is to refuse that, or a node is silent.
 SLURM = {
-    "srun": """#!/bin/bash
-if [[ $* == --mpi=list ]]; then echo pmix; exit; fi
+    "srun": """
+echo "srun $*" >>"${CALLS:-/dev/null}"
+case " $* " in
+  *' --mpi=list '*) echo pmix; exit ;;
+  *' --nodes=1 '*' true '*) exit 0 ;;
+  *' true '*) exit "${SILENT_NODE:-0}" ;;
+esac
 while [[ $1 == --* ]]; do shift; done
-printf 'begun\\n' >"${LOCKSTEP_BEGAN:-/dev/null}"
+if [[ -n ${REFUSES:-} ]]; then echo "srun: fatal: $REFUSES" >&2; exit 1; fi
+if [[ -w ${LOCKSTEP_BEGAN:-} ]]; then echo begun >"$LOCKSTEP_BEGAN"; fi
 exec "$@"
 """,
-    "scontrol": "#!/bin/bash\nexit ${SCONTROL:-0}\n",
+    "scontrol": """
+echo "scontrol $*" >>"${CALLS:-/dev/null}"
+case $* in
+  *'--oneliner job'*) printf '%s\\n' "${RECORD:-}" ;;
+  'show job'*) printf '   Command=%s\\n' "${COMMAND:-(null)}" ;;
+  'show config') echo 'SlurmdTimeout = 300 sec' ;;
+esac
+exit "${SCONTROL:-0}"
+""",
+    "sinfo": 'echo "${NODES:-allocated}"',
+    "sleep": 'echo "sleep $*" >>"${CALLS:-/dev/null}"',
 }
 
 
 def in_a_job(folder, commands, **environment):
     """What bash says to commands in a job script, after its preparations."""
     for name, text in SLURM.items():
-        (folder / name).write_text(text)
-        (folder / name).chmod(0o755)
-    script = f"set -euo pipefail\nroot='{folder}' nodes=1 per_node=1 cpus=1\n"
-    script += f". '{ROOT}/slurm/job.sh'\n{commands}\n"
+        script(folder, name, text)
+    text = f"set -euo pipefail\nroot='{folder}' nodes=1 per_node=1 cpus=1\n"
+    text += f". '{ROOT}/slurm/job.sh'\n{commands}\n"
     environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", **environment}
-    return subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True)
+    return subprocess.run(["bash", "-c", text], env=environment, capture_output=True, text=True)
+
+
+def job(folder, script_of, *arguments, clone=True, **environment):
+    """Runs a job script as Slurm does, a copy in another folder, on nodes that do not exist.
+
+    Returns how it ended, and the calls of Slurm's commands.
+    """
+    spool, tree, bin_folder = (folder / name for name in ("spool", "clone", "bin"))
+    for path in (spool, tree / "launch", tree / ".venv", bin_folder):
+        path.mkdir(parents=True, exist_ok=True)
+    for name, text in SLURM.items():
+        script(bin_folder, name, text)
+    shutil.copytree(ROOT / "slurm", tree / "slurm", dirs_exist_ok=True)
+    (tree / ".venv/lockstep.env").touch()
+    # The program: its run directory, and ranks that end with CODE.
+    script(tree / "launch", "rank", '[[ $1 == config ]] && { echo run; exit; }; exit "${CODE:-0}"')
+    shutil.copy(ROOT / "slurm" / script_of, spool / "slurm_script")
+    calls = folder / "calls"
+    calls.write_text("")
+    environment = {
+        **{name: value for name, value in os.environ.items() if "SLURM" not in name},
+        "PATH": f"{bin_folder}:{os.environ['PATH']}",
+        "CALLS": str(calls),
+        "LOCKSTEP_BIN": shutil.which("true"),
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NAME": script_of.removesuffix(".sbatch"),
+        "SLURM_JOB_NODELIST": "n[1-2]",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_CPUS_PER_NODE": "2(x2)",
+        "SLURM_TASKS_PER_NODE": "2(x2)",
+        "RECORD": RECORD.format(2),
+        **({"SLURM_SUBMIT_DIR": str(tree)} if clone else {}),
+        **environment,
+    }
+    command = ["bash", spool / "slurm_script", *arguments]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+    return done, calls.read_text().splitlines()
+
+
+# What scontrol knows of a job that was told a number of nodes only.
+RECORD = (
+    "JobId=7 JobName=train JobState=RUNNING Restarts=0 NumNodes={0} NumTasks={0} CPUs/Task=1 "
+    "NtasksPerN:B:S:C=0:0:*:* CoreSpec=*"
+)
+
+
+def starts(calls):
+    """The calls that were to start ranks."""
+    return [call for call in calls if "launch/rank train" in call]
+
+
+@pytest.mark.parametrize("name", ["train.sbatch", "scaling.sbatch", "compare.sbatch"])
+def test_a_job_script_finds_the_clone_from_wherever_it_was_copied(tmp_path, name):
+    lost, _ = job(tmp_path, name, clone=False, SLURM_SUBMIT_DIR=str(tmp_path))
+    assert lost.returncode == 2
+    assert f"{tmp_path} is not a clone of Lockstep" in lost.stderr
+    assert "LOCKSTEP_ROOT=DIR sbatch" in lost.stderr
+    link = tmp_path / "a link.sbatch"
+    link.symlink_to(tmp_path / "clone/slurm" / name)
+    for place in (
+        {"SLURM_SUBMIT_DIR": str(tmp_path / "clone")},
+        {"LOCKSTEP_ROOT": str(tmp_path / "clone")},
+        {"COMMAND": f"{tmp_path}/clone/slurm/{name}"},
+        {"COMMAND": f"{link} some.yaml --set 'a b'"},
+    ):
+        found, _ = job(tmp_path, name, clone=False, **place)
+        assert "no configuration is named" in found.stderr, place
+    wrong, _ = job(tmp_path, name, LOCKSTEP_ROOT="/nowhere")
+    assert "/nowhere is not a clone" in wrong.stderr
+
+
+def test_the_job_scripts_find_the_clone_in_the_same_way():
+    texts = [
+        (ROOT / "slurm" / f"{name}.sbatch").read_text() for name in ("train", "scaling", "compare")
+    ]
+    ways = {
+        text[text.index("# Slurm runs a copy") : text.index('. "$root/slurm/job.sh"')]
+        for text in texts
+    }
+    assert len(ways) == 1
+
+
+@pytest.mark.parametrize(("element", "path"), [("1", "c/first.yaml"), ("2", "c/two words#2.yaml")])
+def test_a_list_of_configurations_may_have_comments_and_blanks(tmp_path, element, path):
+    lines = ["# a sweep", "  c/first.yaml\t# fast", "", " \t", "c/two words#2.yaml  "]
+    (tmp_path / "sweep.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    array = {"SLURM_ARRAY_TASK_ID": element, "RECORD": f"{RECORD.format(1)} ArrayTaskId={element}"}
+    done, _ = job(tmp_path, "train.sbatch", "sweep.txt", **array)
+    assert f"no configuration {path} in " in done.stderr
+    array = {"SLURM_ARRAY_TASK_ID": "3", "RECORD": f"{RECORD.format(1)} ArrayTaskId=3"}
+    done, _ = job(tmp_path, "train.sbatch", "sweep.txt", **array)
+    assert "sweep.txt lists 2 configurations, there is no number 3" in done.stderr
+
+
+def test_what_srun_refuses_ends_the_job_at_once(tmp_path):
+    (tmp_path / "some.yaml").touch()
+    done, calls = job(tmp_path, "train.sbatch", "some.yaml", REFUSES="they are mutually exclusive")
+    assert done.returncode == 2
+    lines = done.stderr.splitlines()
+    assert lines[-2:] == [
+        "srun: fatal: they are mutually exclusive",
+        "train: srun started no rank; its words are above",
+    ]
+    assert len(starts(calls)) == 1
+    assert not any(call.startswith(("sleep", "scontrol requeue")) for call in calls)
+
+
+@pytest.mark.parametrize(
+    "silent",
+    [{"NODES": "allocated\ndown*"}, {"NODES": "allocated*"}, {"SILENT_NODE": "1"}],
+    ids=["down", "not responding", "no step starts there"],
+)
+@pytest.mark.parametrize("lost", [{"CODE": "6"}, {"REFUSES": "Task launch failed on node n2"}])
+def test_a_job_whose_node_is_lost_waits_for_slurm_and_is_queued_again(tmp_path, silent, lost):
+    (tmp_path / "some.yaml").touch()
+    done, calls = job(tmp_path, "train.sbatch", "some.yaml", **silent, **lost)
+    assert done.returncode not in (0, 2), done.stderr
+    assert len(starts(calls)) == 3
+    assert calls.count("sleep 360") == 3  # SlurmdTimeout and a minute
+    assert calls.count("scontrol requeue 7") == 1
+
+
+def test_a_lost_rank_makes_no_node_suspect(tmp_path):
+    (tmp_path / "some.yaml").touch()
+    done, calls = job(tmp_path, "train.sbatch", "some.yaml", CODE="6")
+    assert done.returncode == 6
+    assert len(starts(calls)) == 3
+    assert "does not answer" not in done.stderr
+    assert calls.count("scontrol requeue 7") == 1
+
+
+def test_slurm_that_does_not_answer_is_no_refusal(tmp_path):
+    (tmp_path / "some.yaml").touch()
+    done, calls = job(tmp_path, "train.sbatch", "some.yaml", REFUSES="no controller", RECORD="")
+    assert done.returncode == 1
+    assert len(starts(calls)) == 3
 
 
 def test_a_request_to_stop_between_two_starts_of_a_job(tmp_path):
@@ -254,6 +496,100 @@ def test_a_job_without_gpus_or_with_uneven_ones(tmp_path):
     job["SLURM_JOB_NUM_NODES"] = "1"
     done = in_a_job(tmp_path, LAID_OUT, **job, SLURM_GPUS="h100:2", SLURM_GPUS_ON_NODE="4")
     assert done.stdout.startswith("2 in 2:"), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("inherited", "record", "expected"),
+    [
+        # sbatch --nodes=3 inside `srun -N1 --exclusive bash`
+        ({"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1"}, "", "3 in 1: 2 CPUs"),
+        # inside `salloc -n3 -c1`, whose number is by chance that of the nodes
+        ({"SLURM_NTASKS": "3", "SLURM_CPUS_PER_TASK": "1"}, "", "3 in 1: 2 CPUs"),
+        # inside a job with GPUs
+        (
+            {"SLURM_GPUS": "8", "SLURM_GPUS_ON_NODE": "4", "SLURM_GPUS_PER_NODE": "h100:4"},
+            "",
+            "3 in 1: 2 CPUs",
+        ),
+        ({"SLURM_NTASKS_PER_NODE": "2", "SLURM_NTASKS": "6"}, "", "3 in 1: 2 CPUs"),
+    ],
+)
+def test_variables_of_another_allocation_do_not_count(tmp_path, inherited, record, expected):
+    done = laid_out(tmp_path, record, **inherited)
+    assert done.stdout.startswith(expected), done.stdout + done.stderr
+    assert "--gpu-bind" not in done.stdout
+    assert done.stderr.count("\n") == 1
+    for name, value in inherited.items():
+        if name != "SLURM_STEP_NUM_TASKS":
+            assert f"{name}={value}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("told", "record", "expected"),
+    [
+        # --ntasks=6
+        ({"SLURM_NTASKS": "6"}, "NumTasks=6", "6 in 2: 1 CPUs"),
+        # --ntasks=3 --cpus-per-task=1
+        (
+            {"SLURM_NTASKS": "3", "SLURM_CPUS_PER_TASK": "1", "SLURM_TASKS_PER_NODE": "1(x3)"},
+            "",
+            "3 in 1: 1 CPUs",
+        ),
+        # --ntasks=5 --ntasks-per-node=2: a limit, and the record counts two for each node
+        (
+            {"SLURM_NTASKS": "5", "SLURM_NTASKS_PER_NODE": "2"},
+            "NumTasks=6 NtasksPerN:B:S:C=2:0:*:*",
+            "5 in 2: 1 CPUs",
+        ),
+        # --gpus-per-node=h100:2
+        (
+            {"SLURM_GPUS_ON_NODE": "2", "SLURM_GPUS_PER_NODE": "h100:2"},
+            "TresPerNode=gres/gpu:h100:2",
+            "6 in 2: 1 CPUs",
+        ),
+        # --gpus=6
+        ({"SLURM_GPUS_ON_NODE": "2", "SLURM_GPUS": "6"}, "TresPerJob=gres:gpu:6", "6 in 2: 1 CPUs"),
+    ],
+)
+def test_what_sbatch_was_told_counts(tmp_path, told, record, expected):
+    done = laid_out(tmp_path, record, **told)
+    assert done.stdout.startswith(expected), done.stdout + done.stderr
+    assert done.stderr == ""
+
+
+def laid_out(folder, told, **variables):
+    """What a job of three nodes, two CPUs each, makes of variables; `told` changes its record."""
+    record = RECORD.format(3)
+    for word in told.split():
+        field = word.partition("=")[0]
+        words = [known for known in record.split() if not known.startswith(f"{field}=")]
+        record = " ".join([*words[:-1], word, words[-1]])
+    facts = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "3", "SLURM_JOB_CPUS_PER_NODE": "2(x3)"}
+    facts |= {"SLURM_TASKS_PER_NODE": "2(x3)", "RECORD": record}
+    commands = (
+        'lay_out; choose_launcher "$ranks"; echo "$ranks in $per_node: $cpus CPUs" "${launcher[@]}"'
+    )
+    return in_a_job(folder, commands, **facts | variables)
+
+
+def test_a_job_inside_another_is_no_element_and_was_not_restarted(tmp_path):
+    outer = {"SLURM_ARRAY_TASK_ID": "4", "SLURM_RESTART_COUNT": "2", "SLURM_MEM_PER_CPU": "100"}
+    outer |= {"SLURM_MEM_PER_NODE": "300", "PMIX_RANK": "0", "PMIX_MCA_psec": "none"}
+    commands = "env"
+    done = in_a_job(tmp_path, commands, SLURM_JOB_ID="7", RECORD=RECORD.format(1), **outer)
+    names = [line.partition("=")[0] for line in done.stdout.splitlines()]
+    assert not set(outer) - {"PMIX_MCA_psec"} & set(names)
+    assert "PMIX_MCA_psec" in names  # the user's
+    # Its own stay.
+    own = f"{RECORD.format(1)} ArrayTaskId=4".replace("Restarts=0", "Restarts=2")
+    done = in_a_job(tmp_path, commands, SLURM_JOB_ID="7", RECORD=own, **outer)
+    assert "SLURM_ARRAY_TASK_ID=4\n" in done.stdout and "SLURM_RESTART_COUNT=2\n" in done.stdout
+
+
+def test_a_contradiction_that_slurm_cannot_resolve_ends_the_job(tmp_path):
+    done = laid_out(tmp_path, "", SLURM_NTASKS="1", SCONTROL="1", RECORD="")
+    assert done.returncode == 2
+    assert "SLURM_NTASKS=1 contradicts 3 nodes with 2(x3) tasks" in done.stderr
 
 
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv, of util-linux")

@@ -1,5 +1,6 @@
 """A cluster of launch/cluster's, for the tests."""
 
+import contextlib
 import csv
 import os
 import shutil
@@ -70,13 +71,20 @@ class Cluster:
         )
         return f"{name}.yaml"
 
+    @contextlib.contextmanager
+    def own_environment(self, **variables):
+        """Changes of the environment last as long as this."""
+        usual = self.environment
+        self.environment = {**usual, **variables}
+        try:
+            yield
+        finally:
+            self.environment = usual
+
     def submit(self, *options, script=ROOT / "slurm/train.sbatch", arguments=(), **environment):
         """Submits a job; returns its number."""
-        usual = self.environment
-        self.environment = {**usual, **environment}
-        job = self.call("sbatch", "--parsable", *options, script, *arguments).strip()
-        self.environment = usual
-        return job
+        with self.own_environment(**environment):
+            return self.call("sbatch", "--parsable", *options, script, *arguments).strip()
 
     def facts(self, job):
         """What Slurm knows of a job, by name."""
@@ -90,9 +98,9 @@ class Cluster:
         )
         return self.facts(job)
 
-    def output(self, job=None, name="train"):
-        """What a job printed, or every job: in the folder that it was submitted from."""
-        paths = sorted(self.work.glob(f"slurm-{name}-{job}.out" if job else "slurm-*.out"))
+    def output(self, job="*"):
+        """What a job or an array printed, or all of them: in the folder they were submitted from."""
+        paths = sorted({*self.work.glob(f"slurm-{job}.out"), *self.work.glob(f"slurm-{job}_*.out")})
         return "\n".join(path.read_text() for path in paths)
 
     def situation(self):
