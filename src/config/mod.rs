@@ -5,6 +5,8 @@
 
 mod check;
 mod keys;
+mod names;
+mod place;
 mod yaml;
 
 use std::path::PathBuf;
@@ -15,6 +17,7 @@ use serde_json::Value;
 
 pub use check::{Plan, Shape};
 pub use keys::{keys, Key};
+pub use place::in_place;
 
 use crate::error::{Error, Result};
 

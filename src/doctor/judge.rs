@@ -134,12 +134,19 @@ fn cores(all: &[Facts], report: &mut Report) {
 }
 
 fn gpus(all: &[Facts], report: &mut Report) {
+    let remedy = "launch/setup --cuda, and no more ranks on a node than it has GPUs, all visible to each (srun \
+                  --gpu-bind=none); `--device cpu` if the CPU is meant";
     for (reason, group) in by(all, |facts| facts.gpu.as_ref().err().cloned()) {
         if let Some(reason) = reason {
-            let remedy =
-                "launch/setup --cuda, and no more ranks on a node than it has GPUs, all visible to each (srun \
-                          --gpu-bind=none); `--device cpu` to use the CPU";
             report.fault(Place::Setup, format!("{}: no GPU can be used: {reason}", ranks_of(&group)), remedy);
+        }
+    }
+    // As training, which goes on without.
+    for (reason, group) in by(all, |facts| facts.unused_gpu.clone()) {
+        if let Some(reason) = reason {
+            let text =
+                format!("{}: `device: auto` means the CPU, since no GPU can be used: {reason}", ranks_of(&group));
+            report.warn(text, remedy);
         }
     }
     let users: Vec<&Facts> = all.iter().filter(|facts| matches!(facts.gpu, Ok(Some(_)))).collect();
@@ -221,6 +228,7 @@ mod tests {
             cores: "0-1".into(),
             threads: 2,
             gpu: Ok(Some(gpu)),
+            unused_gpu: None,
             visible_gpus: "0".into(),
             host_id: None,
             libtorch: "2.11.0".into(),

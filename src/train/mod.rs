@@ -151,7 +151,7 @@ impl Trainer<'_> {
                 return Ok(None);
             }
             timeline.enter(Part::Data)?;
-            let batch = self.loader.micro_batch(&global, micro_step, self.device);
+            let batch = self.loader.micro_batch(&global, micro_step, self.device)?;
             timeline.enter(Part::Compute)?;
             loss += self.forward_backward(&batch, step, micro_step); // (1,)
         }

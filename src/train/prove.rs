@@ -48,6 +48,9 @@ pub fn prove(
         let plan = config.clone().validate(comm.world_size)?;
         train(comm, watchdog, stop, plan, &dir.0, &resume, &[])?;
     }
+    watchdog.enter(Phase::Waiting, steps);
+    watchdog.stop_heartbeats();
+    comm.barrier(comm.deadlines.step)?; // no rank writes there any more
     watchdog.enter(Phase::Save, steps);
     if comm.is_root() {
         for line in compare(&straight, &resumed, half, steps)? {

@@ -1,6 +1,6 @@
 //! What comes before the first step: opening, resuming, and agreeing.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};
@@ -11,7 +11,7 @@ use super::gradients::Gradients;
 use super::report::Speed;
 use super::{kind, Resume, Trainer};
 use crate::comm::Comm;
-use crate::config::{Auto, Config, Layout, Plan};
+use crate::config::{Auto, Config, Data, Layout, Plan, Schedule};
 use crate::data::loader::{Loader, Samples};
 use crate::data::prepare::DataDir;
 use crate::error::{Error, Result};
@@ -19,6 +19,7 @@ use crate::files::hex;
 use crate::host;
 use crate::model::Gpt;
 use crate::optim::adamw::AdamW;
+use crate::optim::schedule::{decay, jump};
 use crate::run::checkpoint::{self, Conditions, OptimizerFiles, State, FORMAT_VERSION, MOMENTS};
 use crate::run::lease::Lease;
 use crate::run::restarts;
@@ -138,15 +139,14 @@ impl<'a> Trainer<'a> {
         self.comm.wait(self.device)?;
         self.model.parameters.publish();
         if numbers[3] > 0.0 {
-            self.take_up_moments(found.as_deref())?;
+            self.take_up_moments(found)?;
         }
         (self.from, self.speed) = (self.state.step, Speed::from(self.state.tokens));
         Ok(())
     }
 
     /// Rank 0 reads the optimizer's state bucket by bucket, whoever wrote it; each rank keeps what it updates.
-    fn take_up_moments(&mut self, checkpoint: Option<&Path>) -> Result<()> {
-        let files = checkpoint.map(|path| OptimizerFiles::open(path, self.model.parameters.numel())).transpose()?;
+    fn take_up_moments(&mut self, files: Option<OptimizerFiles>) -> Result<()> {
         self.comm.barrier(self.comm.deadlines.startup)?;
         for (start, length) in self.gradients.buckets() {
             self.enter(Phase::StartUp);
@@ -204,20 +204,20 @@ impl<'a> Trainer<'a> {
         Ok(())
     }
 
-    /// Returns the checkpoint that the run resumes from, its weights and numbers read.
-    fn take_up(&mut self, resume: &Resume, allowed: &[String]) -> Result<Option<PathBuf>> {
+    /// Reads the weights and numbers of the checkpoint that the run goes on from, and returns its optimizer's state.
+    fn take_up(&mut self, resume: &Resume, allowed: &[String]) -> Result<Option<OptimizerFiles>> {
         let checkpoints = self.dir.checkpoints();
         // Taken before anything is read: the run that holds it may be about to save.
         let lease = self.dir.0.exists().then(|| Lease::take(&self.dir.0)).transpose()?;
         let has_history = !checkpoint::list(&checkpoints).is_empty();
-        let found = match resume {
-            Resume::Auto => checkpoint::latest(&checkpoints)?,
+        let source = match resume {
+            Resume::Auto => has_history.then(|| self.dir.0.clone()),
             // Another run's checkpoint is only where this run begins.
             Resume::From(path) if has_history && path.exists() && !is_within(path, &self.dir.0) => {
                 info!("{} holds checkpoints: going on with its own newest", self.dir.0.display());
-                checkpoint::latest(&checkpoints)?
+                Some(self.dir.0.clone())
             }
-            Resume::From(path) => Some(find_checkpoint(path)?),
+            Resume::From(path) => Some(path.clone()),
             Resume::Never if !has_history => None,
             Resume::Never => {
                 return Err(Error::Usage(format!(
@@ -228,19 +228,29 @@ impl<'a> Trainer<'a> {
             }
         };
         // All checks come before the first change, so that a refused command leaves the run as it was.
-        if has_history {
-            self.dir.check(&self.plan.config, &self.tokenizer_file, allowed)?;
-        } else {
+        if !has_history {
             self.dir.check_logs(self.plan.config.train.save_every)?;
         }
-        if let Some(path) = &found {
-            self.load(path, allowed)?;
-            info!("resuming from {} after {} steps", path.display(), self.state.step);
-        } else if let Some(path) = &self.plan.config.train.init_from {
-            let path = find_checkpoint(path).map_err(|e| e.context("train.init_from"))?;
-            checkpoint::load_model(&path, &mut self.model.parameters)?;
-            info!("beginning with the weights of {}", path.display());
-        }
+        // Another run may go on, and remove what is read here.
+        let found = match (&source, self.plan.config.train.init_from.clone()) {
+            (Some(source), _) => {
+                let find = || find_checkpoint(source);
+                Some(checkpoint::read_chosen(find, |path| self.load(path, has_history, allowed))?)
+            }
+            (None, Some(from)) => {
+                let find = || find_checkpoint(&from).map_err(|e| e.context("train.init_from"));
+                checkpoint::read_chosen(find, |path| {
+                    self.check_vocabulary(path, &checkpoint::load_state(path)?)?;
+                    checkpoint::load_model(path, &mut self.model.parameters)?;
+                    info!("beginning with the weights of {}", path.display());
+                    Ok(())
+                })?;
+                None
+            }
+            (None, None) => None,
+        };
+        let kept = if has_history { self.state.step } else { 0 };
+        self.dir.check_tables(kept, &self.plan.config.train)?;
         let lease = match lease {
             Some(lease) => lease,
             None => Lease::take(&self.dir.0)?,
@@ -258,13 +268,15 @@ impl<'a> Trainer<'a> {
             restarts::note_start(&self.dir.0, self.state.step, fault.max_restarts_without_progress)?;
         }
         checkpoint::set_aside_after(&checkpoints, self.state.step)?;
-        let kept = if has_history { self.state.step } else { 0 };
         self.recorder = Some(Recorder::open(&self.dir, lease, kept, self.plan.config.train.steps)?);
         Ok(found)
     }
 
-    fn load(&mut self, path: &Path, allowed: &[String]) -> Result<()> {
+    fn load(&mut self, path: &Path, is_own: bool, allowed: &[String]) -> Result<OptimizerFiles> {
         let saved = checkpoint::load_state(path)?;
+        if is_own {
+            self.dir.check(&self.plan.config, &self.tokenizer_file, allowed, Some(&saved), &self.state)?;
+        }
         if saved.data_sha256 != self.state.data_sha256 && !allowed.iter().any(|key| key == "data.dir") {
             return Err(Error::Usage(format!(
                 "{} was trained on other data than {} holds (SHA-256 of the training tokens was {}, is {}); name the \
@@ -276,15 +288,82 @@ impl<'a> Trainer<'a> {
             ))
             .into());
         }
+        self.check_vocabulary(path, &saved)?;
+        self.warn_of_jump(path, saved.step);
         for (name, then, now) in saved.conditions.differences(&self.state.conditions) {
             warn!(
                 "resuming with {name} {now}, which was {then}: the run goes on, but not bit for bit as it would have"
             );
         }
         checkpoint::load_model(path, &mut self.model.parameters)?;
+        let moments = OptimizerFiles::open(path, self.model.parameters.numel())?;
         let State { step, tokens, elapsed_s, .. } = saved;
         self.state = State { step, tokens, elapsed_s, ..self.state.clone() };
-        Ok(())
+        info!("resuming from {} after {step} steps", path.display());
+        Ok(moments)
+    }
+
+    /// Refuses weights that were trained on ids of another tokenizer: as many as here may mean quite other text.
+    fn check_vocabulary(&self, checkpoint: &Path, saved: &State) -> Result<()> {
+        match RunDir::of_checkpoint(checkpoint) {
+            // The digest of the tokens covers their tokenizer's.
+            _ if saved.data_sha256 == self.state.data_sha256 => Ok(()),
+            Some(dir) if dir.tokenizer().is_file() => dir.check_tokenizer(&self.tokenizer_file),
+            _ => {
+                warn!(
+                    "{} does not lie in a run directory with its tokenizer.json: make sure that it was trained with {}",
+                    checkpoint.display(),
+                    self.tokenizer_file.display()
+                );
+                Ok(())
+            }
+        }
+    }
+
+    /// Says so if the configuration takes the learning rate elsewhere than where the checkpoint's own run left it.
+    fn warn_of_jump(&self, checkpoint: &Path, step: usize) {
+        let config = &self.plan.config;
+        let Some(older) = RunDir::of_checkpoint(checkpoint).and_then(|dir| dir.load_config().ok()) else { return };
+        let steps = older.train.steps;
+        let found = jump((&older.optim, steps), (&config.optim, config.train.steps), step);
+        let Some((then, now)) = found.filter(|_| step < config.train.steps) else { return };
+        let mut changes = config.differences(&older).unwrap_or_default();
+        changes.retain(|(key, ..)| key.starts_with("optim.") || key == "train.steps");
+        let changes: Vec<String> =
+            changes.iter().map(|(key, then, now)| format!("{key} was {then} and is {now}")).collect();
+        let follows = decay(&older.optim, steps) != decay(&older.optim, config.train.steps);
+        let remedy = match (older.optim.schedule, follows) {
+            (Schedule::Cosine | Schedule::Linear, true) => {
+                format!("; --set optim.decay_steps={steps} keeps to the old course")
+            }
+            _ => String::new(),
+        };
+        warn!(
+            "the learning rate jumps at step {}: it is {now:.1e} there, and would have been {then:.1e} ({}){remedy}",
+            step + 1,
+            changes.join(", ")
+        );
+    }
+
+    /// What hardly anybody means, in the configuration and in how it meets the data.
+    fn oddities(&self) -> Vec<String> {
+        let Data { layout, block_size, batch_size, .. } = &self.plan.config.data;
+        let mut found = self.plan.oddities();
+        let samples = self.loader.samples.len();
+        if *batch_size > samples {
+            found.push(format!(
+                "data.batch_size is {batch_size}, the training split has {samples} samples: a step sees some of them more than \
+                 once"
+            ));
+        }
+        let tokens = self.valid.as_ref().map(|valid| valid.samples.shard().n_tokens());
+        if let Some(tokens) = tokens.filter(|tokens| *layout == Layout::Packed && tokens <= block_size) {
+            found.push(format!(
+                "data.block_size is {block_size}, the validation split has {tokens} tokens: it is evaluated as one block that \
+                 is shorter"
+            ));
+        }
+        found
     }
 
     /// Says what is about to be trained.
@@ -328,6 +407,9 @@ impl<'a> Trainer<'a> {
         );
         if let Some(text) = torch::describe_peak(self.device, self.model.kind(), self.peak) {
             info!("{text}");
+        }
+        if self.comm.is_root() {
+            self.oddities().iter().for_each(|odd| warn!("{odd}"));
         }
         let global = self.loader.global_batch(*step);
         let mine = self.loader.share(&global);
