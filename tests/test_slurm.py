@@ -62,7 +62,7 @@ def alone(nodes):
 
 
 def assert_as_if_undisturbed(cluster, run):
-    """The run is, bit for bit, as many steps by two ranks that nothing stopped."""
+    """The run has learnt what as many steps by two ranks learn that nothing stopped."""
     steps = len(cluster.losses(run))
     config = cluster.config("undisturbed", steps)
     reference = "runs/undisturbed-" + run.removeprefix("runs/")

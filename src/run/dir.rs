@@ -3,9 +3,11 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use tracing::warn;
+
 use super::checkpoint;
-use super::tables::{Table, TrainRow};
-use crate::config::Config;
+use super::tables::{gap, EvalRow, RankRow, Table, TrainRow};
+use crate::config::{Config, Train};
 use crate::error::{Error, Result};
 use crate::files::{sync_name, write_durably};
 
@@ -139,6 +141,30 @@ impl RunDir {
         }
     }
 
+    /// Refuses tables that a run which goes on after `step` could not take up, before anything is changed; names rows that are
+    /// missing.
+    ///
+    /// # Errors
+    /// Storage, with the file and the line.
+    pub fn check_tables(&self, step: usize, train: &Train) -> Result<()> {
+        let rows: Vec<TrainRow> = Table::rows(&self.train_csv())?;
+        let evaluations: Vec<EvalRow> = Table::rows(&self.eval_csv())?;
+        let _: Vec<RankRow> = Table::rows(&self.ranks_csv())?;
+        // An evaluation of the last step may still be due.
+        let gaps = [
+            (self.train_csv(), gap(rows.iter().map(|row| row.step), train.log_every, step)),
+            (self.eval_csv(), gap(evaluations.iter().map(|row| row.step), train.eval_every, step.saturating_sub(1))),
+        ];
+        for (path, gap) in gaps {
+            let Some((first, last)) = gap else { continue };
+            warn!(
+                "{} has no row of steps {first} to {last}: it was changed; the run goes on without them",
+                path.display()
+            );
+        }
+        Ok(())
+    }
+
     /// Refuses a configuration that differs from the directory's own in what is learnt, and another tokenizer.
     ///
     /// # Errors
@@ -182,7 +208,7 @@ impl RunDir {
 /// # Errors
 /// Storage, where there is none, or a byte of it is not what was written.
 pub fn find_checkpoint(path: &Path) -> Result<PathBuf> {
-    if path.join("MANIFEST.json").is_file() {
+    if checkpoint::is_complete(path) {
         checkpoint::verify(path)?;
         return Ok(path.to_path_buf());
     }

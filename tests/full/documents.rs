@@ -38,8 +38,8 @@ fn commands(kind: &str) -> Vec<String> {
     let mut commands = Vec::new();
     for name in documents() {
         let text = fs::read_to_string(root().join(name)).unwrap();
-        let blocks =
-            text.split(&format!("\n```{kind}\n")).skip(1).map(|rest| rest.split("\n```").next().unwrap().to_owned());
+        let fence = format!("\n```{kind}\n");
+        let blocks = text.split(&fence).skip(1).map(|rest| rest.split("\n```").next().unwrap().to_owned());
         let lines = blocks.collect::<Vec<_>>().join("\n").replace("\\\n", " ");
         commands.extend(lines.lines().map(String::from).filter(|line| !line.is_empty() && seen.insert(line.clone())));
     }

@@ -46,11 +46,6 @@ fn alone() -> MutexGuard<'static, ()> {
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A folder in memory where there is one: some readers sync what they write.
-fn temporary() -> TempDir {
-    TempDir::new_in("/dev/shm").or_else(|_| TempDir::new()).unwrap()
-}
-
 const SMALL: Shape = Shape {
     n_layer: 1,
     n_head: 1,
@@ -83,7 +78,7 @@ fn saved(folder: &Path) -> (PathBuf, Gpt) {
     let state =
         State { format_version: 1, step: 7, tokens: 99, elapsed_s: 1.5, data_sha256: hex(&[3; 32]), conditions };
     let saving = Saving::begin(folder, &state, &model.parameters, &optimizer, None).unwrap();
-    (saving.finish(None, || Ok(())).unwrap(), model)
+    (saving.publish(None, || Ok(())).unwrap(), model)
 }
 
 /// Nothing but `changed` may have come, gone or become another.
