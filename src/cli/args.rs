@@ -40,7 +40,7 @@ pub enum Verb {
     )]
     Prepare {
         /// `sample` (comes with the program), `wikitext-2`, `wikitext-2-raw`, `wikitext-103`, `wikitext-103-raw` (downloaded,
-        /// checksum verified), or a folder with train.txt, valid.txt and test.txt, or wiki.train.tokens and so on.
+        /// checksum verified), a .txt file, or a folder with train.txt, valid.txt and test.txt, or wiki.train.tokens and so on.
         #[arg(long)]
         source: String,
         /// `gpt2` (50,257 tokens), `bpe:N` (N tokens, trained on the training split), or the path of a tokenizer.json.
@@ -49,6 +49,12 @@ pub enum Verb {
         /// The data folder to write.
         #[arg(long)]
         out: PathBuf,
+        /// How much of a file is set aside for validation: the end of it, or what is before the test split.
+        #[arg(long, value_parser = share, value_name = "N%")]
+        valid: Option<f64>,
+        /// How much of a file is set aside for a test; without it there is no test split.
+        #[arg(long, value_parser = share, value_name = "N%")]
+        test: Option<f64>,
         /// Another address to download the archive from.
         #[arg(long)]
         url: Option<String>,
@@ -193,7 +199,14 @@ pub enum Verb {
     },
 }
 
-/// What `train` is told beside its file.
+/// A percentage as a number from 0 to 1.
+fn share(text: &str) -> Result<f64, String> {
+    let percent = text.strip_suffix('%').and_then(|number| number.parse::<f64>().ok());
+    let percent = percent.filter(|percent| 0.0 < *percent && *percent < 100.0);
+    percent.map(|percent| percent / 100.0).ok_or_else(|| "expected a percentage, for example 5%".into())
+}
+
+/// The options of `train` besides its file.
 #[derive(Debug, Args)]
 pub struct Training {
     /// Replaces one key of the file, for example optim.lr=3e-4.

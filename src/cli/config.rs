@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::args::Training;
 use super::print;
-use crate::config::Config;
+use crate::config::{in_place, Config};
 use crate::error::Result;
 
 /// Prints the whole configuration as YAML, or the value of one key in a line.
@@ -13,7 +13,7 @@ pub fn show(path: Option<&Path>, training: &Training, key: Option<&str>) -> Resu
         // What is wrong for one rank is wrong for any number of them.
         Some(path) => {
             let plan = Config::load(path, &training.overrides)?.validate(1);
-            plan.map_err(|e| e.context(format!("in {}", path.display())))?.config
+            plan.map_err(|e| in_place(e, path, &training.overrides))?.config
         }
         None => Config::parse("", &training.overrides)?,
     };

@@ -16,7 +16,7 @@ use clap::CommandFactory;
 use self::args::{CheckpointAction, Cli, DeviceName, Verb};
 use crate::comm::{Comm, Deadlines};
 use crate::compare::{compare, Comparison};
-use crate::config::{Auto, Config, DeviceChoice, Fault};
+use crate::config::{in_place, Auto, Config, DeviceChoice, Fault};
 use crate::data::prepare::prepare;
 use crate::data::wikitext::Source;
 use crate::doctor;
@@ -47,9 +47,10 @@ pub fn run(cli: &Cli) -> Result<()> {
         log::start(cli, None, true);
     }
     match &cli.verb {
-        Verb::Prepare { source, tokenizer, out, url } => {
+        Verb::Prepare { source, tokenizer, out, valid, test, url } => {
             torch::set_threads(None);
-            let meta = prepare(&Source::parse(source, url.as_deref())?, tokenizer, out)?;
+            let source = Source::parse(source, url.as_deref())?.set_aside(*valid, *test)?;
+            let meta = prepare(&source, tokenizer, out)?;
             print::line(&format!(
                 "{}: {} train, {} valid, {} test tokens, vocabulary {}",
                 out.display(),
@@ -73,7 +74,7 @@ pub fn run(cli: &Cli) -> Result<()> {
             let parsed = training_config(config, &training.overrides)?;
             on_every_rank(deadlines(&parsed.fault), |comm| {
                 let plan = parsed.validate(comm.world_size);
-                let plan = plan.map_err(|e| e.context(format!("in {}", config.display())))?;
+                let plan = plan.map_err(|e| in_place(e, config, &training.overrides))?;
                 let run_dir = config::run_dir(training, &plan.config);
                 log::start(cli, Some(&RunDir(run_dir.clone()).log(comm.rank)), comm.is_root());
                 if comm.is_root() {
@@ -122,7 +123,7 @@ pub fn run(cli: &Cli) -> Result<()> {
             doctor::run(run_dir, device, Duration::from_secs(*deadline_s), print::line)
         }
         Verb::Completions { shell } => {
-            // Into memory first: the generator panics where its output cannot be written.
+            // Into memory first: the generator panics if its output cannot be written.
             let mut script = Vec::new();
             clap_complete::generate(*shell, &mut Cli::command(), "lockstep", &mut script);
             print::text(&String::from_utf8_lossy(&script))
@@ -159,18 +160,17 @@ fn refuse_ranks(verb: &Verb) -> Result<()> {
 
 /// The threads that a verb computes with for long, as [`torch::set_threads`] takes them; `None` for other verbs.
 fn computing_threads(verb: &Verb) -> Option<Option<usize>> {
-    match verb {
-        Verb::Train { config, overrides, .. }
-        | Verb::Checkpoint { action: CheckpointAction::Prove { config, overrides, .. } } => {
-            match Config::load(config, overrides).map(|config| config.threads) {
-                Ok(Auto::Number(threads)) => Some(Some(threads)),
-                Ok(Auto::Auto) => Some(None),
-                // The verb itself says why.
-                Err(_) => None,
-            }
-        }
-        Verb::Eval { .. } | Verb::Generate { .. } => Some(None),
-        _ => None,
+    let (config, overrides) = match verb {
+        Verb::Train { config, training } => (config, &training.overrides),
+        Verb::Checkpoint { action: CheckpointAction::Prove { config, overrides, .. } } => (config, overrides),
+        Verb::Eval { .. } | Verb::Generate { .. } => return Some(None),
+        _ => return None,
+    };
+    match Config::load(config, overrides).map(|config| config.threads) {
+        Ok(Auto::Number(threads)) => Some(Some(threads)),
+        Ok(Auto::Auto) => Some(None),
+        // The verb itself says why.
+        Err(_) => None,
     }
 }
 

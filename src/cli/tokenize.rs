@@ -5,6 +5,7 @@ use std::io::{self, BufRead, BufReader, BufWriter, Write};
 use std::path::Path;
 
 use super::print::taken;
+use crate::data::wikitext::MARK;
 use crate::error::{Error, Result};
 use crate::tokenizer::Tokenizer;
 
@@ -34,6 +35,13 @@ pub fn tokenize(tokenizer: &str, decode: bool, file: Option<&Path>) -> Result<()
             Error::Data(format!("{name}: not UTF-8 at byte {at}; convert the text to UTF-8"))
         })?;
         offset += line.len() + 1;
+        let line = match line.strip_prefix(MARK) {
+            Some(rest) if number == 0 => {
+                tracing::info!("{name} begins with a byte order mark, which is left out");
+                rest.to_owned()
+            }
+            _ => line,
+        };
         let written = if decode {
             let text = parse_ids(&line).and_then(|ids| tokenizer.decode(&ids));
             output.write_all(&text.map_err(|e| e.context(format!("{name}, line {}", number + 1)))?)

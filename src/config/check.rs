@@ -1,6 +1,7 @@
 //! From what the user wrote to values that are legal: [`Plan`].
 
-use super::{usage, Activation, Auto, Config, Model, Norm, Schedule, PRESETS};
+use super::place::{wrong, About};
+use super::{Activation, Auto, Config, Model, Norm, Schedule, PRESETS};
 use crate::error::Result;
 
 /// A configuration that has been checked against the number of ranks.
@@ -37,6 +38,26 @@ pub struct Shape {
 }
 
 impl Plan {
+    /// Settings that are legal, and that hardly anybody means.
+    pub fn oddities(&self) -> Vec<String> {
+        let (optim, steps) = (&self.config.optim, self.config.train.steps);
+        let (warmup, decay) = (optim.warmup_steps, optim.decay_steps);
+        let mut found = Vec::new();
+        if warmup > steps {
+            found.push(format!(
+                "optim.warmup_steps is {warmup}, train.steps is {steps}: the learning rate never reaches optim.lr"
+            ));
+        } else if optim.schedule == Schedule::Wsd && warmup + decay > steps {
+            found.push(format!(
+                "optim.warmup_steps and optim.decay_steps are {warmup} and {decay}, train.steps is {steps}: the decay is cut short"
+            ));
+        }
+        if optim.schedule == Schedule::Constant && (optim.min_lr > 0.0 || decay > 0) {
+            found.push("optim.schedule is constant: optim.min_lr and optim.decay_steps change nothing".into());
+        }
+        found
+    }
+
     /// The model over a vocabulary of this size.
     pub fn shape(&self, vocab_size: usize) -> Shape {
         let (n_layer, n_head, n_embd) = self.sizes;
@@ -70,12 +91,15 @@ impl Config {
             let near = [batch / world_size * world_size, (batch / world_size + 1) * world_size];
             let near: Vec<String> = near.iter().filter(|&&n| n > 0).map(ToString::to_string).collect();
             let fits: Vec<String> = (1..=batch).filter(|&n| batch.is_multiple_of(n)).map(|n| n.to_string()).collect();
-            return usage(format!(
-                "data.batch_size: {batch} sequences cannot be shared evenly by {world_size} ranks; \
-                 use a batch_size of {}, or one of these numbers of ranks: {}",
-                near.join(" or "),
-                fits.join(", ")
-            ));
+            return wrong_at(
+                "data.batch_size",
+                format!(
+                    "{batch} sequences cannot be shared evenly by {world_size} ranks; use a batch_size of {}, or one of these \
+                     numbers of ranks: {}",
+                    near.join(" or "),
+                    fits.join(", ")
+                ),
+            );
         }
         let share = batch / world_size;
         let micro_batch = match self.data.micro_batch {
@@ -83,11 +107,14 @@ impl Config {
             Auto::Number(n) => {
                 let fits: Vec<String> =
                     (1..=share).filter(|&n| share.is_multiple_of(n)).map(|n| n.to_string()).collect();
-                return usage(format!(
-                    "data.micro_batch: {n} does not divide the {share} sequences that each of {world_size} ranks takes of \
-                     a batch_size of {batch}; these do: {}",
-                    fits.join(", ")
-                ));
+                return wrong_at(
+                    "data.micro_batch",
+                    format!(
+                        "{n} does not divide the {share} sequences that each of {world_size} ranks takes of a batch_size of \
+                         {batch}; these do: {}",
+                        fits.join(", ")
+                    ),
+                );
             }
             Auto::Auto => largest_micro_batch(share, tokens),
         };
@@ -147,7 +174,12 @@ impl Config {
                 "0 (no clipping) or more",
                 optim.grad_clip.to_string(),
             ),
-            ((0.0..=optim.lr).contains(&optim.min_lr), "optim.min_lr", "0 to optim.lr", optim.min_lr.to_string()),
+            (
+                (0.0..=optim.lr).contains(&optim.min_lr),
+                "optim.min_lr",
+                "0 to optim.lr",
+                format!("{} with optim.lr {}", optim.min_lr, optim.lr),
+            ),
             (
                 optim.schedule != Schedule::Wsd || optim.decay_steps > 0,
                 "optim.decay_steps",
@@ -160,7 +192,7 @@ impl Config {
                     || optim.decay_steps > optim.warmup_steps,
                 "optim.decay_steps",
                 "0, or more than optim.warmup_steps",
-                optim.decay_steps.to_string(),
+                format!("{} with optim.warmup_steps {}", optim.decay_steps, optim.warmup_steps),
             ),
             (
                 (1..=4096).contains(&self.comm.bucket_mib),
@@ -191,7 +223,7 @@ impl Config {
             (self.train.keep_last > 0, "train.keep_last", "1 or more", self.train.keep_last.to_string()),
         ];
         match rules.into_iter().find(|(legal, ..)| !legal) {
-            Some((_, key, expected, found)) => usage(format!("{key}: expected {expected}, found {found}")),
+            Some((_, key, expected, found)) => wrong_at(key, format!("expected {expected}, found {found}")),
             None => Ok(()),
         }
     }
@@ -208,15 +240,19 @@ impl Model {
                 found.map(|&(_, layers, heads, width)| (layers, heads, width)).map_or_else(
                     || {
                         let names: Vec<&str> = PRESETS.iter().map(|preset| preset.0).collect();
-                        usage(format!("model.preset: there is no `{name}`; there are {}", names.join(", ")))
+                        wrong_at("model.preset", format!("there is no `{name}`; there are {}", names.join(", ")))
                     },
                     Ok,
                 )
             }
-            (Some(_), _) => usage("model: give either preset or n_layer, n_head and n_embd, not both".into()),
-            (None, _) => usage("model: give a preset, or all of n_layer, n_head and n_embd".into()),
+            (Some(_), _) => wrong_at("model", "give either preset or n_layer, n_head and n_embd, not both".into()),
+            (None, _) => wrong_at("model", "give a preset, or all of n_layer, n_head and n_embd".into()),
         }
     }
+}
+
+fn wrong_at<T>(key: &str, reason: String) -> Result<T> {
+    wrong(About::Key(key.into()), reason)
 }
 
 /// The largest divisor of a rank's share whose tokens fit a fixed budget, so that the same configuration means the

@@ -5,16 +5,19 @@
 
 mod check;
 mod keys;
+mod names;
+mod place;
 mod yaml;
 
 use std::path::PathBuf;
 
 use schemars::{json_schema, JsonSchema, Schema, SchemaGenerator};
 use serde::{Deserialize, Serialize};
-use serde_yaml::Value;
+use serde_json::Value;
 
 pub use check::{Plan, Shape};
 pub use keys::{keys, Key};
+pub use place::in_place;
 
 use crate::error::{Error, Result};
 

@@ -7,6 +7,8 @@ use std::path::Path;
 
 use serde_yaml::{Mapping, Value};
 
+use super::names::meant;
+use super::place::{in_place, set_of, wrong, About};
 use super::{keys, usage, Config, Key, Model, Train};
 use crate::error::{Error, Result};
 
@@ -23,7 +25,7 @@ impl Config {
         File::open(path)
             .and_then(|file| file.take(MAX_BYTES as u64 + 1).read_to_string(&mut text))
             .map_err(|e| Error::Usage(format!("cannot read the configuration {}: {e}", path.display())))?;
-        Self::parse(&text, overrides).map_err(|e| e.context(format!("in {}", path.display())))
+        Self::parse(&text, overrides).map_err(|e| in_place(e, path, overrides))
     }
 
     /// Parses YAML text and applies `key=value` overrides to it; errors as [`Config::load`].
@@ -35,18 +37,14 @@ impl Config {
         }
         let known = serde_yaml::to_value(Self::with_every_key())?;
         for item in overrides {
-            let (key, value) = item
-                .split_once('=')
-                .ok_or_else(|| Error::Usage(format!("--set {item}: expected key=value, for example optim.lr=3e-4")))?;
-            let value =
-                read_value(value).map_err(|e| Error::Usage(format!("--set {item}: the value is not YAML: {e}")))?;
-            set(&mut root, key, value)?;
+            let (key, value) = read_override(item)?;
+            set(&mut root, key, value).or_else(|e| wrong(About::Set(item.clone()), e.to_string()))?;
         }
         let paths: Vec<String> = leaves(&known, "").into_iter().map(|(path, _)| path).collect();
         check_keys(&root, &known, "", &paths)?;
         // A float that YAML writes like a whole number (lr: 1) or without a dot (3e-4, which YAML 1.1 reads as text).
         coerce_numbers(&mut root, &known);
-        serde_path(&root)
+        serde_path(&root, overrides)
     }
 
     /// Refuses names that are no keys of a configuration, written as `optim.lr`.
@@ -131,6 +129,8 @@ fn read_value(text: &str) -> std::result::Result<Value, String> {
     if text.len() > MAX_BYTES {
         return Err(format!("it has more than {MAX_BYTES} bytes"));
     }
+    // Some editors begin a file with it.
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let marked = |mark: char| {
         let names = text.split(|c: char| c.is_whitespace() || "[]{},:?\"'".contains(c));
         let names = names.filter_map(move |word| word.strip_prefix(mark));
@@ -138,9 +138,29 @@ fn read_value(text: &str) -> std::result::Result<Value, String> {
         names.filter_map(move |name| name.split(end).next()).filter(|name| !name.is_empty()).collect::<BTreeSet<_>>()
     };
     if let Some(name) = marked('*').intersection(&marked('&')).next() {
-        return Err(format!("`*{name}` stands for what `&{name}` marks; write it out where it is meant"));
+        return Err(format!("`*{name}` repeats what `&{name}` marks; write it out instead"));
     }
-    serde_yaml::from_str(text).map_err(|e| e.to_string())
+    serde_yaml::from_str(text).map_err(|e| match e.to_string() {
+        tab if tab.contains("cannot start any token")
+            && text.lines().any(|line| line.trim_start_matches(' ').starts_with('\t')) =>
+        {
+            format!("{tab}: indent with spaces, not with tabs")
+        }
+        other => other,
+    })
+}
+
+/// The key and the value of a `--set`.
+fn read_override(item: &str) -> Result<(&str, Value)> {
+    let refused = |reason: String| wrong(About::Set(item.into()), reason);
+    match item.split_once('=') {
+        None => refused("expected key=value, for example optim.lr=3e-4".into()),
+        Some((_, value)) if value.trim().is_empty() => refused("the value is missing".into()),
+        Some((key, value)) => match read_value(value) {
+            Ok(value) => Ok((key, value)),
+            Err(reason) => refused(format!("the value is not YAML: {reason}")),
+        },
+    }
 }
 
 fn set(root: &mut Value, path: &str, value: Value) -> Result<()> {
@@ -150,7 +170,7 @@ fn set(root: &mut Value, path: &str, value: Value) -> Result<()> {
             *place = Value::Mapping(Mapping::new());
         }
         let Value::Mapping(map) = place else {
-            return usage(format!("--set {path}: `{key}` is inside something that has no keys"));
+            return usage(format!("`{key}` is inside something that has no keys"));
         };
         place = map.entry(key.into()).or_insert(Value::Null);
     }
@@ -162,33 +182,25 @@ fn set(root: &mut Value, path: &str, value: Value) -> Result<()> {
 fn check_keys(value: &Value, known: &Value, prefix: &str, paths: &[String]) -> Result<()> {
     let Value::Mapping(known) = known else { return Ok(()) };
     let Value::Mapping(map) = value else {
-        return usage(format!("{}: expected keys and values, found {}", place(prefix), kind_of(value)));
+        let reason = format!("expected keys and values, found {}", kind_of(value));
+        return match prefix.strip_suffix('.') {
+            Some(section) => wrong(About::Key(section.into()), reason),
+            None => usage(reason),
+        };
     };
     let names: Vec<&str> = known.keys().filter_map(Value::as_str).collect();
     for (key, inner) in map {
         let name = key.as_str().unwrap_or_default();
         let Some(expected) = known.get(name) else {
-            // The same word in another section, else the most alike of this one.
-            let elsewhere = paths.iter().find(|path| path.rsplit('.').next() == Some(name)).cloned();
-            let alike = |word: &str| strsim::normalized_damerau_levenshtein(word, name);
-            let here = names.iter().max_by(|a, b| alike(a).total_cmp(&alike(b)));
-            let nearest = elsewhere.or_else(|| here.map(|word| format!("{prefix}{word}")));
-            let hint = nearest.map_or(String::new(), |path| format!("; did you mean `{path}`?"));
-            return usage(format!("unknown key `{prefix}{name}`{hint} (keys here: {})", names.join(", ")));
+            let hint = meant(name, prefix, &names, paths).map(|path| format!("did you mean `{path}`? "));
+            let reason = format!("{}keys here: {}", hint.unwrap_or_default(), names.join(", "));
+            return wrong(About::UnknownKey(format!("{prefix}{name}")), reason);
         };
         if expected.is_mapping() {
             check_keys(inner, expected, &format!("{prefix}{name}."), paths)?;
         }
     }
     Ok(())
-}
-
-fn place(prefix: &str) -> &str {
-    if prefix.is_empty() {
-        "the file"
-    } else {
-        prefix.trim_end_matches('.')
-    }
 }
 
 fn kind_of(value: &Value) -> &'static str {
@@ -203,7 +215,7 @@ fn kind_of(value: &Value) -> &'static str {
     }
 }
 
-/// Turns text such as `3e-4` into the number that the key wants.
+/// Turns text such as `3e-4` into the number that the key needs.
 fn coerce_numbers(value: &mut Value, known: &Value) {
     match (value, known) {
         (Value::Mapping(map), Value::Mapping(known)) => {
@@ -218,7 +230,8 @@ fn coerce_numbers(value: &mut Value, known: &Value) {
                 coerce_numbers(item, expected);
             }
         }
-        (value @ Value::String(_), Value::Number(_)) => {
+        // Of whole numbers none is written so that YAML takes it for text, but 010, which some read as 8.
+        (value @ Value::String(_), Value::Number(known)) if known.is_f64() => {
             if let Some(number) = value.as_str().and_then(|text| text.parse::<f64>().ok()) {
                 *value = number.into();
             }
@@ -228,19 +241,84 @@ fn coerce_numbers(value: &mut Value, known: &Value) {
 }
 
 /// Deserializes, and names the key that an error is about.
-fn serde_path(root: &Value) -> Result<Config> {
-    serde_path_to_error::deserialize(root).map_err(|error| {
-        let (key, reason) = (error.path().to_string(), in_words(&error.inner().to_string()));
-        Error::Usage(if key == "." { reason } else { format!("{key}: {reason}") }).into()
+fn serde_path(root: &Value, overrides: &[String]) -> Result<Config> {
+    serde_path_to_error::deserialize(root).or_else(|error| {
+        let path = error.path().to_string();
+        let key = path.split('[').next().unwrap_or_default();
+        let reason = error.inner().to_string();
+        let kinds = ["invalid type: ", "invalid value: "];
+        let expected = kinds.iter().find_map(|kind| reason.strip_prefix(kind)?.rsplit_once(", expected "));
+        let (Some((_, expected)), Some(found)) = (expected, at(root, &path)) else {
+            return wrong(About::Key(key.into()), reason);
+        };
+        let expected = in_words(expected);
+        let write = spelling(expected, found).map(|right| match set_of(key, overrides) {
+            Some(_) => format!("; write --set '{key}={right}'"),
+            None => format!("; write {}: {right}", key.rsplit('.').next().unwrap_or_default()),
+        });
+        let found = match found {
+            Value::Bool(_) | Value::Number(_) => {
+                format!("`{}`", serde_yaml::to_string(found).unwrap_or_default().trim())
+            }
+            Value::String(text) => format!("{text:?}"),
+            other => kind_of(other).into(),
+        };
+        wrong(About::Key(key.into()), format!("expected {expected}, found {found}{}", write.unwrap_or_default()))
     })
 }
 
-/// Rust's names of types, as words.
-fn in_words(error: &str) -> String {
-    let names = [("usize", "a whole number from 0"), ("u64", "a whole number from 0"), ("f64", "a number")];
-    names.iter().fold(error.to_string(), |text, (name, words)| {
-        text.replace(&format!("expected {name}"), &format!("expected {words}"))
+/// The value at a path such as `optim.betas[1]`.
+fn at<'a>(root: &'a Value, path: &str) -> Option<&'a Value> {
+    let parts = path.split(['.', '[', ']']).filter(|part| !part.is_empty());
+    parts.fold(Some(root), |value, part| {
+        let value = value?;
+        value.get(part).or_else(|| value.get(part.parse::<usize>().ok()?))
     })
+}
+
+const TEXT: &str = "text";
+const WHOLE: &str = "a whole number from 0";
+const NUMBER: &str = "a number";
+const BOOLEAN: &str = "true or false";
+const LIST: &str = "a list";
+
+/// Rust's names of types, as words.
+fn in_words(expected: &str) -> &str {
+    match expected {
+        "a string" | "path string" => TEXT,
+        "usize" | "u64" => WHOLE,
+        "u32" => "a whole number from 0 to 4294967295",
+        "f64" => NUMBER,
+        "a boolean" => BOOLEAN,
+        "a sequence" => LIST,
+        "a Value::Tagged enum" => "a word",
+        other => other,
+    }
+}
+
+/// How a value of another type is written as what was expected, if it is clear what was meant.
+fn spelling(expected: &str, found: &Value) -> Option<String> {
+    let text = match found {
+        Value::String(text) => text.clone(),
+        Value::Bool(_) | Value::Number(_) => serde_yaml::to_string(found).ok()?.trim().into(),
+        _ => return None,
+    };
+    let digits: String = text.chars().filter(|c| !"_, ".contains(*c)).collect();
+    match expected {
+        TEXT => Some(format!("\"{text}\"")),
+        LIST => Some(format!("[{text:?}]")),
+        WHOLE => {
+            let number = digits.parse::<f64>().ok().filter(|n| n.fract() == 0.0 && (0.0..9e15).contains(n))?;
+            Some(format!("{number}"))
+        }
+        NUMBER => digits.parse::<f64>().is_ok_and(f64::is_finite).then_some(digits),
+        BOOLEAN => match text.to_lowercase().as_str() {
+            "yes" | "on" | "y" | "1" => Some("true".into()),
+            "no" | "off" | "n" | "0" => Some("false".into()),
+            _ => None,
+        },
+        _ => None,
+    }
 }
 
 /// (path, value) of everything that holds no keys itself.

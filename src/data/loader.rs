@@ -18,7 +18,8 @@ pub struct Batch {
     pub inputs: Tensor,
     /// (B, T) int64: the token after each input; 0 at padding.
     pub targets: Tensor,
-    /// (B, T) fp32: what each target's loss counts; 0 at padding. On a GPU one number with strides of 0, where all are equal.
+    /// (B, T) fp32: what each target's loss counts; 0 at padding. On a GPU one number with strides of 0, if all are
+    /// equal.
     pub weights: Tensor,
     /// (N,) int64: the positions of the flattened (B T,) targets that count; `None` if all do. The host knows, and a device
     /// need not be asked and waited for.
@@ -32,7 +33,7 @@ pub struct Samples {
 }
 
 enum Cut {
-    /// Blocks of this many targets from the start of the stream; the last may be shorter where `tail` keeps it.
+    /// Blocks of this many targets from the start of the stream; the last may be shorter if `tail` keeps it.
     Blocks { length: usize, count: usize },
     /// (first token, tokens) of each piece.
     Pieces(Vec<(usize, u32)>),
@@ -42,7 +43,7 @@ impl Samples {
     /// Cuts a split for training: `packed` leaves out the last, incomplete block.
     ///
     /// # Errors
-    /// Data, where the split is too short for a single sample.
+    /// Data, if the split is too short for a single sample.
     pub fn for_training(shard: Shard, layout: Layout, block_size: usize) -> Result<Self> {
         Self::cut(shard, layout, block_size, false)
     }
@@ -63,9 +64,13 @@ impl Samples {
                 let count = if tail { targets.div_ceil(block_size) } else { targets / block_size };
                 Cut::Blocks { length: block_size, count }
             }
-            Layout::Paragraphs => Cut::Pieces(pieces(&shard, block_size)),
+            Layout::Paragraphs => Cut::Pieces(pieces(&shard, block_size)?),
         };
         let samples = Self { shard, cut };
+        if samples.shard.n_tokens() == 0 {
+            let message = "the split is empty; set some text aside for it with `lockstep prepare --test 5%`";
+            return Err(Error::Data(message.into()).into());
+        }
         if samples.is_empty() {
             let (need, lines) = match layout {
                 Layout::Packed => (if tail { 2 } else { block_size + 1 }, String::new()),
@@ -119,7 +124,16 @@ impl Samples {
     }
 
     /// Reads samples as one batch; `weight` gives what each target of a sample of n targets counts.
-    pub fn batch(&self, samples: &[usize], padding: i64, device: Device, weight: impl Fn(usize) -> f32) -> Batch {
+    ///
+    /// # Errors
+    /// Data, if the shard was cut or cannot be read.
+    pub fn batch(
+        &self,
+        samples: &[usize],
+        padding: i64,
+        device: Device,
+        weight: impl Fn(usize) -> f32,
+    ) -> Result<Batch> {
         let width = samples.iter().map(|&sample| self.targets(sample)).max().unwrap_or(0);
         let size = samples.len() * width;
         // Inputs, then targets: one copy takes both to a GPU.
@@ -130,7 +144,7 @@ impl Samples {
         let mut tokens = Vec::with_capacity(width + 1);
         for (row, &sample) in samples.iter().enumerate() {
             tokens.clear();
-            self.shard.tokens(self.tokens(sample), &mut tokens);
+            self.shard.tokens(self.tokens(sample), &mut tokens)?;
             let n = tokens.len() - 1;
             let place = row * width..row * width + n;
             inputs[place.clone()].copy_from_slice(&tokens[..n]);
@@ -147,7 +161,7 @@ impl Samples {
             }
             _ => send(Tensor::from_slice(&weights), device).view(shape),
         };
-        Batch { inputs: ids.get(0), targets: ids.get(1), weights, counted }
+        Ok(Batch { inputs: ids.get(0), targets: ids.get(1), weights, counted })
     }
 }
 
@@ -162,14 +176,14 @@ fn send(tensor: Tensor, device: Device) -> Tensor {
 }
 
 /// Each line's pieces of at most `block_size` tokens, pieces of one token dropped.
-fn pieces(shard: &Shard, block_size: usize) -> Vec<(usize, u32)> {
-    (0..shard.n_lines())
-        .flat_map(|line| {
-            let line = shard.line(line);
-            line.clone().step_by(block_size).map(move |start| (start, (line.end - start).min(block_size) as u32))
-        })
-        .filter(|&(_, length)| length > 1)
-        .collect()
+fn pieces(shard: &Shard, block_size: usize) -> Result<Vec<(usize, u32)>> {
+    let mut pieces = Vec::new();
+    shard.for_each_line(|line| {
+        let starts = line.clone().step_by(block_size);
+        let cut = starts.map(|start| (start, (line.end - start).min(block_size) as u32));
+        pieces.extend(cut.filter(|&(_, length)| length > 1));
+    })?;
+    Ok(pieces)
 }
 
 /// The training samples in the order of the steps, and this rank's share of each step.
@@ -217,7 +231,10 @@ impl Loader {
     }
 
     /// One micro-batch of this rank's share. Its weights make the plain sum over micro-steps and ranks the objective.
-    pub fn micro_batch(&self, global: &[usize], micro_step: usize, device: Device) -> Batch {
+    ///
+    /// # Errors
+    /// As [`Samples::batch`].
+    pub fn micro_batch(&self, global: &[usize], micro_step: usize, device: Device) -> Result<Batch> {
         let mine = &self.share(global)[micro_step * self.micro_batch..(micro_step + 1) * self.micro_batch];
         let targets = self.targets(global) as f32;
         let sequences = self.batch_size as f32;

@@ -5,8 +5,9 @@
 //! appears there complete or not at all.
 
 use std::ffi::OsString;
-use std::fs::{self, File};
+use std::fs::{self, File, Metadata, TryLockError};
 use std::io::{self, Read, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
@@ -79,10 +80,11 @@ impl Meta {
 /// `tokenizer` is `gpt2`, `bpe:N` (N tokens, trained here on the training split) or a tokenizer.json.
 ///
 /// # Errors
-/// Usage for another tokenizer, and where `out` holds something else than a data folder; Data
+/// Usage for another tokenizer, where `out` holds something else than a data folder, and where another process makes it; Data
 /// where the source cannot be read or is not UTF-8; Storage where `out` cannot be written.
 pub fn prepare(source: &Source, tokenizer: &str, out: &Path) -> Result<Meta> {
     let out = resolve(out)?;
+    let _lock = Lock::take(&out)?;
     refuse_foreign(&out)?;
     let recipe = Recipe::parse(tokenizer)?;
     let downloads = sibling(&out, ".download");
@@ -115,6 +117,49 @@ pub fn prepare(source: &Source, tokenizer: &str, out: &Path) -> Result<Meta> {
         archive.remove_download(&downloads)?;
     }
     Ok(meta)
+}
+
+/// The right to make a data folder, which one process at a time has. The system takes it back when a process ends, however
+/// that happens.
+struct Lock {
+    path: PathBuf,
+    _file: File,
+}
+
+impl Lock {
+    fn take(out: &Path) -> Result<Self> {
+        let path = sibling(out, ".lockstep-lock");
+        loop {
+            let opened = File::options().create(true).truncate(false).write(true).open(&path);
+            let file = opened.map_err(|e| Error::write(out, e))?;
+            match file.try_lock() {
+                Ok(()) => {}
+                Err(TryLockError::WouldBlock) => {
+                    return Err(Error::Usage(format!(
+                        "--out {}: another `lockstep prepare` is making this folder; wait for it, or name another",
+                        out.display()
+                    ))
+                    .into())
+                }
+                Err(TryLockError::Error(e)) => tracing::warn!(
+                    "{} cannot be locked ({e}): see to it that no other `lockstep prepare` makes the same folder",
+                    path.display()
+                ),
+            }
+            // Whoever had it until now has removed its name, and another may have made it anew.
+            let place = |found: io::Result<Metadata>| found.map(|found| (found.dev(), found.ino())).ok();
+            if place(path.metadata()) == place(file.metadata()) {
+                return Ok(Self { path, _file: file });
+            }
+        }
+    }
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // Before the lock goes, so that nobody else's is removed.
+        let _ = fs::remove_file(&self.path);
+    }
 }
 
 /// A checked `--tokenizer`.
@@ -177,7 +222,7 @@ fn encode_split(split: Split, text: &Text, tokenizer: &Tokenizer, mut shard: Sha
     })?;
     bar.finish_and_clear();
     let counts = shard.finish()?;
-    if counts.words == 0 {
+    if counts.words == 0 && !matches!(text, Text::Nothing) {
         return Err(text.empty());
     }
     tracing::info!("{split}: {counts}");

@@ -1,4 +1,4 @@
-//! Shards: the token ids of one split in one file, written as a stream and read through a memory map.
+//! Shards: the token ids of one split in one file, written as a stream and read where they are wanted.
 //!
 //! # Format, version 1 (all numbers little endian)
 //!
@@ -6,7 +6,7 @@
 //! |---|---|
 //! | 0..8 | magic, `LOCKSTEP` |
 //! | 8..12 | u32 format version, 1 |
-//! | 12..16 | u32 token width in bytes: 2 where vocab_size is at most 65,536, else 4 |
+//! | 12..16 | u32 token width in bytes: 2 if vocab_size is at most 65,536, else 4 |
 //! | 16..24 | u64 n_tokens |
 //! | 24..32 | u64 n_lines |
 //! | 32..40 | u64 n_words, the whitespace-separated words of the text |
@@ -21,18 +21,16 @@
 //!
 //! A reader trusts nothing: each header field is checked before it is used, the file's size must be
 //! the one that the counts give, and the checksum, every line offset and every id are checked once,
-//! when the shard is opened.
-
-// The memory map is this file's one unsafe call.
-#![allow(unsafe_code)]
+//! when the shard is opened. Later reads go through the file too, not through a memory map: a file that is cut, or a disk
+//! that fails, is then an error of this program, where a map would be a signal that ends it without a word.
 
 use std::fmt::Display;
 use std::fs::{self, File};
-use std::io::{BufWriter, Seek, SeekFrom, Write};
+use std::io::{BufWriter, ErrorKind, Seek, SeekFrom, Write};
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use memmap2::Mmap;
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
@@ -46,6 +44,8 @@ const HEADER: usize = 128;
 const TOKENIZER_DIGEST: Range<usize> = 40..72;
 const CHECKSUM: Range<usize> = 72..104;
 const RESERVED: Range<usize> = 108..HEADER;
+/// Bytes read at a time where a range is read through: a multiple of every number's size.
+const PIECE: usize = 1 << 16;
 
 /// Bytes of one token id in a shard of this vocabulary.
 fn token_width(vocab_size: u32) -> usize {
@@ -56,7 +56,7 @@ fn token_width(vocab_size: u32) -> usize {
     }
 }
 
-/// The size that a shard's file must have; None where the counts overflow a u64.
+/// The size that a shard's file must have; None if the counts overflow a u64.
 fn file_size(n_tokens: u64, n_lines: u64, width: usize) -> Option<u64> {
     let ids = n_tokens.checked_mul(width as u64)?.checked_next_multiple_of(8)?;
     let offsets = n_lines.checked_add(1)?.checked_mul(8)?;
@@ -109,7 +109,7 @@ impl ShardWriter {
     /// Starts a shard at `path` of ids below `vocab_size`, made by the tokenizer of this digest.
     ///
     /// # Errors
-    /// Storage where the file cannot be created, Data where the vocabulary is beyond a u32.
+    /// Storage if the file cannot be created, Data if the vocabulary is beyond a u32.
     pub fn create(path: &Path, vocab_size: usize, tokenizer_digest: [u8; 32]) -> Result<Self> {
         let vocab_size = u32::try_from(vocab_size).map_err(|_| {
             Error::Data(format!(
@@ -140,7 +140,7 @@ impl ShardWriter {
     /// Appends a line: its ids, and the number of whitespace-separated words of its text.
     ///
     /// # Errors
-    /// Data for an id outside the vocabulary, Storage where the file cannot be written.
+    /// Data for an id outside the vocabulary, Storage if the file cannot be written.
     pub fn write_line(&mut self, ids: &[u32], words: u64) -> Result<()> {
         if let Some(id) = ids.iter().find(|&&id| id >= self.vocab_size) {
             return Err(Error::Data(format!(
@@ -170,7 +170,7 @@ impl ShardWriter {
     /// Completes the shard: padding, line offsets, header, sync, rename.
     ///
     /// # Errors
-    /// Storage where the file cannot be written.
+    /// Storage if the file cannot be written.
     pub fn finish(mut self) -> Result<Counts> {
         let counts = Counts { tokens: self.n_tokens(), lines: self.offsets.len() as u64 - 1, words: self.words };
         let width = token_width(self.vocab_size);
@@ -218,17 +218,18 @@ impl Drop for ShardWriter {
     }
 }
 
-/// One split's token ids, memory-mapped and checked; `Send` and `Sync`, so threads may share it.
+/// One split's token ids, checked; `Send` and `Sync`, so threads may share it.
 #[derive(Debug)]
 pub struct Shard {
-    map: Mmap,
+    path: PathBuf,
+    file: File,
+    header: [u8; HEADER],
+    /// Bytes of the file.
+    size: usize,
     width: usize,
     n_tokens: usize,
     n_lines: usize,
-    n_words: u64,
     vocab_size: u32,
-    /// Where the line offsets start, in bytes.
-    offsets: usize,
 }
 
 /// A field of a shard that is not what it must be; `offset` is in bytes.
@@ -242,7 +243,7 @@ fn damaged(path: &Path, field: &str, offset: usize, expected: impl Display, foun
 }
 
 impl Shard {
-    /// Maps the shard at `path` and checks every byte of it.
+    /// Opens the shard at `path` and checks every byte of it.
     ///
     /// # Errors
     /// Data, naming the field, its place, what was expected and what was found.
@@ -254,93 +255,125 @@ impl Shard {
             let (expected, found) = (format!("{HEADER} bytes or more"), format!("{size} in all"));
             return Err(damaged(path, "header", 0, expected, found));
         }
-        // SAFETY: a map is sound as long as the file's bytes do not change under it. A shard is never
-        // changed in place: `ShardWriter` writes a file of another name and renames it when complete,
-        // and `prepare` replaces whole folders, so a shard's inode keeps its bytes until its last map
-        // is gone. The map is read-only and private to `Shard`, and its bytes are only read as
-        // integers, any of whose bit patterns is valid.
-        let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::read(path, e))?;
-        Self::check(path, map)
+        let mut header = [0; HEADER];
+        file.read_exact_at(&mut header, 0).map_err(|e| Error::read(path, e))?;
+        let shard = Self::from_header(path, file, header, size)?;
+        shard.check_payload()?;
+        Ok(shard)
     }
 
-    fn check(path: &Path, map: Mmap) -> Result<Self> {
-        let header = &map[..HEADER];
+    fn from_header(path: &Path, file: File, header: [u8; HEADER], size: u64) -> Result<Self> {
         if &header[..8] != MAGIC {
             let found = format!("{:?}", String::from_utf8_lossy(&header[..8]));
             return Err(damaged(path, "magic", 0, "\"LOCKSTEP\"", found));
         }
-        let version = u32_at(header, 8);
+        let version = u32_at(&header, 8);
         if version != VERSION {
             return Err(damaged(path, "format version", 8, VERSION, version));
         }
-        let vocab_size = u32_at(header, 104);
+        let vocab_size = u32_at(&header, 104);
         let width = token_width(vocab_size);
-        if u32_at(header, 12) != width as u32 {
+        if u32_at(&header, 12) != width as u32 {
             let expected = format!("{width} for a vocabulary of {vocab_size}");
-            let found = u32_at(header, 12);
+            let found = u32_at(&header, 12);
             return Err(damaged(path, "token width", 12, expected, found));
         }
         if let Some(i) = RESERVED.into_iter().find(|&i| header[i] != 0) {
             return Err(damaged(path, "reserved byte", i, 0, header[i]));
         }
-        let (n_tokens, n_lines) = (u64_at(header, 16), u64_at(header, 24));
-        if file_size(n_tokens, n_lines, width) != Some(map.len() as u64) {
-            let expected = format!("counts that fit the file's {} bytes", map.len());
+        let (n_tokens, n_lines) = (u64_at(&header, 16), u64_at(&header, 24));
+        if file_size(n_tokens, n_lines, width) != Some(size) {
+            let expected = format!("counts that fit the file's {size} bytes");
             let found = format!("{n_tokens} tokens of {width} bytes and {n_lines} lines");
             return Err(damaged(path, "token and line count", 16, expected, found));
         }
-        let sum = checksum(Sha256::new_with_prefix(&map[HEADER..]), header);
-        if header[CHECKSUM] != sum {
-            let expected = format!("{} as of its bytes", hex(&sum));
-            let found = hex(&header[CHECKSUM]);
-            return Err(damaged(path, "checksum", CHECKSUM.start, expected, found));
-        }
-        // The counts fit the map's length, so they fit a usize too.
-        let (n_tokens, n_lines) = (n_tokens as usize, n_lines as usize);
-        let shard = Self {
-            width,
-            n_tokens,
-            n_lines,
-            n_words: u64_at(header, 32),
-            vocab_size,
-            offsets: map.len() - (n_lines + 1) * 8,
-            map,
-        };
-        shard.check_payload(path)?;
-        Ok(shard)
+        // The counts fit the file's size, so they fit a usize too.
+        let (size, n_tokens, n_lines) = (size as usize, n_tokens as usize, n_lines as usize);
+        Ok(Self { path: path.to_owned(), file, header, size, width, n_tokens, n_lines, vocab_size })
     }
 
     /// Whoever can write a file can write its checksum; line offsets and ids are what later code
     /// relies on.
-    fn check_payload(&self, path: &Path) -> Result<()> {
-        let ids = HEADER..HEADER + self.n_tokens * self.width;
-        if let Some(i) = (ids.end..self.offsets).find(|&i| self.map[i] != 0) {
-            return Err(damaged(path, "padding", i, 0, self.map[i]));
+    fn check_payload(&self) -> Result<()> {
+        let (path, ids, offsets) = (&self.path, self.ids(), self.offsets());
+        let mut payload = Sha256::new();
+        self.for_each_piece(HEADER..self.size, |_, bytes| {
+            payload.update(bytes);
+            Ok(())
+        })?;
+        let sum = checksum(payload, &self.header);
+        if self.header[CHECKSUM] != sum {
+            let expected = format!("{} as of its bytes", hex(&sum));
+            let found = hex(&self.header[CHECKSUM]);
+            return Err(damaged(path, "checksum", CHECKSUM.start, expected, found));
         }
+        self.for_each_piece(ids.end..offsets.start, |at, bytes| match bytes.iter().position(|&byte| byte != 0) {
+            Some(i) => Err(damaged(path, "padding", at + i, 0, bytes[i])),
+            None => Ok(()),
+        })?;
         let n_tokens = self.n_tokens as u64;
         let mut last = 0;
-        for i in 0..=self.n_lines {
-            let at = self.offsets + 8 * i;
-            let offset = u64_at(&self.map, at);
-            let range = match i {
-                0 => 0..=0,
-                _ if i == self.n_lines => n_tokens..=n_tokens,
-                _ => last..=n_tokens,
-            };
-            if !range.contains(&offset) {
-                let expected = format!("{} to {}", range.start(), range.end());
-                let field = format!("offset of line {}", i + 1);
-                return Err(damaged(path, &field, at, expected, offset));
+        self.for_each_piece(offsets.clone(), |at, bytes| {
+            for (i, offset) in (at..).step_by(8).zip(bytes.chunks_exact(8).map(|bytes| u64_at(bytes, 0))) {
+                let line = (i - offsets.start) / 8;
+                let range = match line {
+                    0 => 0..=0,
+                    _ if line == self.n_lines => n_tokens..=n_tokens,
+                    _ => last..=n_tokens,
+                };
+                if !range.contains(&offset) {
+                    let expected = format!("{} to {}", range.start(), range.end());
+                    let field = format!("offset of line {}", line + 1);
+                    return Err(damaged(path, &field, i, expected, offset));
+                }
+                last = offset;
             }
-            last = offset;
-        }
-        let vocab_size = self.vocab_size;
-        if let Some(i) = (0..self.n_tokens).find(|&i| self.id(i) >= vocab_size) {
-            let at = HEADER + i * self.width;
-            let expected = format!("an id below {vocab_size}");
-            return Err(damaged(path, "token id", at, expected, self.id(i)));
+            Ok(())
+        })?;
+        self.for_each_piece(ids, |at, bytes| {
+            let wrong = bytes.chunks_exact(self.width).position(|id| self.id(id) >= self.vocab_size);
+            let Some(i) = wrong.map(|i| i * self.width) else { return Ok(()) };
+            let expected = format!("an id below {}", self.vocab_size);
+            Err(damaged(path, "token id", at + i, expected, self.id(&bytes[i..])))
+        })
+    }
+
+    /// Where the token ids are, in bytes.
+    fn ids(&self) -> Range<usize> {
+        HEADER..HEADER + self.n_tokens * self.width
+    }
+
+    /// Where the line offsets are, in bytes.
+    fn offsets(&self) -> Range<usize> {
+        self.size - (self.n_lines + 1) * 8..self.size
+    }
+
+    /// Calls `each` with the place of a piece and its bytes, piece after piece of a range whose places count from the first;
+    /// every piece but the last has [`PIECE`] bytes.
+    fn for_each_piece(&self, range: Range<usize>, mut each: impl FnMut(usize, &[u8]) -> Result<()>) -> Result<()> {
+        let mut buffer = vec![0; PIECE.min(range.len())];
+        for at in range.clone().step_by(PIECE) {
+            let bytes = &mut buffer[..PIECE.min(range.end - at)];
+            self.read(at, bytes)?;
+            each(at, bytes)?;
         }
         Ok(())
+    }
+
+    fn read(&self, at: usize, bytes: &mut [u8]) -> Result<()> {
+        self.file.read_exact_at(bytes, at as u64).map_err(|e| {
+            let now = self.file.metadata().map_or(0, |file| file.len());
+            match e.kind() {
+                ErrorKind::UnexpectedEof => Error::Data(format!(
+                    "{}: expected {} bytes, as when it was opened, found {now}: the file was cut while it was in use; run \
+                     `lockstep prepare` again",
+                    self.path.display(),
+                    self.size
+                ))
+                .into(),
+                _ => Error::read(&self.path, e),
+            }
+        })
     }
 
     /// Token ids in the shard.
@@ -355,7 +388,7 @@ impl Shard {
 
     /// Whitespace-separated words of the text.
     pub fn n_words(&self) -> u64 {
-        self.n_words
+        u64_at(&self.header, 32)
     }
 
     /// Size of the vocabulary; every id is below it.
@@ -375,39 +408,50 @@ impl Shard {
 
     /// The counts, as [`ShardWriter::finish`] gave them.
     pub fn counts(&self) -> Counts {
-        Counts { tokens: self.n_tokens as u64, lines: self.n_lines as u64, words: self.n_words }
+        Counts { tokens: self.n_tokens as u64, lines: self.n_lines as u64, words: self.n_words() }
     }
 
-    /// The tokens of line `i`, to be read with [`Shard::tokens`]; panics unless `i` is below
-    /// [`Shard::n_lines`], as indexing a slice would.
-    pub fn line(&self, i: usize) -> Range<usize> {
-        assert!(i < self.n_lines, "line {i} of {}", self.n_lines);
-        let at = self.offsets + 8 * i;
-        u64_at(&self.map, at) as usize..u64_at(&self.map, at + 8) as usize
+    /// Calls `each` with the tokens of each line in order, to be read with [`Shard::tokens`].
+    ///
+    /// # Errors
+    /// Data, if the file was cut or cannot be read.
+    pub fn for_each_line(&self, mut each: impl FnMut(Range<usize>)) -> Result<()> {
+        let offsets = self.offsets();
+        let mut start = 0;
+        // The first is where the first line starts.
+        self.for_each_piece(offsets.start + 8..offsets.end, |_, bytes| {
+            for end in bytes.chunks_exact(8).map(|bytes| u64_at(bytes, 0) as usize) {
+                each(start..end);
+                start = end;
+            }
+            Ok(())
+        })
     }
 
-    /// Appends the ids of a range of tokens to `out`; panics where the range is not within
+    /// Appends the ids of a range of tokens to `out`; panics if the range is not within
     /// [`Shard::n_tokens`], as slicing would.
-    pub fn tokens(&self, range: Range<usize>, out: &mut Vec<i64>) {
-        let ids = &self.map[HEADER..HEADER + self.n_tokens * self.width];
-        let bytes = &ids[range.start * self.width..range.end * self.width];
-        match self.width {
-            2 => out.extend(bytes.chunks_exact(2).map(|b| i64::from(u16_at(b, 0)))),
-            _ => out.extend(bytes.chunks_exact(4).map(|b| i64::from(u32_at(b, 0)))),
-        }
+    ///
+    /// # Errors
+    /// As [`Shard::for_each_line`].
+    pub fn tokens(&self, range: Range<usize>, out: &mut Vec<i64>) -> Result<()> {
+        assert!(range.end <= self.n_tokens, "tokens {range:?} of {}", self.n_tokens);
+        let mut bytes = vec![0; range.len() * self.width];
+        self.read(HEADER + range.start * self.width, &mut bytes)?;
+        out.extend(bytes.chunks_exact(self.width).map(|id| i64::from(self.id(id))));
+        Ok(())
     }
 
-    fn id(&self, i: usize) -> u32 {
-        let at = HEADER + i * self.width;
+    /// The id at the start of some bytes.
+    fn id(&self, bytes: &[u8]) -> u32 {
         match self.width {
-            2 => u16_at(&self.map, at).into(),
-            _ => u32_at(&self.map, at),
+            2 => u16_at(bytes, 0).into(),
+            _ => u32_at(bytes, 0),
         }
     }
 
     fn bytes32(&self, place: Range<usize>) -> [u8; 32] {
         let mut bytes = [0; 32];
-        bytes.copy_from_slice(&self.map[place]);
+        bytes.copy_from_slice(&self.header[place]);
         bytes
     }
 }

@@ -1,4 +1,4 @@
-//! Where text comes from: the embedded sample, a folder, or WikiText's published archives.
+//! Where text comes from: the embedded sample, a folder, a file, or WikiText's published archives.
 //!
 //! A [`Source`] is what `--source` names; [`Source::texts`] turns it into one [`Text`] a split, which
 //! is read as a stream of whole lines. WikiText's formats: tokenized (`wiki.train.tokens`, rare words
@@ -7,7 +7,8 @@
 
 use std::fmt::Display;
 use std::fs::{self, File};
-use std::io::Read;
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use zip::ZipArchive;
@@ -24,6 +25,8 @@ const MAX_TEXT: u64 = 2 << 30;
 const MIRROR: &str = "https://wikitext.smerity.com";
 /// An archive's longest line: a few bytes of an archive can stand for any number of them, and lines are read whole.
 const MAX_LINE: u64 = 64 << 20;
+/// A byte order mark, with which some programs begin a text in UTF-8. It is no text.
+pub const MARK: &str = "\u{feff}";
 /// Names and SHA-256 of the archives NAME-v1.zip.
 const PUBLISHED: [(&str, &str); 4] = [
     ("wikitext-2", "92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c"),
@@ -75,7 +78,7 @@ pub struct Archive {
 }
 
 impl Archive {
-    /// Where the archive lies in the folder of downloads.
+    /// Where the archive is in the folder of downloads.
     fn file(&self, downloads: &Path) -> PathBuf {
         downloads.join(format!("{}.zip", self.name))
     }
@@ -83,7 +86,7 @@ impl Archive {
     /// Removes the download, and the folder if nothing else is in it.
     ///
     /// # Errors
-    /// Storage where the file cannot be removed.
+    /// Storage if the file cannot be removed.
     pub fn remove_download(&self, downloads: &Path) -> Result<()> {
         let file = self.file(downloads);
         fs::remove_file(&file).map_err(|e| Error::write(&file, e))?;
@@ -100,6 +103,8 @@ pub enum Source {
     Sample,
     /// A folder with a text file a split.
     Folder(PathBuf),
+    /// A text file, and which shares of it, 0 to 1, are set aside for validation and for the test.
+    File(PathBuf, [f64; 2]),
     /// A published archive.
     Published(Archive),
 }
@@ -108,7 +113,7 @@ impl Source {
     /// Reads what `--source` and `--url` say; a published name wins over a folder of that name.
     ///
     /// # Errors
-    /// Usage for a source that is neither a known name nor a folder, and for a URL beside a
+    /// Usage for a source that is neither a known name nor a folder or a text file, and for a URL beside a
     /// source that is not downloaded.
     pub fn parse(source: &str, url: Option<&str>) -> Result<Self> {
         if let Some((name, sha256)) = PUBLISHED.iter().find(|(name, _)| *name == source) {
@@ -125,10 +130,35 @@ impl Source {
         match source {
             "sample" => Ok(Self::Sample),
             folder if Path::new(folder).is_dir() => Ok(Self::Folder(folder.into())),
-            _ => Err(Error::Usage(format!(
-                "--source {source}: expected sample, {names}, or a folder; there is no such folder"
-            ))
-            .into()),
+            file if Path::new(file).is_file() && file.ends_with(".txt") => Ok(Self::File(file.into(), [0.0; 2])),
+            _ => {
+                let found = match Path::new(source).exists() {
+                    true => "this is something else; give a text file a name that ends with .txt",
+                    false => "there is no such file or folder",
+                };
+                let expected = format!("expected sample, {names}, a folder, or a .txt file");
+                Err(Error::Usage(format!("--source {source}: {expected}; {found}")).into())
+            }
+        }
+    }
+
+    /// Sets shares of a file aside, 0 to 1 each; every other source brings its own splits.
+    ///
+    /// # Errors
+    /// Usage, if the shares leave nothing to train on, a file has none for validation, or another source has any.
+    pub fn set_aside(self, valid: Option<f64>, test: Option<f64>) -> Result<Self> {
+        let refused = |reason: String| Err(Error::Usage(reason).into());
+        match (self, valid, test) {
+            (Self::File(path, _), Some(valid), test) if valid + test.unwrap_or(0.0) < 1.0 => {
+                Ok(Self::File(path, [valid, test.unwrap_or(0.0)]))
+            }
+            (Self::File(..), Some(_), _) => refused("--valid and --test leave nothing to train on".into()),
+            (Self::File(path, _), None, _) => refused(format!(
+                "--source {}: a file has no validation split; say how much of it to set aside, for example --valid 5%",
+                path.display()
+            )),
+            (source, None, None) => Ok(source),
+            (source, ..) => refused(format!("--valid and --test split a file; {source} has splits of its own")),
         }
     }
 
@@ -136,7 +166,7 @@ impl Source {
     /// into the folder `downloads`, if it is not there from an earlier attempt.
     ///
     /// # Errors
-    /// Data where a split is missing, empty, unreadable or cannot be had; Storage where the
+    /// Data if a split is missing, empty, unreadable or cannot be had; Storage if the
     /// download cannot be written.
     pub fn texts(&self, downloads: &Path) -> Result<[Text; 3]> {
         let texts = match self {
@@ -146,6 +176,7 @@ impl Source {
                 Text::Embedded("sample/test.txt", include_str!("sample/test.txt")),
             ],
             Self::Folder(folder) => files_in(folder)?.map(Text::File),
+            Self::File(path, shares) => parts_of(path, *shares)?,
             Self::Published(archive) => {
                 let file = archive.file(downloads);
                 download::fetch(&archive.url, &archive.sha256, &file)?;
@@ -160,9 +191,14 @@ impl Source {
                 })
             }
         };
-        for text in &texts {
+        for text in texts.iter().filter(|text| !matches!(text, Text::Nothing)) {
             if text.size()? == 0 {
                 return Err(text.empty());
+            }
+            let mut start = Vec::new();
+            text.read(|reader| reader.take(MARK.len() as u64).read_to_end(&mut start).map_err(|e| text.unreadable(e)))?;
+            if start == MARK.as_bytes() {
+                tracing::info!("{text} begins with a byte order mark, which is left out");
             }
         }
         Ok(texts)
@@ -173,7 +209,7 @@ impl Display for Source {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Sample => f.write_str("sample"),
-            Self::Folder(folder) => folder.display().fmt(f),
+            Self::Folder(path) | Self::File(path, _) => path.display().fmt(f),
             Self::Published(archive) => f.write_str(&archive.name),
         }
     }
@@ -186,7 +222,7 @@ fn files_in(folder: &Path) -> Result<[PathBuf; 3]> {
     let complete: Vec<_> = (0..patterns.len()).filter(|&i| files[i].iter().all(|file| file.is_file())).collect();
     let wrong = match complete[..] {
         [only] => return Ok(files[only].clone()),
-        [] => "none of them has all three splits".to_owned(),
+        [] => missing(&files),
         _ => format!(
             "found {}; keep one in the folder",
             complete.iter().map(|&i| patterns[i]).collect::<Vec<_>>().join(" and ")
@@ -198,6 +234,43 @@ fn files_in(folder: &Path) -> Result<[PathBuf; 3]> {
         patterns.join(", ")
     ))
     .into())
+}
+
+/// What the most complete of several sets of files lacks.
+fn missing(sets: &[[PathBuf; 3]]) -> String {
+    let names = |set: &[PathBuf; 3], there: bool| {
+        let names = set.iter().filter(|file| file.is_file() == there).filter_map(|file| file.file_name());
+        names.map(|name| name.to_string_lossy()).collect::<Vec<_>>().join(" and ")
+    };
+    let count = |set: &&[PathBuf; 3]| set.iter().filter(|file| file.is_file()).count();
+    match sets.iter().max_by_key(count).filter(|set| count(set) > 0) {
+        Some(set) => format!(
+            "found {} without {}; a single file is split if it is named itself, with --valid 5%",
+            names(set, true),
+            names(set, false)
+        ),
+        None => "found none of them".into(),
+    }
+}
+
+/// A file in three parts, cut where lines end: training first, what is set aside last.
+fn parts_of(path: &Path, [valid, test]: [f64; 2]) -> Result<[Text; 3]> {
+    let unreadable = |e| Error::read(path, e);
+    let mut file = BufReader::new(File::open(path).map_err(unreadable)?);
+    let size = file.get_ref().metadata().map_err(unreadable)?.len();
+    // The start of the first line at or after the place that leaves this share of the bytes.
+    let mut cut = |share: f64| match size - (size as f64 * share).round() as u64 {
+        0 => Ok(0),
+        place => {
+            file.seek(SeekFrom::Start(place - 1))?;
+            Ok(place - 1 + file.skip_until(b'\n')? as u64)
+        }
+    };
+    let [first, second] = [cut(valid + test), cut(test)].map(|place| place.map_err(unreadable));
+    let (first, second) = (first?, second?);
+    let part = |range| Text::Part(path.into(), range);
+    let last = if test > 0.0 { part(second..size) } else { Text::Nothing };
+    Ok([part(0..first), part(first..second), last])
 }
 
 /// Entries are only ever read, never extracted; still, an archive whose entries point out of its
@@ -238,6 +311,10 @@ pub enum Text {
     Embedded(&'static str, &'static str),
     /// A file.
     File(PathBuf),
+    /// These bytes of a file.
+    Part(PathBuf, Range<u64>),
+    /// A split that nobody asked for.
+    Nothing,
     /// An entry of a zip archive.
     Entry {
         /// The archive's file.
@@ -251,11 +328,13 @@ impl Text {
     /// Bytes of the text, as the file system or the archive declares them.
     ///
     /// # Errors
-    /// Data where the file or the entry is not there, or declares more than any corpus holds.
+    /// Data if the file or the entry is not there, or declares more than any corpus holds.
     pub fn size(&self) -> Result<u64> {
         match self {
             Self::Embedded(_, text) => Ok(text.len() as u64),
             Self::File(path) => Ok(path.metadata().map_err(|e| Error::read(path, e))?.len()),
+            Self::Part(_, range) => Ok(range.end - range.start),
+            Self::Nothing => Ok(0),
             Self::Entry { archive, name } => {
                 let mut zip = open_zip(archive)?;
                 let entry = zip.by_name(name).map_err(|e| self.unreadable(e))?;
@@ -269,33 +348,54 @@ impl Text {
     }
 
     /// Calls `each` with pieces of some MiB that end at a line's end, in order; gives the number of
-    /// bytes. Line ends stay as they are, "\r\n" included, and the last line may lack one.
+    /// bytes. Line ends stay as they are, "\r\n" included, and the last line may lack one. A byte order mark at the start is
+    /// left out.
     ///
     /// # Errors
-    /// Those of `each`; Data where the text cannot be read or is not UTF-8.
+    /// Those of `each`; Data if the text cannot be read or is not UTF-8.
     pub fn for_each_chunk(&self, each: impl FnMut(&str) -> Result<()>) -> Result<u64> {
+        let (start, max_line) = match self {
+            Self::Part(_, range) => (range.start, u64::MAX),
+            Self::Entry { .. } => (0, MAX_LINE),
+            _ => (0, u64::MAX),
+        };
+        self.read(|reader| self.chunks(reader, start, max_line, each))
+    }
+
+    /// Gives the text's bytes to `work`.
+    fn read<T>(&self, work: impl FnOnce(&mut dyn Read) -> Result<T>) -> Result<T> {
+        let open = |path: &Path| File::open(path).map_err(|e| Error::read(path, e));
         match self {
-            Self::Embedded(_, text) => self.chunks(text.as_bytes(), u64::MAX, each),
-            Self::File(path) => {
-                let file = File::open(path).map_err(|e| Error::read(path, e))?;
-                self.chunks(file, u64::MAX, each)
+            Self::Embedded(_, text) => work(&mut text.as_bytes()),
+            Self::Nothing => work(&mut std::io::empty()),
+            Self::File(path) => work(&mut open(path)?),
+            Self::Part(path, range) => {
+                let mut file = open(path)?;
+                file.seek(SeekFrom::Start(range.start)).map_err(|e| Error::read(path, e))?;
+                work(&mut file.take(range.end - range.start))
             }
             Self::Entry { archive, name } => {
                 let mut zip = open_zip(archive)?;
                 // The library holds the entry to its CRC and to no more than its declared size.
-                let entry = zip.by_name(name).map_err(|e| self.unreadable(e))?;
-                self.chunks(entry, MAX_LINE, each)
+                let mut entry = zip.by_name(name).map_err(|e| self.unreadable(e))?;
+                work(&mut entry)
             }
         }
     }
 
-    fn chunks(&self, mut reader: impl Read, max_line: u64, mut each: impl FnMut(&str) -> Result<()>) -> Result<u64> {
+    fn chunks(
+        &self,
+        reader: &mut dyn Read,
+        start: u64,
+        max_line: u64,
+        mut each: impl FnMut(&str) -> Result<()>,
+    ) -> Result<u64> {
         let mut buffer = Vec::new();
-        // Bytes before the buffer.
-        let mut before = 0;
+        // Bytes of the file before the buffer, and those that were passed on.
+        let (mut before, mut passed) = (start, 0);
         loop {
             let held = buffer.len();
-            let read = (&mut reader).take(CHUNK).read_to_end(&mut buffer);
+            let read = (&mut *reader).take(CHUNK).read_to_end(&mut buffer);
             let read = read.map_err(|e| self.unreadable(e))?;
             let end = match buffer[held..].iter().rposition(|&byte| byte == b'\n') {
                 _ if read == 0 => buffer.len(),
@@ -314,12 +414,14 @@ impl Text {
                     before + at as u64
                 ))
             })?;
+            let text = if before == start { text.strip_prefix(MARK).unwrap_or(text) } else { text };
             if !text.is_empty() {
                 each(text)?;
             }
+            passed += text.len() as u64;
             before += end as u64;
             if read == 0 {
-                return Ok(before);
+                return Ok(passed);
             }
             buffer.drain(..end);
         }
@@ -340,6 +442,8 @@ impl Display for Text {
         match self {
             Self::Embedded(name, _) => f.write_str(name),
             Self::File(path) => path.display().fmt(f),
+            Self::Part(path, range) => write!(f, "bytes {} to {} of {}", range.start, range.end, path.display()),
+            Self::Nothing => f.write_str("no text"),
             Self::Entry { archive, name } => write!(f, "{name} in {}", archive.display()),
         }
     }

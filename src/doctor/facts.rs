@@ -21,8 +21,10 @@ pub struct Facts {
     pub threads: usize,
     /// What it computes on: a GPU, or the CPU; or why not.
     pub gpu: std::result::Result<Option<Gpu>, String>,
+    /// Why it computes on the CPU of a machine with a driver, although a GPU would do.
+    pub unused_gpu: Option<String>,
     pub visible_gpus: String,
-    /// NCCL's name for the node, where one is given.
+    /// NCCL's name for the node, if one is given.
     pub host_id: Option<String>,
     pub libtorch: String,
     pub cuda: String,
@@ -42,9 +44,13 @@ impl Facts {
     pub fn collect(comm: &Comm, wanted: &str) -> (Self, Device) {
         let libraries = comm.libraries();
         let threads = torch::set_threads(None);
-        // In training, `auto` takes the CPU where the GPU cannot be used; here that is what is to be found out.
-        let wanted = if wanted == "auto" && torch::has_driver() { "cuda" } else { wanted };
         let device = torch::select(wanted, comm.local_rank).map_err(|e| format!("{e:#}"));
+        let unused_gpu = match device {
+            Ok(Device::Cpu) if wanted == "auto" && torch::has_driver() => {
+                torch::select("cuda", comm.local_rank).err().map(|e| format!("{e:#}"))
+            }
+            _ => None,
+        };
         let gpu = match &device {
             Ok(Device::Cuda(index)) => torch::gpu(*index).map(Some),
             Ok(_) => Ok(None),
@@ -64,10 +70,11 @@ impl Facts {
             cores: cores(),
             threads,
             gpu,
+            cuda: cuda(&device, unused_gpu.as_deref()),
+            unused_gpu,
             visible_gpus: variable("CUDA_VISIBLE_DEVICES").unwrap_or_else(|| "not set".into()),
             host_id: variable("NCCL_HOSTID"),
             libtorch: torch::libtorch_version(),
-            cuda: cuda(&device),
             nccl: libraries.nccl,
             mpi: libraries.mpi,
             binary,
@@ -106,7 +113,10 @@ fn numbers(list: &str) -> Vec<usize> {
 }
 
 /// What LibTorch has of CUDA in this process.
-fn cuda(device: &std::result::Result<Device, String>) -> String {
+fn cuda(device: &std::result::Result<Device, String>, unused: Option<&str>) -> String {
+    if let Some(reason) = unused {
+        return format!("cannot be used: {reason}");
+    }
     match device {
         Ok(Device::Cuda(_)) => {
             let version = tch::utils::version_cudart();

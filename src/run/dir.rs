@@ -1,15 +1,16 @@
-//! Where everything lies in a run directory, and whose it is.
+//! Where everything is in a run directory, and whose it is.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use tracing::warn;
 
-use super::checkpoint;
+use super::checkpoint::{self, State};
 use super::tables::{gap, EvalRow, RankRow, Table, TrainRow};
 use crate::config::{Config, Train};
 use crate::error::{Error, Result};
 use crate::files::{sync_name, write_durably};
+use crate::optim::schedule::decay;
 
 /// YAML's mark of a document's end: a configuration that was cut short may be a configuration still.
 const END_OF_CONFIG: &str = "...\n";
@@ -82,7 +83,7 @@ impl RunDir {
     /// Makes the folders of a run and writes its configuration and its tokenizer there.
     ///
     /// # Errors
-    /// Storage, where a folder or a file cannot be made.
+    /// Storage, if a folder or a file cannot be made.
     pub fn claim(&self, config: &Config, tokenizer: &Path) -> Result<()> {
         let make = |folder: &Path| fs::create_dir_all(folder).map_err(|e| Error::write(folder, e));
         for folder in ["checkpoints", "logs", "samples"] {
@@ -106,7 +107,7 @@ impl RunDir {
     /// The configuration that the run was last started with.
     ///
     /// # Errors
-    /// Storage, where the file is not whole; usage, as [`Config::load`].
+    /// Storage, if the file is not whole; usage, as [`Config::load`].
     pub fn load_config(&self) -> Result<Config> {
         let path = self.config();
         let config = Config::load(&path, &[])?;
@@ -132,7 +133,8 @@ impl RunDir {
         match rows.last() {
             // The first save may still have been on its way when the second was due.
             Some(row) if save_every > 0 && row.step > 2 * save_every => Err(Error::Storage(format!(
-                "{} has the log of {} steps but no checkpoint; bring its checkpoints back, or begin anew in another --run-dir",
+                "{} has the log of {} steps but no checkpoint; bring its checkpoints back, or start a new run in another \
+                 --run-dir",
                 self.0.display(),
                 row.step
             ))
@@ -165,48 +167,86 @@ impl RunDir {
         Ok(())
     }
 
-    /// Refuses a configuration that differs from the directory's own in what is learnt, and another tokenizer.
+    /// Refuses another tokenizer, and a configuration that differs from the directory's own in what is learnt. `then` is the
+    /// state that the run goes on from, `now` that of this start: what `auto` and a path stood for then, and stand for now.
     ///
     /// # Errors
     /// Usage, with each key and both values; data, where the ids of the data folder mean other text than the model's.
-    pub fn check(&self, config: &Config, tokenizer: &Path, allowed: &[String]) -> Result<()> {
-        let read = |path: &Path| fs::read(path).map_err(|e| Error::read(path, e));
-        if self.tokenizer().exists() && read(&self.tokenizer())? != read(tokenizer)? {
-            return Err(Error::Data(format!(
-                "{} is not the tokenizer that {} was trained with ({}); prepare the text with --tokenizer {}",
-                tokenizer.display(),
-                self.0.display(),
-                self.tokenizer().display(),
-                self.tokenizer().display()
-            ))
-            .into());
+    pub fn check(
+        &self,
+        config: &Config,
+        tokenizer: &Path,
+        allowed: &[String],
+        then: Option<&State>,
+        now: &State,
+    ) -> Result<()> {
+        self.check_tokenizer(tokenizer)?;
+        if !self.config().exists() {
+            return Ok(());
         }
-        if self.config().exists() {
-            let older = self.load_config()?;
-            let changes: Vec<String> = config
-                .changes_since(&older)?
-                .into_iter()
-                .filter(|(key, ..)| !allowed.contains(key))
-                .map(|(key, then, now)| format!("{key} was {then} and is {now}"))
-                .collect();
-            if !changes.is_empty() {
-                return Err(Error::Usage(format!(
-                    "{} belongs to a run with another configuration: {}; use another --run-dir, or allow it with \
-                     --allow-config-change KEY",
-                    self.0.display(),
-                    changes.join(", ")
-                ))
-                .into());
+        let older = self.load_config()?;
+        let alike = |key: &str| {
+            let conditions = then.map(|then| (&then.conditions, &now.conditions));
+            match key {
+                "device" => conditions.is_some_and(|(then, now)| then.device == now.device),
+                "data.micro_batch" => conditions.is_some_and(|(then, now)| then.micro_batch == now.micro_batch),
+                "data.dir" => then.is_some_and(|then| then.data_sha256 == now.data_sha256),
+                "optim.decay_steps" => {
+                    decay(&older.optim, older.train.steps) == decay(&config.optim, config.train.steps)
+                }
+                _ => false,
             }
+        };
+        let mut changes = config.changes_since(&older)?;
+        changes.retain(|(key, ..)| !allowed.contains(key) && !alike(key));
+        if changes.is_empty() {
+            return Ok(());
         }
-        Ok(())
+        let flags: Vec<String> = changes.iter().map(|(key, ..)| format!("--allow-config-change {key}")).collect();
+        let changes: Vec<String> =
+            changes.iter().map(|(key, then, now)| format!("{key} was {then} and is {now}")).collect();
+        Err(Error::Usage(format!(
+            "{} belongs to a run with another configuration: {}; use another --run-dir, or allow it with {}",
+            self.0.display(),
+            changes.join(", "),
+            flags.join(" ")
+        ))
+        .into())
+    }
+
+    /// Refuses another tokenizer than the run's; a run that has none yet takes any.
+    ///
+    /// # Errors
+    /// Data, with both files: the same ids would mean other text.
+    pub fn check_tokenizer(&self, tokenizer: &Path) -> Result<()> {
+        let read = |path: &Path| fs::read(path).map_err(|e| Error::read(path, e));
+        let own = self.tokenizer();
+        if !own.exists() || read(&own)? == read(tokenizer)? {
+            return Ok(());
+        }
+        Err(Error::Data(format!(
+            "{} is not the tokenizer that {} was trained with ({}); prepare the text with --tokenizer {}",
+            tokenizer.display(),
+            self.0.display(),
+            own.display(),
+            own.display()
+        ))
+        .into())
+    }
+
+    /// The run that a checkpoint lies in.
+    pub fn of_checkpoint(checkpoint: &Path) -> Option<Self> {
+        // Shown as it was named, unless that leads nowhere: a link, or the checkpoint's bare name.
+        let above = |path: &Path| Some(Self(path.parent()?.parent()?.to_path_buf()));
+        let named = above(checkpoint).filter(|dir| dir.config().is_file());
+        named.or_else(|| above(&checkpoint.canonicalize().ok()?).filter(|dir| dir.config().is_file()))
     }
 }
 
 /// The verified checkpoint that a path names: the checkpoint's folder itself, or a run's newest good one.
 ///
 /// # Errors
-/// Storage, where there is none, or a byte of it is not what was written.
+/// Storage, if there is none, or a byte of it is not what was written.
 pub fn find_checkpoint(path: &Path) -> Result<PathBuf> {
     if checkpoint::is_complete(path) {
         checkpoint::verify(path)?;

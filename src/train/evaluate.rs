@@ -32,14 +32,14 @@ impl Evaluation {
     /// exchange.
     ///
     /// # Errors
-    /// Communication, where a peer does not answer in time.
+    /// Communication, where a peer does not answer in time; data, where the split can no longer be read.
     pub fn run(&self, comm: &Comm, model: &Gpt, device: Device, step: usize, enter: impl Fn(Phase)) -> Result<EvalRow> {
         let start = Instant::now();
         let all: Vec<usize> = (0..self.samples.len()).collect();
         let (mut nll, mut tokens) = (0.0, 0);
         for samples in all.chunks(self.micro_batch).skip(comm.rank).step_by(comm.world_size) {
             enter(Phase::Evaluation);
-            let batch = self.samples.batch(samples, self.padding, device, |_| 1.0);
+            let batch = self.samples.batch(samples, self.padding, device, |_| 1.0)?;
             nll += model.loss(&batch.inputs, &batch.targets, &batch.weights, batch.counted.as_ref());
             tokens += samples.iter().map(|&sample| self.samples.targets(sample)).sum::<usize>();
         }

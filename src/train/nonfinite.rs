@@ -8,17 +8,17 @@ use crate::config::NonFinite;
 use crate::data::loader::Batch;
 use crate::error::{Error, Result};
 
-/// Batches in a row that may be skipped: where more are bad, the weights are, and not the batches.
+/// Batches in a row that may be skipped: if more are bad, it is the weights that are bad, not the batches.
 const MOST_IN_A_ROW: usize = 10;
 
 impl Trainer<'_> {
     /// Every rank calls this together, after an update that changed nothing: says which rank's numbers are not finite, for
-    /// which samples, and in which parameters' gradients first. Returns where the batch may be skipped.
+    /// which samples, and in which parameters' gradients first. Returns if the batch may be skipped.
     ///
     /// # Errors
-    /// Numbers, where `fault.nonfinite` is `stop`, or too many batches in a row were skipped.
+    /// Numbers, if `fault.nonfinite` is `stop`, or too many batches in a row were skipped.
     pub(super) fn not_finite(&mut self, step: usize, global: &[usize], loss: f64, grad_norm: f64) -> Result<()> {
-        let (own_loss, names) = self.compute_again(step, global);
+        let (own_loss, names) = self.compute_again(step, global)?;
         let guilty = !own_loss.is_finite() || !names.is_empty();
         if guilty {
             let mine = self.loader.share(global);
@@ -66,11 +66,11 @@ impl Trainer<'_> {
 
     /// This rank's part of the step once more, alone, since its gradients are gone into the sum: its loss, and the names
     /// of the parameters whose gradients are not finite. The weights are those of before, so the numbers are, too.
-    fn compute_again(&mut self, step: usize, global: &[usize]) -> (f64, Vec<String>) {
+    fn compute_again(&mut self, step: usize, global: &[usize]) -> Result<(f64, Vec<String>)> {
         self.model.parameters.zero_grad();
         let mut loss = 0.0;
         for micro_step in 0..self.plan.accumulation {
-            let batch = self.loader.micro_batch(global, micro_step, self.device);
+            let batch = self.loader.micro_batch(global, micro_step, self.device)?;
             let Batch { inputs, targets, weights, counted } = &batch;
             let seed = self.dropout_seed(step, micro_step);
             let counted = counted.as_ref();
@@ -84,6 +84,6 @@ impl Trainer<'_> {
         }
         let finite = |tensor: &Tensor| tensor.isfinite().all().int64_value(&[]) == 1;
         let bad = parameters.specs.iter().filter(|spec| !finite(&spec.view(&parameters.grad)));
-        (loss, bad.map(|spec| spec.name.clone()).collect())
+        Ok((loss, bad.map(|spec| spec.name.clone()).collect()))
     }
 }

@@ -11,7 +11,7 @@ use super::gradients::Gradients;
 use super::report::Speed;
 use super::{kind, Resume, Trainer};
 use crate::comm::Comm;
-use crate::config::{Auto, Config, Layout, Plan};
+use crate::config::{Auto, Config, Data, Layout, Plan, Schedule};
 use crate::data::loader::{Loader, Samples};
 use crate::data::prepare::DataDir;
 use crate::error::{Error, Result};
@@ -19,6 +19,7 @@ use crate::files::hex;
 use crate::host;
 use crate::model::Gpt;
 use crate::optim::adamw::AdamW;
+use crate::optim::schedule::{decay, jump};
 use crate::run::checkpoint::{self, Conditions, OptimizerFiles, State, FORMAT_VERSION, MOMENTS};
 use crate::run::lease::Lease;
 use crate::run::restarts;
@@ -220,7 +221,7 @@ impl<'a> Trainer<'a> {
             Resume::Never if !has_history => None,
             Resume::Never => {
                 return Err(Error::Usage(format!(
-                    "{} holds checkpoints, and --resume never would begin anew over them; use another --run-dir",
+                    "{} holds checkpoints, and --resume never would start a new run over them; use another --run-dir",
                     self.dir.0.display()
                 ))
                 .into())
@@ -239,6 +240,7 @@ impl<'a> Trainer<'a> {
             (None, Some(from)) => {
                 let find = || find_checkpoint(&from).map_err(|e| e.context("train.init_from"));
                 checkpoint::read_chosen(find, |path| {
+                    self.check_vocabulary(path, &checkpoint::load_state(path)?)?;
                     checkpoint::load_model(path, &mut self.model.parameters)?;
                     info!("beginning with the weights of {}", path.display());
                     Ok(())
@@ -273,7 +275,7 @@ impl<'a> Trainer<'a> {
     fn load(&mut self, path: &Path, is_own: bool, allowed: &[String]) -> Result<OptimizerFiles> {
         let saved = checkpoint::load_state(path)?;
         if is_own {
-            self.dir.check(&self.plan.config, &self.tokenizer_file, allowed)?;
+            self.dir.check(&self.plan.config, &self.tokenizer_file, allowed, Some(&saved), &self.state)?;
         }
         if saved.data_sha256 != self.state.data_sha256 && !allowed.iter().any(|key| key == "data.dir") {
             return Err(Error::Usage(format!(
@@ -286,6 +288,8 @@ impl<'a> Trainer<'a> {
             ))
             .into());
         }
+        self.check_vocabulary(path, &saved)?;
+        self.warn_of_jump(path, saved.step);
         for (name, then, now) in saved.conditions.differences(&self.state.conditions) {
             warn!(
                 "resuming with {name} {now}, which was {then}: the run goes on, but not bit for bit as it would have"
@@ -297,6 +301,69 @@ impl<'a> Trainer<'a> {
         self.state = State { step, tokens, elapsed_s, ..self.state.clone() };
         info!("resuming from {} after {step} steps", path.display());
         Ok(moments)
+    }
+
+    /// Refuses weights that were trained on ids of another tokenizer: as many as here may mean quite other text.
+    fn check_vocabulary(&self, checkpoint: &Path, saved: &State) -> Result<()> {
+        match RunDir::of_checkpoint(checkpoint) {
+            // The digest of the tokens covers their tokenizer's.
+            _ if saved.data_sha256 == self.state.data_sha256 => Ok(()),
+            Some(dir) if dir.tokenizer().is_file() => dir.check_tokenizer(&self.tokenizer_file),
+            _ => {
+                warn!(
+                    "{} does not lie in a run directory with its tokenizer.json: make sure that it was trained with {}",
+                    checkpoint.display(),
+                    self.tokenizer_file.display()
+                );
+                Ok(())
+            }
+        }
+    }
+
+    /// Says so if the configuration takes the learning rate elsewhere than where the checkpoint's own run left it.
+    fn warn_of_jump(&self, checkpoint: &Path, step: usize) {
+        let config = &self.plan.config;
+        let Some(older) = RunDir::of_checkpoint(checkpoint).and_then(|dir| dir.load_config().ok()) else { return };
+        let steps = older.train.steps;
+        let found = jump((&older.optim, steps), (&config.optim, config.train.steps), step);
+        let Some((then, now)) = found.filter(|_| step < config.train.steps) else { return };
+        let mut changes = config.differences(&older).unwrap_or_default();
+        changes.retain(|(key, ..)| key.starts_with("optim.") || key == "train.steps");
+        let changes: Vec<String> =
+            changes.iter().map(|(key, then, now)| format!("{key} was {then} and is {now}")).collect();
+        let follows = decay(&older.optim, steps) != decay(&older.optim, config.train.steps);
+        let remedy = match (older.optim.schedule, follows) {
+            (Schedule::Cosine | Schedule::Linear, true) => {
+                format!("; --set optim.decay_steps={steps} keeps to the old course")
+            }
+            _ => String::new(),
+        };
+        warn!(
+            "the learning rate jumps at step {}: it is {now:.1e} there, and would have been {then:.1e} ({}){remedy}",
+            step + 1,
+            changes.join(", ")
+        );
+    }
+
+    /// What hardly anybody means, in the configuration and in how it meets the data.
+    fn oddities(&self) -> Vec<String> {
+        let Data { layout, block_size, batch_size, .. } = &self.plan.config.data;
+        let mut found = self.plan.oddities();
+        let samples = self.loader.samples.len();
+        if *batch_size > samples {
+            found.push(format!(
+                "data.batch_size is {batch_size}, the training split has {samples} samples: a step sees some of them more than \
+                 once"
+            ));
+        }
+        let tokens = self.valid.as_ref().map(|valid| valid.samples.shard().n_tokens());
+        if let Some(tokens) = tokens.filter(|tokens| *layout == Layout::Packed && tokens <= block_size) {
+            found.push(format!(
+                "data.block_size is {block_size}, the validation split has {tokens} tokens: it is evaluated as one block that \
+                 is shorter"
+            ));
+        }
+        found
     }
 
     /// Says what is about to be trained.
@@ -340,6 +407,9 @@ impl<'a> Trainer<'a> {
         );
         if let Some(text) = torch::describe_peak(self.device, self.model.kind(), self.peak) {
             info!("{text}");
+        }
+        if self.comm.is_root() {
+            self.oddities().iter().for_each(|odd| warn!("{odd}"));
         }
         let global = self.loader.global_batch(*step);
         let mine = self.loader.share(&global);

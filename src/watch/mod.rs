@@ -1,7 +1,7 @@
 //! Ends a rank that no longer gets anywhere, and says which rank it was.
 //!
 //! The thread that trains marks each thing that it begins. One thread of the watchdog looks at these marks, and ends the
-//! process where no new one has come for too long; another leaves them as heartbeats for the other ranks. A wait for the
+//! process if no new one has come for too long; another leaves them as heartbeats for the other ranks. A wait for the
 //! other ranks has a deadline of its own in `comm`, and that one comes first: its error is explained here.
 
 mod heartbeats;
@@ -22,7 +22,7 @@ use crate::error::{exit_code, Error, Result};
 use crate::patience::Patience;
 use crate::stop::exit_now;
 
-/// What a rank is doing. Each has its deadline, and a mark again begins it anew.
+/// What a rank is doing. Each has its deadline, which a mark restarts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Phase {
@@ -96,7 +96,7 @@ const LISTENING: Duration = Duration::from_secs(3);
 /// How long it may take to find out or to say anything: the file system, or whoever reads stderr, may be what hangs.
 const PATIENCE: Duration = Duration::from_millis(4500);
 
-/// What the trainer tells of its progress.
+/// How the trainer reports its progress.
 pub struct Watchdog(Arc<Shared>);
 
 struct Shared {
@@ -107,6 +107,8 @@ struct Shared {
     mark: Mutex<Mark>,
     /// Where the heartbeats are, once a run directory is this job's.
     heartbeats: Mutex<Option<PathBuf>>,
+    /// Held while a heartbeat is being written.
+    beating: Mutex<()>,
 }
 
 #[derive(Clone, Copy)]
@@ -122,7 +124,7 @@ impl Watchdog {
     /// Begins to watch this process, until it ends. It is starting up.
     ///
     /// # Errors
-    /// Communication, where the system gives no thread.
+    /// Communication, if the system gives no thread.
     pub fn start(rank: usize, host: String, world_size: usize, fault: &Fault) -> Result<Self> {
         let shared = Arc::new(Shared {
             rank,
@@ -131,6 +133,7 @@ impl Watchdog {
             fault: fault.clone(),
             mark: Mutex::new(Mark { phase: Phase::StartUp, step: 0, since: Instant::now(), count: 0 }),
             heartbeats: Mutex::new(None),
+            beating: Mutex::new(()),
         });
         let watched = shared.clone();
         spawn("watchdog", move || watched.watch())?;
@@ -146,7 +149,7 @@ impl Watchdog {
     /// Leaves heartbeats in this folder from now on. Not before the run directory is this job's: another may train there.
     ///
     /// # Errors
-    /// Communication, where the system gives no thread.
+    /// Communication, if the system gives no thread.
     pub fn leave_heartbeats(&self, folder: PathBuf) -> Result<()> {
         let before = self.0.folder().replace(folder);
         let shared = self.0.clone();
@@ -155,6 +158,12 @@ impl Watchdog {
             Some(_) => Ok(()),
             None => spawn("heartbeat", move || shared.beat()),
         }
+    }
+
+    /// Leaves no more heartbeats, so that their folder can be removed.
+    pub fn stop_heartbeats(&self) {
+        *self.0.folder() = None;
+        drop(self.0.beating.lock());
     }
 
     /// Marks the end of this rank's work. A communication error is returned with what the heartbeats say of the others.
@@ -211,7 +220,7 @@ impl Shared {
         exit_now(HANGS)
     }
 
-    /// What the other ranks' heartbeats say; `None` where there are none.
+    /// What the other ranks' heartbeats say; `None` if there are none.
     fn others(self: Arc<Self>) -> Option<String> {
         if self.world_size == 1 {
             return None;
@@ -230,6 +239,7 @@ impl Shared {
     fn beat(self: Arc<Self>) {
         let mut failed = false;
         for beat in 1.. {
+            let beating = self.beating.lock();
             let Some(folder) = self.folder().clone() else { return };
             let mark = *self.mark();
             let heartbeat = Heartbeat {
@@ -251,6 +261,7 @@ impl Shared {
                 }
                 _ => {}
             }
+            drop(beating);
             thread::sleep(BEAT);
         }
     }
@@ -307,6 +318,21 @@ mod tests {
         // Others may write for as long as their save or their step allows.
         assert_eq!(Phase::Waiting.deadline(&fault).as_secs(), 3);
         assert_eq!(Phase::Waiting.deadline(&Fault { step_deadline_s: 9, ..fault }).as_secs(), 9);
+    }
+
+    #[test]
+    fn a_folder_of_heartbeats_can_be_removed_once_they_have_stopped() {
+        let folder = tempfile::tempdir().unwrap();
+        let watchdog = Watchdog::start(0, "n0".into(), 1, &Fault::default()).unwrap();
+        watchdog.leave_heartbeats(folder.path().into()).unwrap();
+        let beat = || folder.path().join("rank-0000.json").exists();
+        while !beat() {
+            thread::sleep(Duration::from_millis(1));
+        }
+        watchdog.stop_heartbeats();
+        std::fs::remove_file(folder.path().join("rank-0000.json")).unwrap();
+        thread::sleep(BEAT * 3 / 2);
+        assert!(!beat());
     }
 
     #[test]

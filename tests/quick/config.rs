@@ -74,7 +74,8 @@ fn what_it_cannot_print_is_refused() {
     key("data").fails(2, &["`data` is a section"]);
     key("seed.x").fails(2, &["unknown key `seed.x`"]);
     work.lockstep("config --config none.yaml --print run_dir").fails(2, &["none.yaml"]);
-    work.lockstep("config --config tiny.yaml --set train.log_every=0").fails(2, &["in tiny.yaml", "train.log_every"]);
+    work.lockstep("config --config tiny.yaml --set train.log_every=0")
+        .fails(2, &["in --set train.log_every=0: train.log_every: expected 1"]);
 }
 
 #[test]

@@ -76,7 +76,7 @@ fn positions(loader: &Loader, step: usize) -> Vec<(i64, i64, f32)> {
     let micro_steps = loader.batch_size / loader.world_size / loader.micro_batch;
     let mut all = Vec::new();
     for micro_step in 0..micro_steps {
-        let batch = loader.micro_batch(&global, micro_step, Device::Cpu);
+        let batch = loader.micro_batch(&global, micro_step, Device::Cpu).unwrap();
         let ids = |tensor: &Tensor| Vec::<i64>::try_from(tensor.reshape([-1])).unwrap();
         let weights = Vec::<f32>::try_from(batch.weights.reshape([-1])).unwrap();
         assert_eq!(batch.inputs.size(), batch.targets.size());
@@ -118,7 +118,7 @@ fn a_batch_holds_what_it_says() {
 #[test]
 fn padding_is_end_of_text_and_counts_nothing() {
     let loader = loader(Layout::Paragraphs, Loss::SequenceMean, 12, 0, 1);
-    let batch = loader.micro_batch(&loader.global_batch(0), 0, Device::Cpu);
+    let batch = loader.micro_batch(&loader.global_batch(0), 0, Device::Cpu).unwrap();
     let padded = batch.inputs.eq(59_999);
     assert!(padded.sum(Kind::Int64).int64_value(&[]) > 0, "this batch has rows of several lengths");
     assert!(batch.weights.eq(0.0).equal(&padded));

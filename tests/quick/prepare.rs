@@ -3,12 +3,16 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use lockstep::config::Layout;
+use lockstep::data::loader::Samples;
 use lockstep::data::prepare::{prepare, DataDir, Meta};
 use lockstep::data::shard::Shard;
 use lockstep::data::wikitext::{Source, Split, Text};
 use lockstep::error::exit_code;
 use lockstep::tokenizer::Tokenizer;
 use tempfile::TempDir;
+
+use crate::common::{binary, finish, Output};
 
 const TEXT: &str = " = A title = \n \n Some words , and more of them . \n";
 
@@ -46,9 +50,11 @@ fn names(folder: &Path) -> Vec<String> {
 /// The text that a shard's ids stand for, line by line.
 fn text_of(shard: &Shard, tokenizer: &Tokenizer) -> Vec<u8> {
     let mut text = Vec::new();
-    for line in 0..shard.n_lines() {
+    let mut lines = Vec::new();
+    shard.for_each_line(|line| lines.push(line)).unwrap();
+    for line in lines {
         let mut ids = Vec::new();
-        shard.tokens(shard.line(line), &mut ids);
+        shard.tokens(line, &mut ids).unwrap();
         let ids: Vec<u32> = ids.into_iter().map(|id| id as u32).collect();
         text.extend(tokenizer.decode(&ids).unwrap());
     }
@@ -116,13 +122,104 @@ fn folders_are_read_in_every_ending() {
 }
 
 #[test]
+fn a_file_is_cut_into_splits_at_its_lines() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("book.txt");
+    let text: String = (0..1000).map(|line| format!("line {line} of the book\n")).collect();
+    fs::write(&path, format!("\u{feff}{text}")).unwrap();
+    let splits = |valid, test| {
+        let source = Source::parse(path.to_str().unwrap(), None).unwrap().set_aside(valid, test).unwrap();
+        let out = folder.path().join("out");
+        let meta = prepare(&source, "bpe:260", &out).unwrap();
+        let data = DataDir::open(&out).unwrap();
+        let tokenizer = Tokenizer::from_file(&data.tokenizer).unwrap();
+        let texts = [&data.train, &data.valid, &data.test].map(|shard| text_of(shard, &tokenizer));
+        assert_eq!(
+            [meta.train.bytes, meta.valid.bytes, meta.test.bytes],
+            texts.each_ref().map(|text| text.len() as u64)
+        );
+        assert!(texts.concat() == text.as_bytes(), "the splits are not the text without its mark");
+        assert!(texts.iter().all(|text| text.is_empty() || text.ends_with(b"\n")));
+        texts.map(|text| text.iter().filter(|&&byte| byte == b'\n').count())
+    };
+    let [train, valid, test] = splits(Some(0.1), Some(0.05));
+    assert!(train.abs_diff(850) < 5 && valid.abs_diff(100) < 3 && test.abs_diff(50) < 3, "{train}, {valid}, {test}");
+    assert_eq!(splits(Some(0.1), Some(0.05)), [train, valid, test]);
+    let [train, valid, test] = splits(Some(0.1), None);
+    assert!(train.abs_diff(900) < 5 && valid.abs_diff(100) < 3 && test == 0, "{train}, {valid}, {test}");
+    let data = DataDir::open(&folder.path().join("out")).unwrap();
+    let none = Samples::for_evaluation(data.test, Layout::Packed, 8).err().unwrap();
+    fails(Err::<(), _>(none), 3, &["the split is empty", "--test 5%"]);
+
+    // One line cannot be shared out.
+    fs::write(&path, "a single line").unwrap();
+    let source = Source::parse(path.to_str().unwrap(), None).unwrap().set_aside(Some(0.5), None).unwrap();
+    fails(prepare(&source, "bpe:257", &folder.path().join("out")), 3, &["bytes 13 to 13 of ", "not a single word"]);
+}
+
+#[test]
+fn a_byte_order_mark_is_no_text() {
+    let folder = TempDir::new().unwrap();
+    let marked = format!("\u{feff}{}", TEXT.repeat(20));
+    let source = corpus(folder.path(), "*.txt", [marked.as_bytes(), TEXT.as_bytes(), "\u{feff}b".as_bytes()]);
+    let out = folder.path().join("out");
+    let meta = prepare(&source, "bpe:260", &out).unwrap();
+    let data = DataDir::open(&out).unwrap();
+    let tokenizer = Tokenizer::from_file(&data.tokenizer).unwrap();
+    assert!(text_of(&data.train, &tokenizer) == marked.as_bytes()[3..]);
+    assert_eq!((text_of(&data.test, &tokenizer), meta.test.bytes), (b"b".to_vec(), 1));
+    // Nothing but a mark is nothing.
+    let source = corpus(folder.path(), "*.txt", [TEXT.as_bytes(), "\u{feff}".as_bytes(), TEXT.as_bytes()]);
+    fails(prepare(&source, "bpe:260", &out), 3, &["valid.txt", "not a single word"]);
+    // In words, once a file.
+    let mut command = std::process::Command::new(binary());
+    command.args(["prepare", "--tokenizer", "bpe:260", "--source"]).arg(folder.path().join("text"));
+    corpus(folder.path(), "*.txt", [marked.as_bytes(), TEXT.as_bytes(), TEXT.as_bytes()]);
+    let said = finish({
+        command.arg("--out").arg(&out);
+        command
+    })
+    .ok();
+    assert_eq!(said.stderr.matches("train.txt begins with a byte order mark, which is left out").count(), 1);
+}
+
+#[test]
+fn one_process_at_a_time_makes_a_data_folder() {
+    let folder = TempDir::new().unwrap();
+    let (source, out) = (small(folder.path()), folder.path().join("out"));
+    let lock = folder.path().join("out.lockstep-lock");
+    // As another process would hold it, in the middle of its work.
+    let held = fs::File::create(&lock).unwrap();
+    held.lock().unwrap();
+    fails(prepare(&source, "bpe:260", &out), 2, &["--out ", "/out: another `lockstep prepare`", "wait for it"]);
+    assert!(lock.exists() && !out.exists());
+    // And has been killed: its lock is gone, whatever lies there.
+    drop(held);
+    prepare(&source, "bpe:260", &out).unwrap();
+    assert_eq!(names(folder.path()), ["out", "text"]);
+
+    let begin = |_| {
+        let mut command = std::process::Command::new(binary());
+        command.args(["-q", "prepare", "--source", "sample", "--tokenizer", "bpe:512", "--out"]).arg(&out);
+        std::thread::spawn(|| finish(command))
+    };
+    let said: Vec<Output> = [0; 4].map(begin).into_iter().map(|thread| thread.join().unwrap()).collect();
+    assert!(said.iter().any(|said| said.code == 0));
+    for said in said.iter().filter(|said| said.code != 0) {
+        assert!(said.code == 2 && said.stderr.contains("another `lockstep prepare`"), "{}", said.stderr);
+    }
+    assert_eq!(DataDir::open(&out).unwrap().meta.vocab_size, 512);
+    assert_eq!(names(folder.path()), ["out", "text"]);
+}
+
+#[test]
 fn a_folder_must_hold_each_split_once() {
     let folder = TempDir::new().unwrap();
     let source = small(folder.path());
     let text = folder.path().join("text");
     let out = folder.path().join("out");
     fs::rename(text.join("wiki.test.tokens"), text.join("wiki.test.raw")).unwrap();
-    fails(prepare(&source, "bpe:260", &out), 3, &[text.to_str().unwrap(), "wiki.*.raw", "none of them has all"]);
+    fails(prepare(&source, "bpe:260", &out), 3, &[text.to_str().unwrap(), "wiki.*.raw", "without wiki.test.tokens"]);
     small(folder.path());
     corpus(folder.path(), "*.txt", [b"a", b"b", b"c"]);
     fails(prepare(&source, "bpe:260", &out), 3, &["found wiki.*.tokens and *.txt", "keep one"]);

@@ -69,14 +69,17 @@ proptest! {
         prop_assert_eq!(shard.vocab_size(), vocab_size as usize);
         prop_assert_eq!(shard.tokenizer_digest(), DIGEST);
         let mut all = Vec::new();
-        for (i, line) in lines.iter().enumerate() {
+        let mut places = Vec::new();
+        shard.for_each_line(|line| places.push(line)).unwrap();
+        prop_assert_eq!(places.len(), lines.len());
+        for (place, line) in places.into_iter().zip(&lines) {
             let mut ids = Vec::new();
-            shard.tokens(shard.line(i), &mut ids);
+            shard.tokens(place, &mut ids).unwrap();
             prop_assert_eq!(&ids, &line.iter().map(|&id| i64::from(id)).collect::<Vec<_>>());
             all.extend(ids);
         }
         let mut whole = Vec::new();
-        shard.tokens(0..shard.n_tokens(), &mut whole);
+        shard.tokens(0..shard.n_tokens(), &mut whole).unwrap();
         prop_assert_eq!(whole, all);
         // Nothing but the shard is left behind.
         prop_assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
@@ -146,6 +149,24 @@ fn a_valid_checksum_does_not_excuse_wrong_content() {
     let mut bytes = whole.clone();
     seal(&mut bytes);
     assert_eq!(bytes, whole);
+}
+
+#[test]
+fn a_file_that_is_cut_while_it_is_in_use_is_named() {
+    let folder = TempDir::new().unwrap();
+    let path = small(&folder, 300);
+    let shard = Shard::open(&path).unwrap();
+    let cut = |length| fs::File::options().write(true).open(&path).unwrap().set_len(length).unwrap();
+    let read = || shard.tokens(0..5, &mut Vec::new());
+    // What is still there can be read.
+    cut(HEADER as u64 + 10);
+    read().unwrap();
+    cut(HEADER as u64 + 9);
+    for error in [read().unwrap_err(), shard.for_each_line(|_| ()).unwrap_err()] {
+        assert_eq!(exit_code(&error), 3, "{error}");
+        let expected = format!("{}: expected 176 bytes, as when it was opened, found 137", path.display());
+        assert!(error.to_string().contains(&expected), "{error}");
+    }
 }
 
 #[test]

@@ -5,6 +5,7 @@
 mod common;
 
 mod collectives;
+mod data;
 mod distributed;
 mod doctor;
 mod nonfinite;

@@ -43,7 +43,7 @@ fn poisoned(folder: &Path) -> (PathBuf, i64) {
 
 fn tokens(shard: &Shard) -> Vec<i64> {
     let mut all = Vec::new();
-    shard.tokens(0..shard.n_tokens(), &mut all);
+    shard.tokens(0..shard.n_tokens(), &mut all).unwrap();
     all
 }
 
