@@ -23,7 +23,8 @@ use crate::config::{in_place, Config, DeviceChoice};
 use crate::error::{Error, Result};
 use crate::files::write_durably;
 use crate::launcher::{self, Launch};
-use crate::run::tables::{header, rounded, Table, TrainRow};
+use crate::run::tables::{header, rounded, with_header, Table, TrainRow};
+use crate::stop::exit_now;
 
 /// First steps that no median and no rate counts: kernels are chosen, memory is taken, and a GPU's clock rises. Of a run
 /// of fewer than ten steps, the first half.
@@ -115,7 +116,7 @@ pub fn compare(comparison: &Comparison<'_>, mut show: impl FnMut(&str) -> Result
             row.speedup = rounded(first.step_ms_median / row.step_ms_median);
         }
         rows.push(row);
-        let table = table(&rows)?;
+        let table = with_header(&rows)?;
         write_durably(out, table.as_bytes())?;
         show(table[shown..].trim_end())?;
         shown = table.len();
@@ -228,7 +229,7 @@ impl Comparison<'_> {
                 );
                 // Nothing is saved that could go on: the end is the one that the signal means.
                 let _ = emulate_default_handler(signal);
-                std::process::exit(128 + signal);
+                exit_now(128 + signal as u8);
             }
             match child.try_wait() {
                 Ok(None) => std::thread::sleep(Duration::from_millis(20)),
@@ -301,14 +302,6 @@ fn remove(folder: &Path) {
     }
 }
 
-fn table(rows: &[CompareRow]) -> Result<String> {
-    let mut writer = csv::Writer::from_writer(Vec::new());
-    for row in rows {
-        writer.serialize(row)?;
-    }
-    Ok(String::from_utf8(writer.into_inner()?)?)
-}
-
 /// Steps at the beginning of a run of so many that are not counted.
 fn warm_up(steps: usize) -> usize {
     WARM_UP.min(steps / 2)
@@ -371,6 +364,6 @@ mod tests {
     #[test]
     fn the_columns_are_those_written() {
         let row = CompareRow::of(DeviceChoice::Cuda, &rows(&[1.0])).unwrap();
-        assert_eq!(table(&[row]).unwrap(), header::<CompareRow>() + "\ncuda,1,1,0.001,1.0,100000.0,10.0,1.0\n");
+        assert_eq!(with_header(&[row]).unwrap(), header::<CompareRow>() + "\ncuda,1,1,0.001,1.0,100000.0,10.0,1.0\n");
     }
 }

@@ -5,6 +5,7 @@
 //! expected, what was found, where, and what to do.
 
 use std::fmt::Display;
+use std::io::Write;
 use std::mem::discriminant;
 use std::path::Path;
 
@@ -23,6 +24,9 @@ pub enum Error {
     /// Exit code 4: files that cannot be written or checkpoints that cannot be trusted.
     #[error("{0}")]
     Storage(String),
+    /// Exit code 4: a job that is started again and again, and never gets to a later checkpoint.
+    #[error("{0}")]
+    Stuck(String),
     /// Exit code 5: a loss or a gradient that is not finite.
     #[error("{0}")]
     Numbers(String),
@@ -59,7 +63,8 @@ pub const EXIT_CODES: [ExitCode; 10] = [
     },
     ExitCode {
         code: 4,
-        meaning: "storage: a file that cannot be written, a checkpoint that cannot be trusted",
+        meaning:
+            "storage: a file that cannot be written, a checkpoint that cannot be trusted, restarts that lead nowhere",
         class: Some(Error::Storage),
     },
     ExitCode { code: 5, meaning: "numbers: a loss or a gradient that is not finite", class: Some(Error::Numbers) },
@@ -96,6 +101,9 @@ impl Error {
         let reason = reason.to_string();
         let remedy = match &reason {
             quota if quota.contains("quota exceeded") => "remove files of yours, ask for a larger quota,",
+            limit if limit.contains("File too large") => {
+                "raise the limit on a file's size (`ulimit -f` shows it), ask for a larger one,"
+            }
             disk if disk.contains("Input/output error") => "have the disk or the file server looked at",
             _ => "free space",
         };
@@ -113,6 +121,9 @@ impl Error {
     }
 
     fn code(&self) -> u8 {
+        if let Self::Stuck(_) = self {
+            return 4;
+        }
         let is_of = |class: fn(String) -> Self| discriminant(&class(String::new())) == discriminant(self);
         EXIT_CODES.iter().find(|row| row.class.is_some_and(is_of)).map_or(1, |row| row.code)
     }
@@ -121,6 +132,11 @@ impl Error {
 /// The process's exit code for an error chain; 1 where no link of it bears a class, which is a defect.
 pub fn exit_code(error: &anyhow::Error) -> u8 {
     error.chain().find_map(|link| link.downcast_ref::<Error>()).map_or(1, Error::code)
+}
+
+/// Says on stderr, in one line, why this process ends. Not `eprintln!`, which panics if nobody reads stderr any more.
+pub fn tell(reason: &str) {
+    let _ = writeln!(std::io::stderr(), "lockstep: {reason}");
 }
 
 /// What a panic becomes: tch reports LibTorch's errors so. Memory is the one that a user can do something about.

@@ -3,10 +3,24 @@
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::Path;
+use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
+use signal_hook::consts::SIGXFSZ;
+use signal_hook::flag;
 
 use crate::error::{Error, Result};
+
+/// Makes a write beyond the limit on a file's size (`ulimit -f`) an error, as any other that fails. Else the system ends the
+/// process, without a word.
+///
+/// # Errors
+/// Usage, if the system refuses signal handlers.
+pub fn make_limits_errors() -> Result<()> {
+    // Whether it came does not matter: the write fails, and whoever wrote says what.
+    let noted = flag::register(SIGXFSZ, Arc::default());
+    noted.map(drop).map_err(|e| Error::Usage(format!("cannot handle signals: {e}")).into())
+}
 
 /// Gives a file this content: under another name first, made durable, and renamed, so that whatever happens, the old
 /// content or the new is there whole, and after the return the new. A file that has it already is left alone.

@@ -18,7 +18,7 @@
 //! sources to it.
 //!
 //! - Floor 0: [`error`] (classes of errors, and the exit code of each), [`files`] (durable writes, digests), [`host`],
-//!   [`random`] (randomness as a function of where it is drawn), [`stop`] (requests to stop)
+//!   [`patience`] (deadlines), [`random`] (randomness as a function of where it is drawn), [`stop`] (requests to stop)
 //! - Floor 1: [`launcher`] (who started this process), [`torch`] (CPU or GPU, threads, memory, and what LibTorch offers in
 //!   C++ only), [`config`] (the YAML file, and the checked [`config::Plan`] that it becomes), [`tokenizer`] (byte-level
 //!   BPE)
@@ -42,6 +42,7 @@ pub mod host;
 pub mod launcher;
 pub mod model;
 pub mod optim;
+pub mod patience;
 pub mod random;
 pub mod run;
 pub mod stop;

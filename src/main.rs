@@ -1,6 +1,5 @@
 //! The one error exit: whatever goes wrong becomes a line on stderr and an exit code here.
 
-use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -15,8 +14,7 @@ fn main() -> ExitCode {
     match done.unwrap_or_else(|panic| Err(error::from_panic(panic.as_ref()))) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // Not eprintln: it panics where nobody reads stderr any more.
-            let _ = writeln!(io::stderr(), "lockstep: {error:#}");
+            error::tell(&format!("{error:#}"));
             ExitCode::from(error::exit_code(&error))
         }
     }

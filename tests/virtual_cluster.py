@@ -99,7 +99,7 @@ class Cluster:
         return self.facts(job)
 
     def output(self, job="*"):
-        """What a job or an array printed, or all of them: in the folder they were submitted from."""
+        """What a job, an array or all of them printed: in the folder they were submitted from."""
         paths = sorted({*self.work.glob(f"slurm-{job}.out"), *self.work.glob(f"slurm-{job}_*.out")})
         return "\n".join(path.read_text() for path in paths)
 

@@ -18,10 +18,10 @@ pub fn show(path: Option<&Path>, training: &Training, key: Option<&str>) -> Resu
         None => Config::parse("", &training.overrides)?,
     };
     match key {
-        None => print(config.to_yaml()?.trim_end()),
-        Some("run_dir") => print(&run_dir(training, &config).display().to_string()),
+        None => print::line(config.to_yaml()?.trim_end()),
+        Some("run_dir") => print::line(&run_dir(training, &config).display().to_string()),
         Some(key) => {
-            print(&config.value(key).map_err(|e| e.context("--print takes `run_dir`, or a configuration's key"))?)
+            print::line(&config.value(key).map_err(|e| e.context("--print takes `run_dir`, or a configuration's key"))?)
         }
     }
 }

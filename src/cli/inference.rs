@@ -2,12 +2,13 @@
 
 use std::fs;
 use std::io;
+use std::path::{Path, PathBuf};
 
 use tch::{Device, Kind};
 
 use super::args::{Run, SplitName};
 use super::checkpoint::checkpoints;
-use super::{print, stdout_failed};
+use super::print;
 use crate::comm::Comm;
 use crate::config::{DeviceChoice, Plan};
 use crate::data::loader::Samples;
@@ -15,7 +16,8 @@ use crate::data::prepare::DataDir;
 use crate::error::{Error, Result};
 use crate::model::generate::{generate, Sampling};
 use crate::model::Gpt;
-use crate::run::{self, find_checkpoint, RunDir};
+use crate::run::checkpoint::{self, State};
+use crate::run::{self, find_checkpoint, tables, RunDir};
 use crate::tokenizer::Tokenizer;
 use crate::torch;
 use crate::train;
@@ -39,39 +41,6 @@ fn load(run: &Run, world_size: usize, local_rank: usize) -> Result<Loaded> {
         ))
         .into());
     }
-    let path = match run.checkpoint.as_str() {
-        "latest" => find_checkpoint(&run.run_dir)?,
-        "best" => match fs::read(dir.best()) {
-            Ok(bytes) => {
-                let best: run::Best = serde_json::from_slice(&bytes)
-                    .map_err(|e| Error::Storage(format!("{}: {e}", dir.best().display())))?;
-                dir.checkpoint(best.step)
-            }
-            // A run without evaluations has no best.
-            Err(e) if e.kind() == io::ErrorKind::NotFound => find_checkpoint(&run.run_dir)?,
-            Err(e) => return Err(Error::Storage(format!("cannot read {}: {e}", dir.best().display())).into()),
-        },
-        name => {
-            let step = name.strip_prefix("step-").and_then(|step| step.parse::<usize>().ok()).ok_or_else(|| {
-                Error::Usage(format!("--checkpoint {name}: expected best, latest or step-N, for example step-1000"))
-            })?;
-            dir.checkpoint(step)
-        }
-    };
-    let there = checkpoints(&run.run_dir)?;
-    if !there.iter().any(|(_, found)| *found == path) {
-        let steps: Vec<String> = there.iter().map(|(step, _)| format!("step-{step}")).collect();
-        return Err(Error::Storage(format!(
-            "--checkpoint {}: there is no {}; there are {}",
-            run.checkpoint,
-            path.display(),
-            steps.join(", ")
-        ))
-        .into());
-    }
-    let state = run::checkpoint::verify(&path)
-        .and_then(|()| run::checkpoint::load_state(&path))
-        .map_err(|e| e.context("the checkpoint cannot be used; --checkpoint latest takes the newest good one"))?;
     let mut config = dir.load_config()?;
     // How a finished model is used need not divide as its training did.
     config.data.batch_size = config.data.batch_size.div_ceil(world_size) * world_size;
@@ -87,10 +56,59 @@ fn load(run: &Run, world_size: usize, local_rank: usize) -> Result<Loaded> {
     // The weights are kept in fp32; bf16 pays on a GPU only.
     let kind = if device.is_cuda() { train::kind(plan.config.precision) } else { Kind::Float };
     let mut model = Gpt::new(plan.shape(tokenizer.vocab_size()), device, kind);
-    run::checkpoint::load_model(&path, &mut model.parameters).map_err(|e| {
-        e.context(format!("a model of {} with a vocabulary of {}", dir.config().display(), tokenizer.vocab_size()))
-    })?;
-    Ok(Loaded { plan, tokenizer, model, device, step: state.step })
+    let step = checkpoint::read_chosen(
+        || choose(run, &dir),
+        |path| {
+            let state = check(run, path)?;
+            checkpoint::load_model(path, &mut model.parameters).map_err(|e| {
+                let vocab_size = tokenizer.vocab_size();
+                e.context(format!("a model of {} with a vocabulary of {vocab_size}", dir.config().display()))
+            })?;
+            Ok(state.step)
+        },
+    )?;
+    Ok(Loaded { plan, tokenizer, model, device, step })
+}
+
+/// The checkpoint that the command line means now.
+fn choose(run: &Run, dir: &RunDir) -> Result<PathBuf> {
+    match run.checkpoint.as_str() {
+        "latest" => find_checkpoint(&run.run_dir),
+        "best" => match fs::read(dir.best()) {
+            Ok(bytes) => {
+                let best: run::Best = serde_json::from_slice(&bytes)
+                    .map_err(|e| Error::Storage(format!("{}: {e}", dir.best().display())))?;
+                Ok(dir.checkpoint(best.step))
+            }
+            // A run without evaluations has no best.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => find_checkpoint(&run.run_dir),
+            Err(e) => Err(Error::Storage(format!("cannot read {}: {e}", dir.best().display())).into()),
+        },
+        name => {
+            let step = name.strip_prefix("step-").and_then(|step| step.parse::<usize>().ok()).ok_or_else(|| {
+                Error::Usage(format!("--checkpoint {name}: expected best, latest or step-N, for example step-1000"))
+            })?;
+            Ok(dir.checkpoint(step))
+        }
+    }
+}
+
+/// Makes sure that a checkpoint is there and whole.
+fn check(run: &Run, path: &Path) -> Result<State> {
+    let there = checkpoints(&run.run_dir)?;
+    if !there.iter().any(|(_, found)| *found == path) {
+        let steps: Vec<String> = there.iter().map(|(step, _)| format!("step-{step}")).collect();
+        return Err(Error::Storage(format!(
+            "--checkpoint {}: there is no {}; there are {}",
+            run.checkpoint,
+            path.display(),
+            steps.join(", ")
+        ))
+        .into());
+    }
+    checkpoint::verify(path)
+        .and_then(|()| checkpoint::load_state(path))
+        .map_err(|e| e.context("the checkpoint cannot be used; --checkpoint latest takes the newest good one"))
 }
 
 /// Evaluates a checkpoint on a split; rank 0 prints the row.
@@ -123,8 +141,7 @@ pub fn eval(comm: &Comm, run: &Run, split: SplitName) -> Result<()> {
     };
     let row = evaluation.run(comm, &model, device, step, |_| ())?;
     if comm.is_root() {
-        let mut writer = csv::Writer::from_writer(io::stdout());
-        writer.serialize(row).and_then(|()| Ok(writer.flush()?)).map_err(|e| stdout_failed(e.into()))?;
+        print::text(&tables::with_header(&[row])?)?;
     }
     Ok(())
 }
@@ -153,9 +170,9 @@ pub fn continue_prompts(run: &Run, prompts: &[String], tokens: usize, samples: u
     let many = rows.len() > 1;
     for (number, (prompt, ids)) in rows.iter().zip(continuations).enumerate() {
         if many && number > 0 {
-            print("---")?;
+            print::line("---")?;
         }
-        print(&format!("{prompt}{}", String::from_utf8_lossy(&tokenizer.decode(&ids)?)))?;
+        print::line(&format!("{prompt}{}", String::from_utf8_lossy(&tokenizer.decode(&ids)?)))?;
     }
     Ok(())
 }

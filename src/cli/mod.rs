@@ -5,9 +5,9 @@ mod checkpoint;
 mod config;
 mod inference;
 mod log;
+mod print;
 mod tokenize;
 
-use std::io::{self, Write};
 use std::path::Path;
 use std::time::Duration;
 
@@ -16,15 +16,16 @@ use clap::CommandFactory;
 use self::args::{CheckpointAction, Cli, DeviceName, Verb};
 use crate::comm::{Comm, Deadlines};
 use crate::compare::{compare, Comparison};
-use crate::config::{in_place, Config, DeviceChoice, Fault};
+use crate::config::{in_place, Auto, Config, DeviceChoice, Fault};
 use crate::data::prepare::prepare;
 use crate::data::wikitext::Source;
 use crate::doctor;
-use crate::error::{Error, Result};
+use crate::error::{exit_code, from_panic, tell, Error, Result};
+use crate::files;
 use crate::launcher::Launch;
 use crate::model::generate::Sampling;
 use crate::run::RunDir;
-use crate::stop::StopRequest;
+use crate::stop::{exit_now, StopRequest};
 use crate::torch;
 use crate::train::prove::prove;
 use crate::train::{self, Resume};
@@ -36,6 +37,10 @@ use crate::watch::Watchdog;
 /// As the verb; [`crate::error::exit_code`] says what they mean for the process.
 pub fn run(cli: &Cli) -> Result<()> {
     refuse_ranks(&cli.verb)?;
+    files::make_limits_errors()?;
+    if let Some(threads) = computing_threads(&cli.verb) {
+        torch::bound_waiting(threads);
+    }
     // Those wait until they know their rank.
     if !matches!(cli.verb, Verb::Train { .. } | Verb::Checkpoint { action: CheckpointAction::Prove { .. } }) {
         StopRequest::end_at_once()?;
@@ -46,7 +51,7 @@ pub fn run(cli: &Cli) -> Result<()> {
             torch::set_threads(None);
             let source = Source::parse(source, url.as_deref())?.set_aside(*valid, *test)?;
             let meta = prepare(&source, tokenizer, out)?;
-            print(&format!(
+            print::line(&format!(
                 "{}: {} train, {} valid, {} test tokens, vocabulary {}",
                 out.display(),
                 meta.train.tokens,
@@ -93,7 +98,10 @@ pub fn run(cli: &Cli) -> Result<()> {
             };
             let devices: Vec<DeviceChoice> = devices.iter().map(device).collect();
             let (steps, log_options) = (*steps as usize, log::options(cli));
-            compare(&Comparison { config, overrides, steps, devices: &devices, out, log_options: &log_options }, print)
+            compare(
+                &Comparison { config, overrides, steps, devices: &devices, out, log_options: &log_options },
+                print::line,
+            )
         }
         Verb::Checkpoint { action: CheckpointAction::List { run_dir } } => checkpoint::list(run_dir),
         Verb::Checkpoint { action: CheckpointAction::Verify { run_dir } } => checkpoint::verify(run_dir),
@@ -107,18 +115,18 @@ pub fn run(cli: &Cli) -> Result<()> {
                 }
                 let folder = Path::new("runs").join(format!("{}-proof", parsed.name));
                 let watchdog = Watchdog::start(comm.rank, comm.host(), comm.world_size, &parsed.fault)?;
-                watchdog.end(prove(comm, &watchdog, &stop, &parsed, *steps as usize, &folder, print))
+                watchdog.end(prove(comm, &watchdog, &stop, &parsed, *steps as usize, &folder, print::line))
             })
         }
-        Verb::Doctor { libraries: true, .. } => doctor::run_libraries(print),
+        Verb::Doctor { libraries: true, .. } => doctor::run_libraries(print::line),
         Verb::Doctor { run_dir, device, deadline_s, .. } => {
-            doctor::run(run_dir, device, Duration::from_secs(*deadline_s), print)
+            doctor::run(run_dir, device, Duration::from_secs(*deadline_s), print::line)
         }
         Verb::Completions { shell } => {
             // Into memory first: the generator panics where its output cannot be written.
             let mut script = Vec::new();
             clap_complete::generate(*shell, &mut Cli::command(), "lockstep", &mut script);
-            io::stdout().write_all(&script).map_err(stdout_failed)
+            print::text(&String::from_utf8_lossy(&script))
         }
     }
 }
@@ -150,6 +158,23 @@ fn refuse_ranks(verb: &Verb) -> Result<()> {
     }
 }
 
+/// The threads that a verb computes with for long, as [`torch::set_threads`] takes them; `None` for other verbs.
+fn computing_threads(verb: &Verb) -> Option<Option<usize>> {
+    match verb {
+        Verb::Train { config, overrides, .. }
+        | Verb::Checkpoint { action: CheckpointAction::Prove { config, overrides, .. } } => {
+            match Config::load(config, overrides).map(|config| config.threads) {
+                Ok(Auto::Number(threads)) => Some(Some(threads)),
+                Ok(Auto::Auto) => Some(None),
+                // The verb itself says why.
+                Err(_) => None,
+            }
+        }
+        Verb::Eval { .. } | Verb::Generate { .. } => Some(None),
+        _ => None,
+    }
+}
+
 /// Reads the configuration of a training, and does for it what must be done before MPI's thread exists.
 fn training_config(path: &Path, overrides: &[String]) -> Result<Config> {
     let config = Config::load(path, overrides)?;
@@ -176,30 +201,18 @@ fn on_every_rank(deadlines: Deadlines, work: impl FnOnce(&mut Comm) -> Result<()
     let error = match done {
         Ok(Ok(())) => return Ok(()),
         Ok(Err(error)) => error,
-        Err(panic) => crate::error::from_panic(panic.as_ref()),
+        Err(panic) => from_panic(panic.as_ref()),
     };
     tracing::error!(target: log::LOG_FILE_ONLY, "{error:#}");
     if matches!(error.downcast_ref(), Some(Error::Preempted(_))) {
         // All ranks stopped together; one of them says so.
         if !comm.is_root() {
             drop(comm);
-            std::process::exit(crate::error::exit_code(&error).into());
+            exit_now(exit_code(&error));
         }
     } else if comm.world_size > 1 {
-        let _ = writeln!(io::stderr(), "lockstep: rank {}: {error:#}", comm.rank);
-        comm.abort(crate::error::exit_code(&error));
+        tell(&format!("rank {}: {error:#}", comm.rank));
+        comm.abort(exit_code(&error));
     }
     Err(error)
-}
-
-fn print(line: &str) -> Result<()> {
-    writeln!(io::stdout().lock(), "{line}").map_err(stdout_failed)
-}
-
-fn stdout_failed(e: io::Error) -> anyhow::Error {
-    if e.kind() == io::ErrorKind::BrokenPipe {
-        // The reader has seen enough, as `head` does: no fault of anybody.
-        std::process::exit(0);
-    }
-    Error::Storage(format!("cannot write to standard output: {e}")).into()
 }

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader, BufWriter, Write};
 use std::path::Path;
 
-use super::stdout_failed;
+use super::print::taken;
 use crate::data::wikitext::MARK;
 use crate::error::{Error, Result};
 use crate::tokenizer::Tokenizer;
@@ -49,9 +49,11 @@ pub fn tokenize(tokenizer: &str, decode: bool, file: Option<&Path>) -> Result<()
             let ids: Vec<String> = tokenizer.encode(&line).iter().map(ToString::to_string).collect();
             output.write_all(ids.join(" ").as_bytes())
         };
-        written.and_then(|()| output.write_all(b"\n")).map_err(stdout_failed)?;
+        if !taken(written.and_then(|()| output.write_all(b"\n")))? {
+            return Ok(());
+        }
     }
-    output.flush().map_err(stdout_failed)
+    taken(output.flush()).map(drop)
 }
 
 fn parse_ids(line: &str) -> Result<Vec<u32>> {

@@ -8,13 +8,14 @@
 //! pass goes on. No wait is longer than the deadline that [`Comm`] was given.
 
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tch::{Device, Tensor};
 
 use crate::error::{Error, Result};
 use crate::host;
 use crate::launcher::{Launch, Starter};
+use crate::patience::Patience;
 use crate::torch::{Mark, Marks};
 
 #[cfg(feature = "mpi")]
@@ -208,10 +209,10 @@ impl Comm {
     /// # Errors
     /// Communication, if the GPU or a collective fails, or a step's deadline passes among several ranks.
     pub fn wait_for(&self, mark: &Mark) -> Result<()> {
-        let start = Instant::now();
+        let mut patience = Patience::begin();
         while !mark.is_reached()? {
             if let Some(gpus) = &self.gpus {
-                gpus.check(start.elapsed())?;
+                gpus.check(patience.waited())?;
             }
             thread::yield_now();
         }

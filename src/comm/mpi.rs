@@ -22,7 +22,8 @@ use mpi::traits::{AsRaw, CommunicatorCollectives};
 use mpi::{Count, Threading};
 use tch::{Device, Kind, Tensor};
 
-use crate::error::{Error, Result};
+use crate::error::{tell, Error, Result};
+use crate::patience::receive;
 use crate::stop::exit_now;
 
 /// Elements of one exchange of an all-reduce or a broadcast: bounds the scratch memory and keeps MPI's counts far from
@@ -87,7 +88,7 @@ impl World {
         };
         let thread = thread::Builder::new().name("mpi".into()).spawn(serve);
         let thread = thread.map_err(|e| Error::Communication(format!("cannot start MPI's thread: {e}")))?;
-        let ([rank, local_rank, world_size], library, host) = match told.recv_timeout(deadline) {
+        let ([rank, local_rank, world_size], library, host) = match receive(&told, deadline) {
             Ok(told) => told,
             Err(RecvTimeoutError::Timeout) => return Err(late("starting MPI", deadline)),
             Err(RecvTimeoutError::Disconnected) => return Err(ended()),
@@ -168,7 +169,7 @@ impl World {
         let (answer, answered): (_, Receiver<T>) = channel();
         self.shared.waiting.store(true, Ordering::Release);
         self.send(Box::new(move |mpi| drop(answer.send(work(mpi)))))?;
-        let found = answered.recv_timeout(deadline);
+        let found = receive(&answered, deadline);
         self.shared.waiting.store(false, Ordering::Release);
         found.map_err(|e| match e {
             RecvTimeoutError::Timeout => late("exchanging with the other ranks", deadline),
@@ -196,7 +197,7 @@ fn end_with_6_on_error(world: &SimpleCommunicator) {
             ffi::MPI_Error_string(*code, text.as_mut_ptr(), &mut length);
             CStr::from_ptr(text.as_ptr()).to_string_lossy()
         };
-        eprintln!("lockstep: MPI: {said}: a rank is lost, or its network; `lockstep doctor` checks both");
+        tell(&format!("MPI: {said}: a rank is lost, or its network; `lockstep doctor` checks both"));
         exit_now(LOST)
     }
     type Handler = unsafe extern "C" fn(*mut ffi::MPI_Comm, *mut c_int);

@@ -12,7 +12,7 @@ use std::ptr;
 use std::sync::mpsc::channel;
 use std::sync::{Arc, OnceLock};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use cudarc::driver::result::stream::get_priority_range;
 use cudarc::driver::{CudaContext, CudaStream, DriverError};
@@ -21,6 +21,7 @@ use cudarc::nccl::sys;
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
+use crate::patience::Patience;
 
 /// How long NCCL may take to let go of a communicator: less than by how much the watchdog is more patient than `comm`, whose
 /// error says more.
@@ -225,9 +226,9 @@ impl Group {
         if let Err(error) = begun {
             return Err(self.abort(what, &error));
         }
-        let start = Instant::now();
+        let mut patience = Patience::begin();
         while self.in_progress(what)? {
-            if start.elapsed() > deadline {
+            if patience.waited() > deadline {
                 return Err(self.late(what, deadline));
             }
             thread::yield_now();

@@ -3,7 +3,6 @@
 //! Rank 0 prints what all have found: a table, then each fault with its remedy. Faults that would end the process inside
 //! MPI are looked for before MPI starts. No wait is longer than the deadline, and every rank ends with the same verdict.
 
-use std::io::Write;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::path::Path;
 use std::time::Duration;
@@ -11,7 +10,7 @@ use std::time::Duration;
 use tch::Device;
 
 use crate::comm::{Comm, Deadlines};
-use crate::error::{exit_code, from_panic, Result};
+use crate::error::{exit_code, from_panic, tell, Result};
 
 mod facts;
 mod judge;
@@ -84,7 +83,7 @@ fn broken(comm: &Comm, report: &Report, show: impl Fn(&str) -> Result<()>) -> Re
     if comm.is_root() {
         show(&report.text())?;
     } else if let Err(error) = &verdict {
-        let _ = writeln!(std::io::stderr(), "lockstep: rank {}: {error:#}", comm.rank);
+        tell(&format!("rank {}: {error:#}", comm.rank));
         std::thread::sleep(HEAD_START);
     }
     if let Err(error) = &verdict {

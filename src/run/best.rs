@@ -1,5 +1,6 @@
 //! The best evaluation of a run, whose checkpoint is spared.
 
+use std::fs;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -19,12 +20,18 @@ pub struct Best {
 }
 
 impl Best {
-    /// The best evaluation whose checkpoint is among those there.
-    pub fn of(rows: &[EvalRow], checkpoints: &[(usize, PathBuf)]) -> Option<Self> {
+    /// The best evaluation whose checkpoint is among those there: of the rows, and of the one noted before, whose row may be
+    /// missing.
+    pub fn of(rows: &[EvalRow], noted: Option<Self>, checkpoints: &[(usize, PathBuf)]) -> Option<Self> {
         let there = |step: usize| checkpoints.iter().any(|(saved, _)| *saved == step);
-        let valid = rows.iter().filter(|row| row.split == "valid" && row.loss.is_finite() && there(row.step));
-        let best = valid.min_by(|a, b| a.loss.total_cmp(&b.loss))?;
-        Some(Self { step: best.step, loss: best.loss })
+        let valid = rows.iter().filter(|row| row.split == "valid").map(|row| Self { step: row.step, loss: row.loss });
+        let all = valid.chain(noted).filter(|best| best.loss.is_finite() && there(best.step));
+        all.min_by(|a, b| a.loss.total_cmp(&b.loss))
+    }
+
+    /// What `best.json` notes; `None` if it is damaged or missing.
+    pub fn noted(dir: &RunDir) -> Option<Self> {
+        serde_json::from_slice(&fs::read(dir.best()).ok()?).ok()
     }
 
     /// Writes `best.json`.

@@ -3,9 +3,11 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use tracing::warn;
+
 use super::checkpoint::{self, State};
-use super::tables::{Table, TrainRow};
-use crate::config::Config;
+use super::tables::{gap, EvalRow, RankRow, Table, TrainRow};
+use crate::config::{Config, Train};
 use crate::error::{Error, Result};
 use crate::files::{sync_name, write_durably};
 use crate::optim::schedule::decay;
@@ -140,6 +142,30 @@ impl RunDir {
         }
     }
 
+    /// Refuses tables that a run which goes on after `step` could not take up, before anything is changed; names rows that are
+    /// missing.
+    ///
+    /// # Errors
+    /// Storage, with the file and the line.
+    pub fn check_tables(&self, step: usize, train: &Train) -> Result<()> {
+        let rows: Vec<TrainRow> = Table::rows(&self.train_csv())?;
+        let evaluations: Vec<EvalRow> = Table::rows(&self.eval_csv())?;
+        let _: Vec<RankRow> = Table::rows(&self.ranks_csv())?;
+        // An evaluation of the last step may still be due.
+        let gaps = [
+            (self.train_csv(), gap(rows.iter().map(|row| row.step), train.log_every, step)),
+            (self.eval_csv(), gap(evaluations.iter().map(|row| row.step), train.eval_every, step.saturating_sub(1))),
+        ];
+        for (path, gap) in gaps {
+            let Some((first, last)) = gap else { continue };
+            warn!(
+                "{} has no row of steps {first} to {last}: it was changed; the run goes on without them",
+                path.display()
+            );
+        }
+        Ok(())
+    }
+
     /// Refuses another tokenizer, and a configuration that differs from the directory's own in what is learnt. `then` is the
     /// state that the run goes on from, `now` that of this start: what `auto` and a path stood for then, and stand for now.
     ///
@@ -150,7 +176,7 @@ impl RunDir {
         config: &Config,
         tokenizer: &Path,
         allowed: &[String],
-        then: Option<&State>,
+        then: &State,
         now: &State,
     ) -> Result<()> {
         self.check_tokenizer(tokenizer)?;
@@ -158,17 +184,12 @@ impl RunDir {
             return Ok(());
         }
         let older = self.load_config()?;
-        let alike = |key: &str| {
-            let conditions = then.map(|then| (&then.conditions, &now.conditions));
-            match key {
-                "device" => conditions.is_some_and(|(then, now)| then.device == now.device),
-                "data.micro_batch" => conditions.is_some_and(|(then, now)| then.micro_batch == now.micro_batch),
-                "data.dir" => then.is_some_and(|then| then.data_sha256 == now.data_sha256),
-                "optim.decay_steps" => {
-                    decay(&older.optim, older.train.steps) == decay(&config.optim, config.train.steps)
-                }
-                _ => false,
-            }
+        let alike = |key: &str| match key {
+            "device" => then.conditions.device == now.conditions.device,
+            "data.micro_batch" => then.conditions.micro_batch == now.conditions.micro_batch,
+            "data.dir" => then.data_sha256 == now.data_sha256,
+            "optim.decay_steps" => decay(&older.optim, older.train.steps) == decay(&config.optim, config.train.steps),
+            _ => false,
         };
         let mut changes = config.changes_since(&older)?;
         changes.retain(|(key, ..)| !allowed.contains(key) && !alike(key));
@@ -221,7 +242,7 @@ impl RunDir {
 /// # Errors
 /// Storage, where there is none, or a byte of it is not what was written.
 pub fn find_checkpoint(path: &Path) -> Result<PathBuf> {
-    if path.join("MANIFEST.json").is_file() {
+    if checkpoint::is_complete(path) {
         checkpoint::verify(path)?;
         return Ok(path.to_path_buf());
     }

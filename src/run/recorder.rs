@@ -39,7 +39,7 @@ impl Recorder {
         let (train, _) = Table::open::<TrainRow>(&dir.train_csv(), step)?;
         let (eval, rows) = Table::open::<EvalRow>(&dir.eval_csv(), step)?;
         let (slow, _) = Table::open::<RankRow>(&dir.ranks_csv(), step)?;
-        let best = Best::of(&rows, &checkpoint::list(&dir.checkpoints()));
+        let best = Best::of(&rows, Best::noted(dir), &checkpoint::list(&dir.checkpoints()));
         match best {
             Some(best) => best.publish(dir)?,
             // What a run left that was killed after its first evaluation and before its first checkpoint.

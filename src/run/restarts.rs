@@ -22,8 +22,8 @@ struct Start {
 /// Notes that this job goes on after `step`, if Slurm runs it.
 ///
 /// # Errors
-/// Numbers, where Slurm has started it again more than `most` times since it first stood there (0: never): not 75, so that
-/// nothing queues it again. Storage, where the note cannot be written.
+/// Stuck, if Slurm has started it again more than `most` times since it first stood there (0: never): nothing queues a job of
+/// that class again. Storage, if the note cannot be written.
 pub fn note_start(run_dir: &Path, step: usize, most: u32) -> Result<()> {
     let Some(SlurmJob { id: job, restarts, .. }) = SlurmJob::from_environment() else { return Ok(()) };
     let path = run_dir.join("restarts.json");
@@ -31,7 +31,7 @@ pub fn note_start(run_dir: &Path, step: usize, most: u32) -> Result<()> {
     let last = std::fs::read(&path).ok().and_then(|text| serde_json::from_slice(&text).ok());
     let now = now_at(last, job, step, restarts);
     if most > 0 && restarts - now.since > most.into() {
-        return Err(Error::Numbers(format!(
+        return Err(Error::Stuck(format!(
             "Slurm has started this job {} times again after step {step}, and it never got to a later checkpoint; it is not \
              queued again. The logs in {} tell why; a smaller train.save_every saves more often; to try again, submit it anew",
             restarts - now.since,

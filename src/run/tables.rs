@@ -5,8 +5,8 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use schemars::JsonSchema;
-use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
+use serde::de::{DeserializeOwned, Error as _};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::error::{Error, Result};
 use crate::files::write_durably;
@@ -15,8 +15,10 @@ use crate::files::write_durably;
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct TrainRow {
     /// Optimizer steps done; the first row is 1.
+    #[serde(deserialize_with = "whole")]
     pub step: usize,
     /// Tokens predicted so far, over all ranks.
+    #[serde(deserialize_with = "whole")]
     pub tokens: u64,
     /// The loss that this step minimises (`train.loss`), over the whole batch, with dropout.
     pub loss: f64,
@@ -45,6 +47,7 @@ pub struct TrainRow {
     /// `max_memory_allocated` counts, without what CUDA, NCCL and the allocator's cache hold besides.
     pub memory_mib: Option<f64>,
     /// Number of ranks.
+    #[serde(deserialize_with = "whole")]
     pub world_size: usize,
     /// Training time so far, over all restarts.
     pub elapsed_s: f64,
@@ -54,6 +57,7 @@ pub struct TrainRow {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct EvalRow {
     /// Optimizer steps done.
+    #[serde(deserialize_with = "whole")]
     pub step: usize,
     /// `valid` or `test`.
     pub split: String,
@@ -64,6 +68,7 @@ pub struct EvalRow {
     /// Perplexity for each word, to compare any vocabularies; only with `data.layout: packed`.
     pub word_ppl: Option<f64>,
     /// Tokens predicted.
+    #[serde(deserialize_with = "whole")]
     pub tokens: u64,
     /// Time that the evaluation took.
     pub eval_s: f64,
@@ -73,8 +78,10 @@ pub struct EvalRow {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct RankRow {
     /// The step at whose end the rank was found to have become slow.
+    #[serde(deserialize_with = "whole")]
     pub step: usize,
     /// The rank.
+    #[serde(deserialize_with = "whole")]
     pub rank: usize,
     /// Its node.
     pub host: String,
@@ -110,12 +117,22 @@ impl Row for RankRow {
     }
 }
 
+/// Rows as CSV, under a header.
+///
+/// # Errors
+/// Those of the csv crate, which rows of numbers and texts do not meet.
+pub fn with_header<R: Serialize>(rows: &[R]) -> Result<String> {
+    let mut writer = csv::Writer::from_writer(Vec::new());
+    for row in rows {
+        writer.serialize(row)?;
+    }
+    Ok(String::from_utf8(writer.into_inner()?)?)
+}
+
 /// The names of a row's columns, in order, with commas between them: as its type has them.
 pub fn header<R: Default + Serialize>() -> String {
-    let mut writer = csv::Writer::from_writer(Vec::new());
     // Into memory, and of numbers and texts only: nothing can fail.
-    let _ = writer.serialize(R::default());
-    let text = String::from_utf8(writer.into_inner().unwrap_or_default()).unwrap_or_default();
+    let text = with_header(&[R::default()]).unwrap_or_default();
     text.lines().next().unwrap_or_default().to_owned()
 }
 
@@ -130,7 +147,7 @@ impl Table {
     /// every step will stand once. Returns the rows kept.
     ///
     /// # Errors
-    /// Storage, where the file cannot be written, or holds something else than this log.
+    /// Storage, if the file cannot be written, or holds something else than this log; then nothing is changed.
     pub fn open<R: Row>(path: &Path, step: usize) -> Result<(Self, Vec<R>)> {
         let mut rows: Vec<R> = Self::rows(path)?;
         rows.retain(|row| row.step() <= step);
@@ -184,16 +201,27 @@ fn line(row: &impl Serialize) -> Result<Vec<u8>> {
     Ok(writer.into_inner()?)
 }
 
-/// The rows of a file. An end that does not parse, or has no newline, is what a crash left: it is dropped. A header of
-/// other columns, or rows after one that does not parse, are nothing that this program leaves.
+/// A whole number; a spreadsheet may have saved it as 3.07E+04.
+fn whole<'de, D: Deserializer<'de>, N: TryFrom<u64>>(cell: D) -> std::result::Result<N, D::Error> {
+    let number = f64::deserialize(cell)?;
+    // Those that a float has exactly.
+    let exact = number.fract() == 0.0 && (0.0..=(1_u64 << 53) as f64).contains(&number);
+    let number = exact.then_some(number as u64).and_then(|number| N::try_from(number).ok());
+    number.ok_or_else(|| D::Error::custom("expected a whole number"))
+}
+
+/// The rows of a file, as this program or a spreadsheet has written it. Part of a row at its end is what a crash left: it is
+/// dropped. Nothing else is, since it may be somebody's.
 fn read<R: Row>(path: &Path, bytes: &[u8]) -> Result<Vec<R>> {
-    let whole = bytes.iter().rposition(|&b| b == b'\n').map_or(0, |end| end + 1);
-    if whole == 0 {
+    const MARK: &[u8] = b"\xef\xbb\xbf";
+    let bytes = bytes.strip_prefix(MARK).unwrap_or(bytes);
+    let expected = header::<R>();
+    if expected.as_bytes().starts_with(bytes) {
         return Ok(Vec::new());
     }
-    let (found, rest) = bytes[..whole].split_at(bytes.iter().position(|&b| b == b'\n').map_or(0, |end| end + 1));
-    let expected = header::<R>();
-    if found.trim_ascii_end() != expected.as_bytes() {
+    let mut lines = bytes.split_inclusive(|&b| b == b'\n').peekable();
+    let found = lines.next().unwrap_or_default();
+    if !cells(found).iter().copied().eq(expected.split(',')) {
         let found: String = String::from_utf8_lossy(&found[..found.len().min(300)]).trim_end().into();
         return Err(Error::Storage(format!(
             "{} does not have the columns of this log: expected {expected}, found {}; move it away or use another \
@@ -204,24 +232,64 @@ fn read<R: Row>(path: &Path, bytes: &[u8]) -> Result<Vec<R>> {
         .into());
     }
     let columns = expected.split(',').count();
-    // No cell of ours has a comma or is quoted: damage stays within its line.
-    let parse = |line: &[u8]| -> Option<R> {
-        let line = std::str::from_utf8(line).ok()?;
-        let cells: Vec<&str> = line.split(',').take(columns + 1).collect();
-        let whole = cells.len() == columns;
-        whole.then(|| csv::StringRecord::from(cells).deserialize(None).ok()).flatten()
+    let mut rows: Vec<R> = Vec::new();
+    let refuse = |line: usize, what: String| -> Result<Vec<R>> {
+        let path = path.display();
+        let remedy = "nothing was changed; repair the line, or move the file away to go on without it";
+        Err(Error::Storage(format!("{path}, line {line}: {what}; {remedy}")).into())
     };
-    let mut lines = rest.split_inclusive(|&b| b == b'\n').map(|line| parse(line.trim_ascii_end()));
-    let rows: Vec<R> = lines.by_ref().map_while(|row| row).collect();
-    if lines.any(|row| row.is_some()) {
-        return Err(Error::Storage(format!(
-            "{}, line {}: this is no row of the log, and rows follow it; repair the line or move the file away",
-            path.display(),
-            rows.len() + 2
-        ))
-        .into());
+    while let Some(line) = lines.next() {
+        let cells = cells(line);
+        if lines.peek().is_none() && (!line.ends_with(b"\n") || cells.len() < columns) {
+            break;
+        }
+        let number = rows.len() + 2;
+        let row: R = match csv::StringRecord::from(cells.clone()).deserialize(None) {
+            Ok(row) if cells.len() == columns => row,
+            _ => {
+                let found: String = String::from_utf8_lossy(&line[..line.len().min(300)]).trim_end().into();
+                let found = found.escape_debug();
+                return refuse(number, format!("expected a row of {columns} cells ({expected}), found {found}"));
+            }
+        };
+        match rows.last() {
+            Some(last) if last.step() > row.step() => {
+                return refuse(number, format!("step {} stands after step {}", row.step(), last.step()));
+            }
+            _ => rows.push(row),
+        }
     }
     Ok(rows)
+}
+
+/// A line's cells, without the quotes that a spreadsheet may put around them. No cell of ours has a comma: damage stays within
+/// its line. None of a line that is no text.
+fn cells(line: &[u8]) -> Vec<&str> {
+    let Ok(line) = std::str::from_utf8(line) else { return Vec::new() };
+    fn bare(cell: &str) -> &str {
+        cell.strip_prefix('"').and_then(|cell| cell.strip_suffix('"')).unwrap_or(cell)
+    }
+    line.trim_end().split(',').map(|cell| bare(cell.trim())).collect()
+}
+
+/// The steps of the first gap among those that have rows, for a run that goes on after `until` and writes one every so many
+/// steps: (first, last). Where a run was told to write them more or less often, that is none.
+pub fn gap(steps: impl Iterator<Item = usize>, every: usize, until: usize) -> Option<(usize, usize)> {
+    if every == 0 {
+        return None;
+    }
+    let next = (until / every + 1) * every;
+    let mut points = vec![0];
+    points.extend(steps.filter(|&step| step <= until));
+    points.push(next);
+    let distances: Vec<usize> = points.windows(2).map(|pair| pair[1] - pair[0]).collect();
+    let distance = |index: usize| distances.get(index).copied().unwrap_or(0);
+    let is_gap = |&index: &usize| {
+        let before = index.checked_sub(1).map_or(0, distance);
+        distances[index] > every.max(before).max(distance(index + 1))
+    };
+    let found = (0..distances.len()).find(is_gap)?;
+    Some((points[found] + 1, (points[found + 1] - 1).min(until)))
 }
 
 /// A measured number as a CSV shows it: three decimals.
@@ -260,7 +328,7 @@ mod tests {
     }
 
     #[test]
-    fn a_damaged_row_amid_others_is_named_and_a_damaged_end_dropped() {
+    fn a_damaged_row_is_named_and_nothing_deleted() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("eval.csv");
         let (mut log, _) = Table::open::<EvalRow>(&path, 0).unwrap();
@@ -268,14 +336,63 @@ mod tests {
             log.append(&row(step)).unwrap();
         }
         let whole = fs::read_to_string(&path).unwrap();
-        fs::write(&path, whole.replace("\n2,valid", "\n2,va\0\0,x")).unwrap();
-        let error = Table::open::<EvalRow>(&path, 3).err().unwrap().to_string();
-        assert!(error.contains("line 3"), "{error}");
-        // One flipped bit makes a 2 a quote; the rows that follow are not in it.
-        fs::write(&path, whole.replace("\n2,valid", "\n\",valid")).unwrap();
-        assert!(Table::open::<EvalRow>(&path, 3).is_err());
-        fs::write(&path, whole.replace("\n3,valid", "\nx,valid")).unwrap();
-        assert_eq!(Table::open::<EvalRow>(&path, 3).unwrap().1.len(), 2);
+        for (from, to, line) in [
+            ("\n2,valid", "\n2,va\0\0,x", 3),
+            // One flipped bit makes a 2 a quote; the rows that follow are not in it.
+            ("\n2,valid", "\n\",valid", 3),
+            ("\n3,valid", "\nx,valid", 4),
+            ("\n3,valid", "\n2.5,valid", 4),
+            ("\n3,valid", "\n-3,valid", 4),
+            ("\n2,valid", "\n4,valid", 4),
+            ("\n2,valid", "\n\n2,valid", 3),
+            (",valid", ";valid", 2),
+        ] {
+            let damaged = whole.replace(from, to);
+            fs::write(&path, &damaged).unwrap();
+            let error = Table::open::<EvalRow>(&path, 3).err().unwrap().to_string();
+            assert!(error.contains(&format!("eval.csv, line {line}: ")), "{to:?}: {error}");
+            assert_eq!(fs::read_to_string(&path).unwrap(), damaged);
+        }
+    }
+
+    #[test]
+    fn what_a_spreadsheet_saves_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("eval.csv");
+        let head = header::<EvalRow>();
+        let rows = ["4,valid,1.5,4.5,,9,0.1", "8,valid,1.25,3.5,,30700,0.1"];
+        let ours = format!("{head}\n{}\n{}\n", rows[0], rows[1]);
+        let theirs = ours.replace("30700", "3.07E+04").replace("\n8,", "\n8.0,").replace("1.25", "1.25E0");
+        let quoted = theirs.replace("valid", "\"valid\"").replace("step,split", "\"step\",\"split\"");
+        for text in [theirs.replace('\n', "\r\n"), format!("\u{feff}{theirs}"), quoted] {
+            fs::write(&path, &text).unwrap();
+            let (_, kept) = Table::open::<EvalRow>(&path, 8).unwrap();
+            assert_eq!((kept.len(), kept[1].step, kept[1].tokens), (2, 8, 30700), "{text:?}");
+            let kept = fs::read_to_string(&path).unwrap();
+            assert_eq!(kept.replace(".0,", ","), ours.replace(".0,", ","), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn a_gap_is_found_and_another_rhythm_is_none() {
+        let gap = |steps: &[usize], every, until| gap(steps.iter().copied(), every, until);
+        let all: Vec<usize> = (1..=60).collect();
+        assert_eq!(gap(&all, 1, 60), None);
+        assert_eq!(gap(&all[..40], 1, 60), Some((41, 60)));
+        assert_eq!(gap(&[], 1, 60), Some((1, 60)));
+        assert_eq!(gap(&all[5..], 1, 60), Some((1, 5)));
+        assert_eq!(gap(&[&all[..10], &all[12..]].concat(), 1, 60), Some((11, 12)));
+        assert_eq!(gap(&all[..59], 1, 60), Some((60, 60)));
+        // The rows after `until` are those of steps that will be done again.
+        assert_eq!(gap(&all, 1, 30), None);
+        assert_eq!(gap(&[10, 20, 30], 10, 39), None);
+        assert_eq!(gap(&[10, 20], 10, 39), Some((21, 39)));
+        assert_eq!(gap(&[], 10, 9), None);
+        assert_eq!(gap(&[], 0, 100), None);
+        // From every tenth step to each, and back; the last of a run that was made longer.
+        assert_eq!(gap(&[10, 20], 1, 25), None);
+        assert_eq!(gap(&all[..25], 10, 25), None);
+        assert_eq!(gap(&[4, 8, 10, 12], 4, 13), None);
     }
 
     #[test]

@@ -6,6 +6,7 @@ mod libraries;
 mod libtorch;
 mod mark;
 mod peak;
+mod threads;
 
 use std::ffi::c_int;
 use std::path::Path;
@@ -23,6 +24,7 @@ pub use self::libtorch::{
 };
 pub use self::mark::{Mark, Marks};
 pub use self::peak::{describe_peak, measure_peak};
+pub use self::threads::{bound_waiting, set_threads};
 use crate::error::{Error, Result};
 
 /// The device that `device: cpu|cuda|auto` means for this rank.
@@ -112,29 +114,6 @@ pub fn gpu(index: usize) -> std::result::Result<Gpu, String> {
 #[no_mangle]
 pub extern "C" fn mkl_serv_intel_cpu_true() -> c_int {
     1
-}
-
-/// Sets the threads that this process computes with, in LibTorch and in rayon alike.
-///
-/// `None` leaves the choice to `OMP_NUM_THREADS` or, where that is unset, to the cores this process may use.
-/// Returns the number in force.
-pub fn set_threads(threads: Option<usize>) -> usize {
-    let threads = threads
-        .or_else(|| std::env::var("OMP_NUM_THREADS").ok()?.parse().ok().filter(|&n| n > 0))
-        .or_else(|| std::thread::available_parallelism().ok().map(Into::into))
-        .unwrap_or(1);
-    // Rayon's threads call LibTorch from one core each. Asking for LibTorch's number first matters: it makes the thread
-    // take the process' setting, which it would otherwise do later, over this one.
-    let alone = |_| {
-        tch::get_num_threads();
-        tch::set_num_threads(1);
-    };
-    // A second call finds the pool built; the number of threads is then what the first one set.
-    let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).start_handler(alone).build_global();
-    // Each thread's setting is the process' too until the next: wait for them all, then set this one's.
-    rayon::broadcast(|_| ());
-    tch::set_num_threads(i32::try_from(threads).unwrap_or(i32::MAX));
-    threads
 }
 
 /// The most memory this process has held on the device, in MiB: resident on the CPU; on a GPU what its tensors took, as

@@ -1,6 +1,6 @@
 //! What comes before the first step: opening, resuming, and agreeing.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};
@@ -139,15 +139,14 @@ impl<'a> Trainer<'a> {
         self.comm.wait(self.device)?;
         self.model.parameters.publish();
         if numbers[3] > 0.0 {
-            self.take_up_moments(found.as_deref())?;
+            self.take_up_moments(found)?;
         }
         (self.from, self.speed) = (self.state.step, Speed::from(self.state.tokens));
         Ok(())
     }
 
     /// Rank 0 reads the optimizer's state bucket by bucket, whoever wrote it; each rank keeps what it updates.
-    fn take_up_moments(&mut self, checkpoint: Option<&Path>) -> Result<()> {
-        let files = checkpoint.map(|path| OptimizerFiles::open(path, self.model.parameters.numel())).transpose()?;
+    fn take_up_moments(&mut self, files: Option<OptimizerFiles>) -> Result<()> {
         self.comm.barrier(self.comm.deadlines.startup)?;
         for (start, length) in self.gradients.buckets() {
             self.enter(Phase::StartUp);
@@ -205,20 +204,20 @@ impl<'a> Trainer<'a> {
         Ok(())
     }
 
-    /// Returns the checkpoint that the run goes on from, its weights and numbers read.
-    fn take_up(&mut self, resume: &Resume, allowed: &[String]) -> Result<Option<PathBuf>> {
+    /// Reads the weights and numbers of the checkpoint that the run goes on from, and returns its optimizer's state.
+    fn take_up(&mut self, resume: &Resume, allowed: &[String]) -> Result<Option<OptimizerFiles>> {
         let checkpoints = self.dir.checkpoints();
         // Taken before anything is read: the run that holds it may be about to save.
         let lease = self.dir.0.exists().then(|| Lease::take(&self.dir.0)).transpose()?;
         let has_history = !checkpoint::list(&checkpoints).is_empty();
-        let found = match resume {
-            Resume::Auto => checkpoint::latest(&checkpoints)?,
+        let source = match resume {
+            Resume::Auto => has_history.then(|| self.dir.0.clone()),
             // Another run's checkpoint is only where this run begins.
             Resume::From(path) if has_history && path.exists() && !is_within(path, &self.dir.0) => {
                 info!("{} holds checkpoints: going on with its own newest", self.dir.0.display());
-                checkpoint::latest(&checkpoints)?
+                Some(self.dir.0.clone())
             }
-            Resume::From(path) => Some(find_checkpoint(path)?),
+            Resume::From(path) => Some(path.clone()),
             Resume::Never if !has_history => None,
             Resume::Never => {
                 return Err(Error::Usage(format!(
@@ -229,21 +228,29 @@ impl<'a> Trainer<'a> {
             }
         };
         // All checks come before the first change, so that a refused command leaves the run as it was.
-        let saved = found.as_deref().map(checkpoint::load_state).transpose()?;
-        if has_history {
-            self.dir.check(&self.plan.config, &self.tokenizer_file, allowed, saved.as_ref(), &self.state)?;
-        } else {
+        if !has_history {
             self.dir.check_logs(self.plan.config.train.save_every)?;
         }
-        if let (Some(path), Some(saved)) = (&found, saved) {
-            self.load(path, saved, allowed)?;
-            info!("resuming from {} after {} steps", path.display(), self.state.step);
-        } else if let Some(path) = &self.plan.config.train.init_from {
-            let path = find_checkpoint(path).map_err(|e| e.context("train.init_from"))?;
-            self.check_vocabulary(&path, &checkpoint::load_state(&path)?)?;
-            checkpoint::load_model(&path, &mut self.model.parameters)?;
-            info!("beginning with the weights of {}", path.display());
-        }
+        // Another run may go on, and remove what is read here.
+        let found = match (&source, self.plan.config.train.init_from.clone()) {
+            (Some(source), _) => {
+                let find = || find_checkpoint(source);
+                Some(checkpoint::read_chosen(find, |path| self.load(path, has_history, allowed))?)
+            }
+            (None, Some(from)) => {
+                let find = || find_checkpoint(&from).map_err(|e| e.context("train.init_from"));
+                checkpoint::read_chosen(find, |path| {
+                    self.check_vocabulary(path, &checkpoint::load_state(path)?)?;
+                    checkpoint::load_model(path, &mut self.model.parameters)?;
+                    info!("beginning with the weights of {}", path.display());
+                    Ok(())
+                })?;
+                None
+            }
+            (None, None) => None,
+        };
+        let kept = if has_history { self.state.step } else { 0 };
+        self.dir.check_tables(kept, &self.plan.config.train)?;
         let lease = match lease {
             Some(lease) => lease,
             None => Lease::take(&self.dir.0)?,
@@ -261,12 +268,15 @@ impl<'a> Trainer<'a> {
             restarts::note_start(&self.dir.0, self.state.step, fault.max_restarts_without_progress)?;
         }
         checkpoint::set_aside_after(&checkpoints, self.state.step)?;
-        let kept = if has_history { self.state.step } else { 0 };
         self.recorder = Some(Recorder::open(&self.dir, lease, kept, self.plan.config.train.steps)?);
         Ok(found)
     }
 
-    fn load(&mut self, path: &Path, saved: State, allowed: &[String]) -> Result<()> {
+    fn load(&mut self, path: &Path, is_own: bool, allowed: &[String]) -> Result<OptimizerFiles> {
+        let saved = checkpoint::load_state(path)?;
+        if is_own {
+            self.dir.check(&self.plan.config, &self.tokenizer_file, allowed, &saved, &self.state)?;
+        }
         if saved.data_sha256 != self.state.data_sha256 && !allowed.iter().any(|key| key == "data.dir") {
             return Err(Error::Usage(format!(
                 "{} was trained on other data than {} holds (SHA-256 of the training tokens was {}, is {}); name the \
@@ -286,9 +296,11 @@ impl<'a> Trainer<'a> {
             );
         }
         checkpoint::load_model(path, &mut self.model.parameters)?;
+        let moments = OptimizerFiles::open(path, self.model.parameters.numel())?;
         let State { step, tokens, elapsed_s, .. } = saved;
         self.state = State { step, tokens, elapsed_s, ..self.state.clone() };
-        Ok(())
+        info!("resuming from {} after {step} steps", path.display());
+        Ok(moments)
     }
 
     /// Refuses weights that were trained on ids of another tokenizer: as many as here may mean quite other text.

@@ -19,6 +19,7 @@ use self::heartbeats::Heartbeat;
 pub use self::stragglers::{Straggler, Stragglers};
 use crate::config::Fault;
 use crate::error::{exit_code, Error, Result};
+use crate::patience::Patience;
 use crate::stop::exit_now;
 
 /// What a rank is doing. Each has its deadline, and a mark again begins it anew.
@@ -192,14 +193,11 @@ impl Shared {
 
     /// Ends the process once there is no new mark within the deadline of the last.
     fn watch(self: Arc<Self>) {
-        let mut still = Still::default();
-        let mut before = Instant::now();
+        let mut still = Still { count: 0, patience: Patience::begin() };
         loop {
             thread::sleep(TICK);
             let mark = *self.mark();
-            let passed = before.elapsed();
-            before += passed;
-            let waited = still.since(mark.count, passed);
+            let waited = still.since(mark.count, Instant::now());
             if waited >= mark.phase.deadline(&self.fault) + GRACE {
                 self.give_up(mark, waited)
             }
@@ -270,22 +268,18 @@ impl Shared {
 }
 
 /// How long there has been no new mark.
-#[derive(Default)]
 struct Still {
     count: u64,
-    waited: Duration,
+    patience: Patience,
 }
 
 impl Still {
-    /// `passed` is the time since the last call. Of a longer one only a second counts: then this process itself was
-    /// stopped, by Ctrl-Z for example, and may go on now.
-    fn since(&mut self, count: u64, passed: Duration) -> Duration {
+    /// That time, at a look that sees this count of marks.
+    fn since(&mut self, count: u64, now: Instant) -> Duration {
         if count != self.count {
-            *self = Self { count, waited: Duration::ZERO };
-        } else {
-            self.waited += passed.min(Duration::from_secs(1));
+            *self = Self { count, patience: Patience::begin_at(now) };
         }
-        self.waited
+        self.patience.waited_at(now)
     }
 }
 
@@ -307,12 +301,13 @@ mod tests {
 
     #[test]
     fn a_mark_begins_the_wait_anew_and_a_stopped_process_is_not_blamed() {
-        let mut still = Still::default();
-        let second = Duration::from_secs(1);
-        assert_eq!([1, 2, 3].map(|_| still.since(0, second / 2)), [second / 2, second, second * 3 / 2]);
-        assert_eq!(still.since(1, second / 2), Duration::ZERO);
-        assert_eq!(still.since(1, second * 3600), second);
-        assert_eq!(still.since(1, second / 2), second * 3 / 2);
+        let start = Instant::now();
+        let mut still = Still { count: 0, patience: Patience::begin_at(start) };
+        let mut since = |count, millis| still.since(count, start + Duration::from_millis(millis)).as_millis();
+        assert_eq!([500, 1000, 1500].map(|millis| since(0, millis)), [500, 1000, 1500]);
+        assert_eq!(since(1, 2000), 0);
+        assert_eq!(since(1, 3_602_000), 1000);
+        assert_eq!(since(1, 3_602_500), 1500);
     }
 
     #[test]

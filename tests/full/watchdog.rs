@@ -77,11 +77,9 @@ fn a_long_evaluation_makes_progress() {
         prepare.args(["-q", "prepare", "--tokenizer"]).arg(sample().join("tokenizer.json"));
         prepare.arg("--source").arg(folder.path().join("text")).arg("--out").arg(&data);
         finish(prepare).ok();
-        let config = format!(
-            "device: cpu\ndata: {{block_size: 4, batch_size: 1}}\nmodel: {{n_layer: 6, n_head: 8, n_embd: 320}}\n\
-            train: {{steps: 1, eval_every: 1, save_every: 0}}\nfault: {{step_deadline_s: 1}}\n"
-        );
-        let run = Run::new(folder.path(), &format!("evaluation-{doublings}"), &config, 1);
+        let config = "device: cpu\ndata: {block_size: 4, batch_size: 1}\nmodel: {n_layer: 6, n_head: 8, n_embd: 320}\n\
+            train: {steps: 1, eval_every: 1, save_every: 0}\nfault: {step_deadline_s: 1}\n";
+        let run = Run::new(folder.path(), &format!("evaluation-{doublings}"), config, 1);
         let (code, said) = Going::start(&run, &["--set", &format!("data.dir={}", data.display())]).ends();
         assert_eq!(code, Some(0), "{said}");
         let seconds: f64 = rows(&run.dir.join("eval.csv"))[0]["eval_s"].parse().unwrap();

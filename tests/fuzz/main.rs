@@ -47,11 +47,6 @@ fn alone() -> MutexGuard<'static, ()> {
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A folder in memory where there is one: some readers sync what they write.
-fn temporary() -> TempDir {
-    TempDir::new_in("/dev/shm").or_else(|_| TempDir::new()).unwrap()
-}
-
 const SMALL: Shape = Shape {
     n_layer: 1,
     n_head: 1,

@@ -1,9 +1,10 @@
-//! The same run in bf16, and on a GPU: where there is one, and said plainly where there is none.
+//! The same run in bf16, and on a GPU, if there is one, which is said; and the threads that compute.
 
+use std::fs;
 use std::io::Write;
 
-use crate::common::rows;
 use crate::common::runs::Run;
+use crate::common::{finish, not_run, rows, Workspace};
 
 const CONFIG: &str = "seed: 5\ndata: {layout: packed, block_size: 32, batch_size: 16, micro_batch: 8}\n\
     model: {preset: gpt-nano, tied_head: false}\noptim: {lr: 1.0e-3}\ntrain: {steps: 20, eval_every: 10, save_every: 0}\n";
@@ -48,4 +49,56 @@ fn a_gpu_learns_what_a_cpu_learns() {
     let bf16 = losses(&run("bf16"), &["--set", "device=cuda", "--set", "precision=bf16"]);
     assert_near(&fp32, &expected, 1e-4);
     assert_near(&bf16, &expected, 0.02);
+}
+
+/// Trains `tiny.yaml` with these variables, and says what OpenMP has read, start after start.
+fn trained_with(work: &Workspace, run: &str, more: &str, variables: &[(&str, &str)]) -> (String, Vec<String>) {
+    let arguments = format!("train --config tiny.yaml --run-dir {run} --set train.steps=2 {more}");
+    let mut command = work.command(&arguments.split_whitespace().collect::<Vec<_>>());
+    command.env("OMP_DISPLAY_ENV", "verbose").envs(variables.iter().copied());
+    for name in ["GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"] {
+        if !variables.iter().any(|(set, _)| *set == name) {
+            command.env_remove(name);
+        }
+    }
+    let said = finish(command).ok().stderr;
+    let spins = said.lines().filter_map(|line| line.split_once("GOMP_SPINCOUNT = '"));
+    let spins = spins.map(|(_, rest)| rest.trim_end_matches('\'').to_owned()).collect();
+    (said, spins)
+}
+
+#[test]
+fn threads_wait_for_a_bounded_time_unless_the_user_decides() {
+    let work = Workspace::new();
+    let (_, spins) = trained_with(&work, "plain", "", &[("OMP_NUM_THREADS", "2")]);
+    assert_eq!(spins.last().map(String::as_str), Some("10000"), "{spins:?}");
+    // By the configuration, too.
+    let (_, spins) = trained_with(&work, "key", "--set threads=2", &[]);
+    assert_eq!(spins.last().map(String::as_str), Some("10000"), "{spins:?}");
+    for (name, value) in [("GOMP_SPINCOUNT", "77"), ("OMP_WAIT_POLICY", "passive"), ("KMP_BLOCKTIME", "1")] {
+        let (_, spins) = trained_with(&work, name, "", &[("OMP_NUM_THREADS", "2"), (name, value)]);
+        assert!(spins.len() == 1 && spins[0] != "10000", "{name}: {spins:?}");
+    }
+    // One thread waits for nobody.
+    let (_, spins) = trained_with(&work, "alone", "", &[]);
+    assert_eq!(spins.len(), 1, "{spins:?}");
+}
+
+#[test]
+fn more_threads_than_the_machine_can_use_are_not_started() {
+    let work = Workspace::new();
+    let cores: usize = std::thread::available_parallelism().unwrap().into();
+    let many = [("OMP_NUM_THREADS", "999999"), ("RAYON_NUM_THREADS", "999999")];
+    for (run, more, variables, source) in [
+        ("variable", "", &many[..], "OMP_NUM_THREADS asks for 999999 threads"),
+        ("key", "--set threads=1024", &many[1..], "threads asks for 1024 threads"),
+    ] {
+        if cores * 4 >= 1024 {
+            return not_run("this machine has too many cores");
+        }
+        let (said, _) = trained_with(&work, run, more, variables);
+        assert!(said.contains(source) && said.contains(&format!("{cores} cores")), "{said}");
+        let state = fs::read_to_string(work.path(run).join("checkpoints/step-00000002/state.json")).unwrap();
+        assert!(state.contains(&format!("\"threads\": {},", cores * 4)), "{state}");
+    }
 }

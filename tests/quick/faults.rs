@@ -181,3 +181,120 @@ fn output_that_nobody_takes_is_an_error_and_no_panic() {
     assert!(command.stderr(full()).stdout(full()).status().unwrap().success());
     assert_eq!(numbers(&work.path("alone/train.csv"), "step").len(), 12);
 }
+
+#[test]
+fn a_reader_that_has_seen_enough_is_no_error() {
+    let work = Workspace::new();
+    work.trained("run");
+    for verb in [
+        "eval --run-dir run",
+        "generate --run-dir run --prompt A B --tokens 1",
+        "compare --config tiny.yaml --steps 2 --devices cpu",
+        "checkpoint list --run-dir run",
+        "checkpoint verify --run-dir run",
+        "checkpoint prove --config tiny.yaml --steps 2",
+        "tokenize --tokenizer gpt2 tiny.yaml",
+        "prepare --source sample --tokenizer bpe:300 --out made",
+        "doctor --device cpu",
+        "completions bash",
+        "--help",
+        "--version",
+    ] {
+        let mut command = work.command(&verb.split(' ').collect::<Vec<_>>());
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        command.stdout(writer);
+        let said = crate::common::finish(command).ok();
+        assert!(!said.stderr.contains("standard output"), "{verb}: {}", said.stderr);
+    }
+    // What a verb is for is done all the same, and its verdict counts.
+    assert!(work.path("made/train.bin").is_file() && work.path("compare.csv").is_file());
+    flip(&work.path(&model(8)), 100_000);
+    let mut command = work.command(&["checkpoint", "verify", "--run-dir", "run"]);
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    command.stdout(writer);
+    crate::common::finish(command).fails(4, &["1 of 3 checkpoints"]);
+}
+
+#[test]
+fn a_file_beyond_the_systems_limit_is_an_error() {
+    let work = Workspace::new();
+    // In blocks of 512 bytes or a kilobyte: no checkpoint fits.
+    let limited = |arguments: &str| {
+        let mut command = std::process::Command::new("sh");
+        let script = format!("ulimit -f 100; exec {} {arguments}", crate::common::binary());
+        command.args(["-c", &script]).current_dir(work.path("")).env("OMP_NUM_THREADS", "1").stdin(Stdio::null());
+        crate::common::finish(command)
+    };
+    let parts = ["cannot write run/checkpoints/step-00000004", "File too large", "ulimit -f"];
+    limited("train --config tiny.yaml --run-dir run").fails(4, &parts);
+    let parts = ["cannot write ", "train.bin: File too large", "ulimit -f"];
+    limited("prepare --source sample --tokenizer bpe:300 --out made").fails(4, &parts);
+}
+
+#[test]
+fn a_table_that_a_spreadsheet_saved_is_taken_up() {
+    let work = Workspace::new();
+    work.trained("run");
+    let path = work.path("run/train.csv");
+    let ours = fs::read_to_string(&path).unwrap();
+    let tokens: Vec<f64> = numbers(&path, "tokens");
+    let theirs: Vec<String> = ours
+        .lines()
+        .map(|line| {
+            let mut cells: Vec<String> = line.split(',').map(String::from).collect();
+            if let Ok(tokens) = cells[1].parse::<f64>() {
+                cells[1] = format!("{tokens:E}");
+            }
+            cells.join(",") + "\r\n"
+        })
+        .collect();
+    fs::write(&path, theirs.concat()).unwrap();
+    let said = work.train("run", "--set train.steps=14").ok();
+    assert!(!said.stderr.contains("has no row"), "{}", said.stderr);
+    assert_eq!(numbers(&path, "step").len(), 14);
+    assert_eq!(numbers(&path, "tokens")[..12], tokens);
+    assert!(fs::read_to_string(&path).unwrap().starts_with(&ours));
+}
+
+#[test]
+fn a_table_that_is_not_understood_is_left_alone() {
+    let work = Workspace::new();
+    work.trained("run");
+    for (table, line) in [("train.csv", 2), ("train.csv", 9), ("train.csv", 13), ("eval.csv", 3)] {
+        let path = work.path("run").join(table);
+        let whole = fs::read_to_string(&path).unwrap();
+        let mut lines: Vec<String> = whole.lines().map(String::from).collect();
+        lines[line - 1] = lines[line - 1].replace('.', ";");
+        fs::write(&path, lines.join("\n") + "\n").unwrap();
+        let before = snapshot(&work.path("run"));
+        let parts = [&format!("run/{table}, line {line}: expected a row")[..], "nothing was changed"];
+        work.train("run", "--set train.steps=14").fails(4, &parts);
+        assert!(snapshot(&work.path("run")) == before, "{table}, line {line}");
+        fs::write(&path, whole).unwrap();
+    }
+}
+
+#[test]
+fn rows_that_are_missing_are_named() {
+    let work = Workspace::new();
+    work.trained("run");
+    let path = work.path("run/train.csv");
+    let whole = fs::read_to_string(&path).unwrap();
+    // The last row cut, and all but the first rows.
+    fs::write(&path, &whole[..whole.len() - 5]).unwrap();
+    work.train("run", "").ok().says(&["WARN", "run/train.csv has no row of steps 12 to 12"]);
+    fs::write(&path, whole.lines().take(6).map(|line| format!("{line}\n")).collect::<String>()).unwrap();
+    work.train("run", "").ok().says(&["WARN", "run/train.csv has no row of steps 6 to 12"]);
+    let best = fs::read(work.path("run/best.json")).unwrap();
+    fs::remove_file(&path).unwrap();
+    fs::remove_file(work.path("run/eval.csv")).unwrap();
+    let parts = ["run/train.csv has no row of steps 1 to 12", "run/eval.csv has no row of steps 1 to 11"];
+    work.train("run", "--set train.steps=14").ok().says(&parts);
+    assert_eq!(numbers(&path, "step"), [13.0, 14.0]);
+    // The best evaluation is not forgotten with its row.
+    let noted: serde_json::Value = serde_json::from_slice(&best).unwrap();
+    let now: serde_json::Value = serde_json::from_slice(&fs::read(work.path("run/best.json")).unwrap()).unwrap();
+    assert!(now["loss"].as_f64() <= noted["loss"].as_f64(), "{now}, was {noted}");
+}

@@ -10,7 +10,7 @@ use syn::UseTree;
 
 /// The rooms of each floor: folders of `src`, and files beside them. A room imports lower floors, and itself.
 const FLOORS: [&[&str]; 6] = [
-    &["error", "files", "host", "random", "stop"],
+    &["error", "files", "host", "patience", "random", "stop"],
     &["torch", "launcher", "config", "tokenizer"],
     &["comm", "data", "model", "optim", "watch"],
     &["run"],

@@ -5,6 +5,7 @@
 //! `optimizer.rank-0000-of-0004.safetensors`), `state.json` and `MANIFEST.json` (size and SHA-256 of each other file).
 //! It is written under another name, made durable file by file, and renamed.
 
+mod find;
 mod tensors;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -16,6 +17,7 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 use tracing::{debug, warn};
 
+pub use find::{is_complete, latest, list, read_chosen, removed_too_fast, ATTEMPTS};
 pub use tensors::{load_model, OptimizerFiles, MOMENTS};
 
 use crate::comm::Comm;
@@ -255,46 +257,6 @@ fn complete(
     }
     fs::rename(temporary, target).map_err(|e| Error::write(target, e))?;
     sync(target.parent().unwrap_or(target))
-}
-
-/// Complete checkpoints in a folder, by step; a folder without a manifest is not one.
-pub fn list(checkpoints: &Path) -> Vec<(usize, PathBuf)> {
-    let Ok(entries) = fs::read_dir(checkpoints) else { return Vec::new() };
-    let mut found: Vec<(usize, PathBuf)> = entries
-        .flatten()
-        .filter_map(|entry| {
-            let step = entry.file_name().to_str()?.strip_prefix("step-")?.parse().ok()?;
-            entry.path().join(MANIFEST).is_file().then(|| (step, entry.path()))
-        })
-        .collect();
-    found.sort();
-    found
-}
-
-/// The newest checkpoint whose every byte is what was written; bad ones are named aloud and passed over.
-///
-/// # Errors
-/// Storage, where there are checkpoints but none is good.
-pub fn latest(checkpoints: &Path) -> Result<Option<PathBuf>> {
-    let mut bad = Vec::new();
-    for (_, path) in list(checkpoints).into_iter().rev() {
-        match verify(&path) {
-            Ok(()) => return Ok(Some(path)),
-            Err(error) => {
-                warn!("passing over a checkpoint: {error:#}");
-                bad.push(format!("{error:#}"));
-            }
-        }
-    }
-    match bad.is_empty() {
-        true => Ok(None),
-        false => Err(Error::Storage(format!(
-            "no checkpoint in {} can be used: {}; restore one, or start anew in another --run-dir",
-            checkpoints.display(),
-            bad.join("; ")
-        ))
-        .into()),
-    }
 }
 
 /// Compares size and SHA-256 of every file with the manifest.
