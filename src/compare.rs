@@ -40,7 +40,7 @@ pub struct Comparison<'a> {
     pub steps: usize,
     /// Each once; the others' speed-up is that over the first.
     pub devices: &'a [DeviceChoice],
-    /// The table's file. The runs' folders lie beside it.
+    /// The table's file. The runs' folders are beside it.
     pub out: &'a Path,
     /// Options of the log for `train`, such as `-q`.
     pub log_options: &'a [&'a str],
@@ -68,7 +68,7 @@ pub struct CompareRow {
 }
 
 impl CompareRow {
-    /// Sums up a run, with a speed-up of 1; `None` where there are no rows.
+    /// Sums up a run, with a speed-up of 1; `None` if there are no rows.
     fn of(device: DeviceChoice, rows: &[TrainRow]) -> Option<Self> {
         let last = rows.last()?;
         let (warm_up, measured) = rows.split_at(warm_up(rows.len()));
@@ -91,8 +91,8 @@ impl CompareRow {
 /// Trains on each device in turn. After each, the table so far is in the file, and `show` gets what is new of it.
 ///
 /// # Errors
-/// Usage, before anything is run, for a configuration or a device list that cannot be compared; storage, where the table
-/// cannot be written; that of `train`, where a run fails. Rows of the devices before it stand.
+/// Usage, before anything is run, for a configuration or a device list that cannot be compared; storage, if the table
+/// cannot be written; that of `train`, if a run fails. Rows of the devices before it are kept.
 pub fn compare(comparison: &Comparison<'_>, mut show: impl FnMut(&str) -> Result<()>) -> Result<()> {
     let Comparison { devices, out, steps, .. } = *comparison;
     comparison.check()?;
@@ -158,7 +158,7 @@ impl Comparison<'_> {
         match fs::read(self.out) {
             Ok(bytes) if !bytes.is_empty() && !bytes.starts_with(header::<CompareRow>().as_bytes()) => {
                 Err(Error::Storage(format!(
-                    "{} is there and is no comparison (expected it to begin with {}); name another --out",
+                    "{} exists and is not a comparison (expected it to begin with {}); name another --out",
                     self.out.display(),
                     header::<CompareRow>()
                 ))
@@ -172,7 +172,7 @@ impl Comparison<'_> {
     /// Trains on one device in an empty folder, and sums up what its train.csv says.
     fn measure(&self, device: DeviceChoice, folder: &Path, signals: &mut Signals) -> Result<CompareRow> {
         let program = std::env::current_exe()
-            .map_err(|e| Error::Usage(format!("the system does not say where this program lies: {e}")))?;
+            .map_err(|e| Error::Usage(format!("the system does not say where this program is: {e}")))?;
         let mut train = Command::new(&program);
         train.args(self.log_options).arg("train").arg("--config").arg(self.config).arg("--run-dir").arg(folder);
         for item in self.overrides.iter().chain(&own_overrides(device, self.steps)) {
@@ -227,7 +227,7 @@ impl Comparison<'_> {
                     device.name(),
                     self.out.display()
                 );
-                // Nothing is saved that could go on: the end is the one that the signal means.
+                // Nothing is saved that could resume: the exit code is the signal's.
                 let _ = emulate_default_handler(signal);
                 exit_now(128 + signal as u8);
             }
@@ -266,8 +266,8 @@ fn failed(status: ExitStatus, device: DeviceChoice) -> anyhow::Error {
             format!("`lockstep train` ended with exit code {code}, for the reason it gives above; {remedy}"),
         ),
         (None, SIGKILL) => Error::Usage(format!(
-            "`lockstep train` was killed, as the system does where memory runs short; a smaller data.micro_batch takes less; \
-             {remedy}"
+            "`lockstep train` was killed, as the system does when memory runs short; a smaller data.micro_batch \
+             takes less; {remedy}"
         ))
         .into(),
         (None, signal) => anyhow::anyhow!("`lockstep train` was ended by signal {signal}; {remedy}"),

@@ -111,7 +111,8 @@ impl Error {
         Self::Storage(format!("cannot write {path}: {reason}; {remedy} or name a folder that you may write to")).into()
     }
 
-    /// The error of a process that was ours and ended with this code: the same class, so that this one ends as it did.
+    /// The error of a child process that ended with this code: of the same class, so that this process ends with it,
+    /// too.
     pub fn with_code(code: i32, message: String) -> anyhow::Error {
         let class = EXIT_CODES.iter().find(|row| i32::from(row.code) == code).and_then(|row| row.class);
         match class {
@@ -129,7 +130,7 @@ impl Error {
     }
 }
 
-/// The process's exit code for an error chain; 1 where no link of it bears a class, which is a defect.
+/// The process's exit code for an error chain; 1 if no link of it has a class, which is a defect.
 pub fn exit_code(error: &anyhow::Error) -> u8 {
     error.chain().find_map(|link| link.downcast_ref::<Error>()).map_or(1, Error::code)
 }

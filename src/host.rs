@@ -16,7 +16,7 @@ pub fn name() -> String {
 /// This program's file, and the SHA-256 of what it holds.
 ///
 /// # Errors
-/// The system's, if it does not say where the program lies, or the file cannot be read.
+/// The system's, if it does not say where the program is, or the file cannot be read.
 pub fn binary() -> io::Result<(String, String)> {
     let path = std::env::current_exe()?;
     let (_, sha256) = files::digest(&path)?;

@@ -81,7 +81,7 @@ def load_config(text, overrides=()):
 
 
 class Split:
-    """One split's shard, memory-mapped, cut into samples; docs/design.md has the format.
+    """One split's shard, memory-mapped, cut into samples; docs/formats.md has the format.
 
     `packed` leaves out the last, incomplete block unless `tail` asks for it.
     """

@@ -1,6 +1,6 @@
 """Every command in the documents can be given as it is written, and leaves nothing that git sees.
 
-tests/quick/readme.rs runs those that train; here are the ones of analysis/, on runs written here.
+tests/full/documents.rs runs those that train; here are the ones of analysis/, on runs written here.
 """
 
 import json

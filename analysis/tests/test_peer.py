@@ -8,7 +8,7 @@ import pytest
 
 
 def write_shard(path, lines, vocab_size=300, n_words=7):
-    """Writes lines of token ids as docs/design.md describes shards; digests are left zero."""
+    """Writes lines of token ids as docs/formats.md describes shards; digests are left zero."""
     tokens = [token for line in lines for token in line]
     width = 2 if vocab_size <= 65536 else 4
     header = struct.pack("<8sIIQQQ", b"LOCKSTEP", 1, width, len(tokens), len(lines), n_words)

@@ -206,7 +206,7 @@ fn share(text: &str) -> Result<f64, String> {
     percent.map(|percent| percent / 100.0).ok_or_else(|| "expected a percentage, for example 5%".into())
 }
 
-/// What `train` is told beside its file.
+/// The options of `train` besides its file.
 #[derive(Debug, Args)]
 pub struct Training {
     /// Replaces one key of the file, for example optim.lr=3e-4.

@@ -15,7 +15,7 @@ use super::args::{Cli, LogFormat};
 /// Marks what `main` says on stderr anyway.
 pub const LOG_FILE_ONLY: &str = "log-file-only";
 
-/// Log lines on stderr, and in `file` where one is given. Ranks other than 0 put warnings only on stderr.
+/// Log lines on stderr, and in `file` if one is given. Ranks other than 0 put warnings only on stderr.
 pub fn start(cli: &Cli, file: Option<&Path>, root: bool) {
     let level = match (cli.quiet, cli.verbose) {
         (true, _) => LevelFilter::WARN,
@@ -47,7 +47,7 @@ pub fn options(cli: &Cli) -> Vec<&'static str> {
     options
 }
 
-/// A rank's log file. What is said before the run directory exists, or where it cannot be written, is dropped here: stderr
+/// A rank's log file. What is said before the run directory exists, or if it cannot be written, is dropped here: stderr
 /// has it, and whoever writes the run's files next fails with the right exit code.
 struct RankLog(Option<File>);
 

@@ -123,7 +123,7 @@ pub fn run(cli: &Cli) -> Result<()> {
             doctor::run(run_dir, device, Duration::from_secs(*deadline_s), print::line)
         }
         Verb::Completions { shell } => {
-            // Into memory first: the generator panics where its output cannot be written.
+            // Into memory first: the generator panics if its output cannot be written.
             let mut script = Vec::new();
             clap_complete::generate(*shell, &mut Cli::command(), "lockstep", &mut script);
             print::text(&String::from_utf8_lossy(&script))
@@ -160,18 +160,17 @@ fn refuse_ranks(verb: &Verb) -> Result<()> {
 
 /// The threads that a verb computes with for long, as [`torch::set_threads`] takes them; `None` for other verbs.
 fn computing_threads(verb: &Verb) -> Option<Option<usize>> {
-    match verb {
-        Verb::Train { config, overrides, .. }
-        | Verb::Checkpoint { action: CheckpointAction::Prove { config, overrides, .. } } => {
-            match Config::load(config, overrides).map(|config| config.threads) {
-                Ok(Auto::Number(threads)) => Some(Some(threads)),
-                Ok(Auto::Auto) => Some(None),
-                // The verb itself says why.
-                Err(_) => None,
-            }
-        }
-        Verb::Eval { .. } | Verb::Generate { .. } => Some(None),
-        _ => None,
+    let (config, overrides) = match verb {
+        Verb::Train { config, training } => (config, &training.overrides),
+        Verb::Checkpoint { action: CheckpointAction::Prove { config, overrides, .. } } => (config, overrides),
+        Verb::Eval { .. } | Verb::Generate { .. } => return Some(None),
+        _ => return None,
+    };
+    match Config::load(config, overrides).map(|config| config.threads) {
+        Ok(Auto::Number(threads)) => Some(Some(threads)),
+        Ok(Auto::Auto) => Some(None),
+        // The verb itself says why.
+        Err(_) => None,
     }
 }
 

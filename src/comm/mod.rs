@@ -1,7 +1,7 @@
 //! The ranks of one job, and what they do together.
 //!
 //! [`Comm`] is the same type for one process and for many: with a world size of 1 nothing is initialised and every
-//! collective is the identity. MPI is started only where a launcher started this process. It joins the ranks and carries
+//! collective is the identity. MPI is started only if a launcher started this process. It joins the ranks and carries
 //! what is small, and CPU tensors; GPU tensors are NCCL's once [`Comm::use_device`] has joined the GPUs.
 //!
 //! A collective on a tensor is begun, and all that was begun is finished together, so that sums travel while the backward
@@ -59,11 +59,11 @@ impl Default for Deadlines {
 
 /// What a launcher's libraries say of themselves, for a report.
 pub struct Libraries {
-    /// MPI's first line; `None` where it was not started.
+    /// MPI's first line; `None` if it was not started.
     pub mpi: Option<String>,
     /// The node's name as MPI knows it.
     pub host: Option<String>,
-    /// NCCL's version; the reason, where it cannot be loaded.
+    /// NCCL's version; the reason, if it cannot be loaded.
     pub nccl: std::result::Result<String, String>,
 }
 
@@ -71,7 +71,7 @@ impl Comm {
     /// Joins the other ranks, if a launcher started this process as one of several.
     ///
     /// # Errors
-    /// Communication, where MPI cannot be started in time or was not built in, or disagrees with Slurm; usage, where a
+    /// Communication, if MPI cannot be started in time or was not built in, or disagrees with Slurm; usage, if a
     /// launcher started several processes that MPI takes for worlds of one each.
     pub fn start(deadlines: Deadlines) -> Result<Self> {
         // Before MPI starts, since it sets variables of its own.
@@ -108,7 +108,7 @@ impl Comm {
     /// NCCL's. All ranks must call it, on a CPU too.
     ///
     /// # Errors
-    /// Usage, where ranks share a GPU, only some have one, or NCCL cannot be loaded; communication, where the GPUs cannot be
+    /// Usage, if ranks share a GPU, only some have one, or NCCL cannot be loaded; communication, if the GPUs cannot be
     /// joined in time.
     pub fn use_device(&mut self, device: Device) -> Result<()> {
         let Some(world) = &self.world else { return Ok(()) };
@@ -163,7 +163,7 @@ impl Comm {
     /// only fp32 has one.
     ///
     /// # Errors
-    /// Communication, where the tensor is not contiguous, has no sum, or a peer does not answer in time.
+    /// Communication, if the tensor is not contiguous, has no sum, or a peer does not answer in time.
     pub fn begin_all_reduce(&self, tensor: &Tensor) -> Result<()> {
         self.begin(tensor, |gpus| gpus.begin_all_reduce(tensor), |world| world.begin_all_reduce(tensor))
     }
@@ -278,7 +278,7 @@ impl Comm {
     /// The one small collective: sums, maxima and decisions are taken from its result, alike on every rank.
     ///
     /// # Errors
-    /// Communication, where a peer does not answer in time.
+    /// Communication, if a peer does not answer in time.
     pub fn gather(&self, mine: &[f64]) -> Result<Vec<Vec<f64>>> {
         self.gather_within(mine, self.deadlines.step)
     }
@@ -344,7 +344,7 @@ impl Comm {
         Ok(self.sum(&[f64::from(u8::from(mine))])?[0] > 0.0)
     }
 
-    /// Waits until every rank is here, for `deadline` at the most: where others may be busy with something that takes
+    /// Waits until every rank is here, for at most `deadline`: others may be busy with something that takes
     /// longer than a step, and before a rank leaves, whose end a launcher may take for the job's.
     ///
     /// # Errors
@@ -392,7 +392,7 @@ fn check_gpus(places: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// What to say where N processes would be N worlds of one.
+/// What to say if N processes would be N worlds of one.
 fn apart(processes: usize) -> anyhow::Error {
     Error::Usage(format!(
         "a launcher started {processes} processes, but MPI cannot join them: each would train a model of its own; start \

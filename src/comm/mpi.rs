@@ -148,7 +148,7 @@ impl World {
         })
     }
 
-    /// Ends every rank of the job with this exit code. Returns only where MPI cannot.
+    /// Ends every rank of the job with this exit code. Returns only if MPI cannot.
     pub fn abort(&self, code: u8) -> ! {
         self.shared.abort.store(i32::from(code), Ordering::Release);
         // Wakes the thread if it waits for work; if it waits for a peer, it looks at the code by itself.

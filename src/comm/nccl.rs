@@ -59,7 +59,7 @@ pub fn unique_id() -> Result<UniqueId> {
     Ok(id.internal.map(|byte| byte as u8))
 }
 
-/// Looks for the library first: cudarc panics where it is missing.
+/// Looks for the library first: cudarc panics if it is missing.
 fn present() -> Result<()> {
     static PRESENT: OnceLock<bool> = OnceLock::new();
     // SAFETY: loads NVIDIA's library, whose initialisers may run anywhere, and calls nothing in it.
@@ -68,7 +68,7 @@ fn present() -> Result<()> {
     }
     Err(Error::Usage(
         "NCCL cannot be loaded: no libnccl.so in LibTorch's folder or on LD_LIBRARY_PATH; `launch/setup --cuda` installs \
-         it, and a cluster may have a module for it; where that has libnccl.so.2 only, build again with the module loaded"
+         it, and a cluster may have a module for it; if that has only libnccl.so.2, build again with the module loaded"
             .into(),
     )
     .into())
@@ -163,7 +163,7 @@ impl Group {
 
     /// Whether what was begun still goes its way, for a host that has waited for it for so long.
     pub fn check(&self, waited: Duration) -> Result<()> {
-        // After a failed collective the computation still ends; the failure is told by whoever began it.
+        // After a failed collective the computation still ends; whoever began it reports the failure.
         if !self.aborted.get() {
             self.in_progress("summing over the ranks")?;
         }
@@ -328,7 +328,7 @@ fn config() -> sys::ncclConfig_t {
     }
 }
 
-/// The length of each part, where all are equal.
+/// The length of each part, if all are equal.
 fn even(bounds: &[usize]) -> Option<usize> {
     let first = bounds[1] - bounds[0];
     bounds.windows(2).all(|w| w[1] - w[0] == first).then_some(first)

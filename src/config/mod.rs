@@ -13,7 +13,7 @@ use std::path::PathBuf;
 
 use schemars::{json_schema, JsonSchema, Schema, SchemaGenerator};
 use serde::{Deserialize, Serialize};
-use serde_yaml::Value;
+use serde_json::Value;
 
 pub use check::{Plan, Shape};
 pub use keys::{keys, Key};

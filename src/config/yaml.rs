@@ -138,7 +138,7 @@ fn read_value(text: &str) -> std::result::Result<Value, String> {
         names.filter_map(move |name| name.split(end).next()).filter(|name| !name.is_empty()).collect::<BTreeSet<_>>()
     };
     if let Some(name) = marked('*').intersection(&marked('&')).next() {
-        return Err(format!("`*{name}` stands for what `&{name}` marks; write it out where it is meant"));
+        return Err(format!("`*{name}` repeats what `&{name}` marks; write it out instead"));
     }
     serde_yaml::from_str(text).map_err(|e| match e.to_string() {
         tab if tab.contains("cannot start any token")
@@ -215,7 +215,7 @@ fn kind_of(value: &Value) -> &'static str {
     }
 }
 
-/// Turns text such as `3e-4` into the number that the key wants.
+/// Turns text such as `3e-4` into the number that the key needs.
 fn coerce_numbers(value: &mut Value, known: &Value) {
     match (value, known) {
         (Value::Mapping(map), Value::Mapping(known)) => {

@@ -31,11 +31,11 @@ enum Failure {
 
 /// Makes sure that the file `to` is there with this SHA-256 (lower-case hexadecimal digits).
 ///
-/// What has arrived is kept in `TO.part`, so a further call resumes where the server supports ranges;
+/// What has arrived is kept in `TO.part`, so the next call resumes if the server supports ranges;
 /// a file whose checksum is wrong is removed.
 ///
 /// # Errors
-/// Data where the file cannot be had or is another one, Storage where it cannot be written.
+/// Data if the file cannot be had or is another one, Storage if it cannot be written.
 pub fn fetch(url: &str, sha256: &str, to: &Path) -> Result<()> {
     if to.exists() && sha256_of(to)? == sha256 {
         return Ok(());
@@ -104,7 +104,7 @@ fn receive(url: &str, sha256: &str, part: &Path) -> Result<()> {
         fs::remove_file(part).map_err(|e| Error::write(part, e))?;
         return Err(Error::Data(format!(
             "{url}: expected SHA-256 {sha256}, found {found} ({size} bytes, now removed); run the command \
-             again, and where the error stays, name another server with --url"
+             again, and if the error stays, name another server with --url"
         ))
         .into());
     }
@@ -144,7 +144,7 @@ fn attempt(agent: &Agent, url: &str, part: &Path, bar: &ProgressBar) -> std::res
             }
             0
         }
-        // Nothing lies beyond what is here; whether that is the file, its checksum says.
+        // There is nothing beyond what is here; the checksum tells whether that is the file.
         416 if have > 0 => return Ok(()),
         status @ (408 | 429 | 500..) => return Err(Failure::Passing(format!("status {status} of the server"))),
         status => {

@@ -18,7 +18,8 @@ pub struct Batch {
     pub inputs: Tensor,
     /// (B, T) int64: the token after each input; 0 at padding.
     pub targets: Tensor,
-    /// (B, T) fp32: what each target's loss counts; 0 at padding. On a GPU one number with strides of 0, where all are equal.
+    /// (B, T) fp32: what each target's loss counts; 0 at padding. On a GPU one number with strides of 0, if all are
+    /// equal.
     pub weights: Tensor,
     /// (N,) int64: the positions of the flattened (B T,) targets that count; `None` if all do. The host knows, and a device
     /// need not be asked and waited for.
@@ -32,7 +33,7 @@ pub struct Samples {
 }
 
 enum Cut {
-    /// Blocks of this many targets from the start of the stream; the last may be shorter where `tail` keeps it.
+    /// Blocks of this many targets from the start of the stream; the last may be shorter if `tail` keeps it.
     Blocks { length: usize, count: usize },
     /// (first token, tokens) of each piece.
     Pieces(Vec<(usize, u32)>),
@@ -42,7 +43,7 @@ impl Samples {
     /// Cuts a split for training: `packed` leaves out the last, incomplete block.
     ///
     /// # Errors
-    /// Data, where the split is too short for a single sample.
+    /// Data, if the split is too short for a single sample.
     pub fn for_training(shard: Shard, layout: Layout, block_size: usize) -> Result<Self> {
         Self::cut(shard, layout, block_size, false)
     }

@@ -6,7 +6,7 @@
 //! |---|---|
 //! | 0..8 | magic, `LOCKSTEP` |
 //! | 8..12 | u32 format version, 1 |
-//! | 12..16 | u32 token width in bytes: 2 where vocab_size is at most 65,536, else 4 |
+//! | 12..16 | u32 token width in bytes: 2 if vocab_size is at most 65,536, else 4 |
 //! | 16..24 | u64 n_tokens |
 //! | 24..32 | u64 n_lines |
 //! | 32..40 | u64 n_words, the whitespace-separated words of the text |
@@ -56,7 +56,7 @@ fn token_width(vocab_size: u32) -> usize {
     }
 }
 
-/// The size that a shard's file must have; None where the counts overflow a u64.
+/// The size that a shard's file must have; None if the counts overflow a u64.
 fn file_size(n_tokens: u64, n_lines: u64, width: usize) -> Option<u64> {
     let ids = n_tokens.checked_mul(width as u64)?.checked_next_multiple_of(8)?;
     let offsets = n_lines.checked_add(1)?.checked_mul(8)?;
@@ -109,7 +109,7 @@ impl ShardWriter {
     /// Starts a shard at `path` of ids below `vocab_size`, made by the tokenizer of this digest.
     ///
     /// # Errors
-    /// Storage where the file cannot be created, Data where the vocabulary is beyond a u32.
+    /// Storage if the file cannot be created, Data if the vocabulary is beyond a u32.
     pub fn create(path: &Path, vocab_size: usize, tokenizer_digest: [u8; 32]) -> Result<Self> {
         let vocab_size = u32::try_from(vocab_size).map_err(|_| {
             Error::Data(format!(
@@ -140,7 +140,7 @@ impl ShardWriter {
     /// Appends a line: its ids, and the number of whitespace-separated words of its text.
     ///
     /// # Errors
-    /// Data for an id outside the vocabulary, Storage where the file cannot be written.
+    /// Data for an id outside the vocabulary, Storage if the file cannot be written.
     pub fn write_line(&mut self, ids: &[u32], words: u64) -> Result<()> {
         if let Some(id) = ids.iter().find(|&&id| id >= self.vocab_size) {
             return Err(Error::Data(format!(
@@ -170,7 +170,7 @@ impl ShardWriter {
     /// Completes the shard: padding, line offsets, header, sync, rename.
     ///
     /// # Errors
-    /// Storage where the file cannot be written.
+    /// Storage if the file cannot be written.
     pub fn finish(mut self) -> Result<Counts> {
         let counts = Counts { tokens: self.n_tokens(), lines: self.offsets.len() as u64 - 1, words: self.words };
         let width = token_width(self.vocab_size);
@@ -428,7 +428,7 @@ impl Shard {
         })
     }
 
-    /// Appends the ids of a range of tokens to `out`; panics where the range is not within
+    /// Appends the ids of a range of tokens to `out`; panics if the range is not within
     /// [`Shard::n_tokens`], as slicing would.
     ///
     /// # Errors

@@ -78,7 +78,7 @@ pub struct Archive {
 }
 
 impl Archive {
-    /// Where the archive lies in the folder of downloads.
+    /// Where the archive is in the folder of downloads.
     fn file(&self, downloads: &Path) -> PathBuf {
         downloads.join(format!("{}.zip", self.name))
     }
@@ -86,7 +86,7 @@ impl Archive {
     /// Removes the download, and the folder if nothing else is in it.
     ///
     /// # Errors
-    /// Storage where the file cannot be removed.
+    /// Storage if the file cannot be removed.
     pub fn remove_download(&self, downloads: &Path) -> Result<()> {
         let file = self.file(downloads);
         fs::remove_file(&file).map_err(|e| Error::write(&file, e))?;
@@ -166,7 +166,7 @@ impl Source {
     /// into the folder `downloads`, if it is not there from an earlier attempt.
     ///
     /// # Errors
-    /// Data where a split is missing, empty, unreadable or cannot be had; Storage where the
+    /// Data if a split is missing, empty, unreadable or cannot be had; Storage if the
     /// download cannot be written.
     pub fn texts(&self, downloads: &Path) -> Result<[Text; 3]> {
         let texts = match self {
@@ -328,7 +328,7 @@ impl Text {
     /// Bytes of the text, as the file system or the archive declares them.
     ///
     /// # Errors
-    /// Data where the file or the entry is not there, or declares more than any corpus holds.
+    /// Data if the file or the entry is not there, or declares more than any corpus holds.
     pub fn size(&self) -> Result<u64> {
         match self {
             Self::Embedded(_, text) => Ok(text.len() as u64),
@@ -352,7 +352,7 @@ impl Text {
     /// left out.
     ///
     /// # Errors
-    /// Those of `each`; Data where the text cannot be read or is not UTF-8.
+    /// Those of `each`; Data if the text cannot be read or is not UTF-8.
     pub fn for_each_chunk(&self, each: impl FnMut(&str) -> Result<()>) -> Result<u64> {
         let (start, max_line) = match self {
             Self::Part(_, range) => (range.start, u64::MAX),

@@ -24,7 +24,7 @@ pub struct Facts {
     /// Why it computes on the CPU of a machine with a driver, although a GPU would do.
     pub unused_gpu: Option<String>,
     pub visible_gpus: String,
-    /// NCCL's name for the node, where one is given.
+    /// NCCL's name for the node, if one is given.
     pub host_id: Option<String>,
     pub libtorch: String,
     pub cuda: String,

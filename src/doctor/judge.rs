@@ -29,7 +29,7 @@ fn ranks_of(group: &[&Facts]) -> String {
     format!("{} on {}", ranks(&numbers), hosts.into_iter().collect::<Vec<_>>().join(", "))
 }
 
-/// A row with a fact that should be the same everywhere; each value with its ranks where it is not.
+/// A row with a fact that should be the same everywhere; each value with its ranks if it is not.
 fn shared_row(report: &mut Report, name: &str, all: &[Facts], fact: impl Fn(&Facts) -> String) {
     let groups = by(all, fact);
     let lines: Vec<String> = match &groups[..] {
@@ -48,7 +48,7 @@ fn must_agree(report: &mut Report, all: &[Facts], what: &str, remedy: &str, fact
     }
 }
 
-/// Software, networks, and who sits where.
+/// Software, networks, and which rank runs where.
 pub fn judge(all: &[Facts], report: &mut Report) {
     software(all, report);
     for (lines, group) in by(all, |facts| [vec![network::describe(&facts.interfaces)], facts.choices.clone()].concat())
@@ -82,7 +82,7 @@ fn software(all: &[Facts], report: &mut Report) {
         if !mpi.contains(&version) {
             report.warn(
                 format!("mpirun is Open MPI's {version}, the binary is linked to another: {mpi}"),
-                "use the mpirun that lies beside the mpicc that Lockstep was built with",
+                "use the mpirun beside the mpicc that Lockstep was built with",
             );
         }
     }
@@ -125,8 +125,8 @@ fn cores(all: &[Facts], report: &mut Report) {
                     if cores.len() == 1 { "" } else { "s" }
                 ),
                 format!(
-                    "{fewer}more cores for each rank (srun --cpus-per-task), or fewer ranks; where all are bound to the same \
-                     core, mpirun --bind-to none or srun --cpu-bind=cores"
+                    "{fewer}more cores for each rank (srun --cpus-per-task), or fewer ranks; if all are bound to the \
+                     same core, mpirun --bind-to none or srun --cpu-bind=cores"
                 ),
             );
         }

@@ -1,5 +1,5 @@
 //! Who started this process, and through what MPI could find the others. Read before MPI starts, which sets variables of
-//! its own, and which may end the process where it is started wrongly.
+//! its own, and which may end the process if it is started wrongly.
 
 use std::path::Path;
 use std::process::Command;
@@ -98,14 +98,14 @@ impl Job {
     pub fn announce(&self, deadline: Duration) {
         if self.is_first() && self.launch.manager.is_some() {
             tracing::info!(
-                "joining the ranks through MPI; where that fails without a report within {} s, {}",
+                "joining the ranks through MPI; if that fails without a report within {} s, {}",
                 deadline.as_secs(),
                 network_remedy()
             );
         }
     }
 
-    /// What to do where MPI does not join the ranks.
+    /// What to do if MPI does not join the ranks.
     pub fn remedy(&self, place: Place) -> String {
         if place == Place::Peers {
             return network_remedy();
@@ -133,7 +133,7 @@ fn btl(name: &str) -> bool {
     names.split(',').any(|word| word.trim() == name) != all_but
 }
 
-/// What to do where ranks do not reach each other.
+/// What to do if ranks do not reach each other.
 pub fn network_remedy() -> String {
     let choice = std::env::var(MPI_INCLUDE).map_or("is not set".into(), |value| format!("is {value}"));
     format!(
@@ -151,7 +151,7 @@ fn linked_mpi() -> Option<String> {
     Some(path.to_string())
 }
 
-/// The PMI types that `srun --mpi=list` names; `None` where it says nothing of use.
+/// The PMI types that `srun --mpi=list` names; `None` if it names none.
 fn offered_by_srun() -> Option<Vec<String>> {
     const PATIENCE: Duration = Duration::from_secs(10);
     let said = within(PATIENCE, || Command::new("srun").arg("--mpi=list").output())?.ok()?;
@@ -160,7 +160,7 @@ fn offered_by_srun() -> Option<Vec<String>> {
     (said.status.success() && !types.is_empty()).then_some(types)
 }
 
-/// One type stands on each line; a line of prose has spaces.
+/// Each line has one type; a line of prose has spaces.
 fn types_in(list: &str) -> Vec<String> {
     let lines = list.lines().flat_map(|line| line.rsplit(':').next()).flat_map(|line| line.split(','));
     lines.map(str::trim).filter(|word| !word.is_empty() && !word.contains(' ')).map(String::from).collect()

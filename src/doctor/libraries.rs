@@ -7,14 +7,13 @@ use crate::torch::{self, Driver};
 /// The GPUs that a kernel is compiled for: A100, H100 and H200, B200.
 const CAPABILITIES: [i32; 3] = [80, 90, 100];
 
-const REMEDY: &str =
-    "run `launch/setup --cuda` and build again; where LibTorch is one of your own (LIBTORCH), install what \
+const REMEDY: &str = "run `launch/setup --cuda` and build again; if LibTorch is your own (LIBTORCH), install what \
                       it lacks, or name its folder by LD_LIBRARY_PATH";
 
-/// Loads every library and shows which is where.
+/// Loads every library and shows where it is.
 ///
 /// # Errors
-/// Usage, where one is missing or does not work; what `show` returns.
+/// Usage, if one is missing or does not work; what `show` returns.
 pub fn run(show: impl Fn(&str) -> Result<()>) -> Result<()> {
     let mut report = Report::about("every library that training on a GPU needs is here", "libraries are missing");
     report.row("LibTorch", &torch::libtorch_version());

@@ -35,7 +35,7 @@ const HEAD_START: Duration = Duration::from_secs(3);
 /// The ranks wait for each other until the deadline, at the start and in each exchange.
 ///
 /// # Errors
-/// Communication, where a fault lies between the ranks; usage, where all lie in how the job was started or in what a
+/// Communication, if a fault is between the ranks; usage, if all are in how the job was started or in what a
 /// machine has; what `show` returns.
 pub fn run(run_dir: &Path, device: &str, deadline: Duration, show: impl Fn(&str) -> Result<()>) -> Result<()> {
     let mut report = Report::default();
@@ -77,7 +77,7 @@ pub fn run(run_dir: &Path, device: &str, deadline: Duration, show: impl Fn(&str)
     }
 }
 
-/// The end where the ranks can no longer exchange anything: each says what it knows.
+/// The end if the ranks can no longer exchange anything: each says what it knows.
 fn broken(comm: &Comm, report: &Report, show: impl Fn(&str) -> Result<()>) -> Result<()> {
     let verdict = report.verdict();
     if comm.is_root() {

@@ -20,7 +20,7 @@ impl NcclLog {
         Self(Some(path))
     }
 
-    /// (network with its interface, transports) of this rank; "unknown" where the log does not say.
+    /// (network with its interface, transports) of this rank; "unknown" if the log does not say.
     pub fn read(&self) -> (String, String) {
         let text = self.0.as_ref().and_then(|path| fs::read_to_string(path).ok()).unwrap_or_default();
         let (network, transports) = parse(&text);

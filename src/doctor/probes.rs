@@ -111,7 +111,7 @@ pub fn shared_folder(comm: &Comm, dir: &Path, all: &[Facts], report: &mut Report
     Ok(())
 }
 
-/// What a step of the probe failed with; empty where it did not.
+/// What a step of the probe failed with; empty if it did not.
 fn answer(step: impl FnOnce() -> std::result::Result<(), String> + Send + 'static) -> String {
     let found = within(ANSWERS_WITHIN, step);
     let silent = || Err(format!("its file system does not answer within {} s", ANSWERS_WITHIN.as_secs()));

@@ -1,8 +1,8 @@
 //! Whether the nodes reach each other through the networks that MPI would take, tried before MPI starts: Open MPI ends the
-//! job itself, without naming a reason, where they do not.
+//! job itself, without naming a reason, if they do not.
 //!
 //! The ranks meet in the run directory, the one thing that they share before MPI joins them. Each opens a door on each of
-//! its interfaces and knocks at the next rank's; rank 0 collects what all have found and tells it to all.
+//! its interfaces and knocks at the next rank's; rank 0 collects what all have found and passes it on to all.
 
 use std::fs;
 use std::io::{self, Read, Write};
@@ -51,7 +51,7 @@ impl Meeting {
         Self { folder: run_dir.join(format!(".doctor-{job}")), job, rank, ranks }
     }
 
-    /// Tries the networks of these interfaces, and returns what all ranks have found, `mine` included. Just that where the
+    /// Tries the networks of these interfaces, and returns what all ranks have found, `mine` included. Just that if the
     /// ranks do not meet: then the run directory is not shared, which is found out later.
     pub fn hold(&self, host: &str, interfaces: &[&Interface], were_chosen: bool, mine: Vec<Finding>) -> Vec<Finding> {
         let before = self.missing();
@@ -169,7 +169,7 @@ fn knock(door: SocketAddr, expected: &str) -> std::result::Result<(), String> {
     }
 }
 
-/// What a node's doors say: a fault where MPI was told to take these networks and none of them leads there.
+/// What a node's doors say: a fault if MPI must use these networks and none of them leads there.
 fn judge(
     from: &str,
     to: &str,
@@ -248,7 +248,7 @@ mod tests {
     fn a_door_must_be_the_right_one() {
         let door = open(Ipv4Addr::LOCALHOST, "job 1".into()).unwrap();
         assert_eq!(knock(door, "job 1"), Ok(()));
-        // As where every node has a bridge with the same address.
+        // As on a cluster whose nodes all have a bridge with the same address.
         let wrong = knock(door, "job 2");
         assert_eq!(wrong, Err("another process answers there".into()));
         let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();

@@ -18,7 +18,7 @@ struct Finding {
     remedy: String,
 }
 
-/// Where a fault lies, which decides the exit code.
+/// Where a fault is, which decides the exit code.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Place {
     /// In how the job was started, or in what a machine has: exit code 2.
@@ -103,7 +103,7 @@ impl Report {
     /// The verdict as the process's end.
     ///
     /// # Errors
-    /// Communication, where a fault lies between the ranks; usage, where all lie in the setup.
+    /// Communication, if a fault is between the ranks; usage, if all are in the setup.
     pub fn verdict(&self) -> Result<()> {
         let Some((_, Finding { what, remedy })) = self.faults.first() else { return Ok(()) };
         let more = match self.faults.len() {

@@ -20,7 +20,7 @@ pub struct Sampling {
 
 /// Continues each prompt by `tokens` tokens and returns the continuations.
 ///
-/// Row r's draws depend on the seed, r and the position alone. The prompts advance together: where one is longer than
+/// Row r's draws depend on the seed, r and the position alone. The prompts advance together: if one is longer than
 /// the shortest, its own tokens are taken until it ends. A prompt longer than the model's block counts by its end; once
 /// a sequence fills the block, the later half of it stays in view and the earlier is forgotten. An empty prompt begins
 /// with `end_of_text`.
@@ -72,7 +72,7 @@ fn floats(tensor: &Tensor) -> Vec<f32> {
     values
 }
 
-/// Draws a token by its logits; `random` stands for the randomness.
+/// Draws a token by its logits; `random` is the randomness.
 fn draw(logits: &[f32], sampling: &Sampling, random: u64) -> u32 {
     let mut order: Vec<u32> = (0..logits.len() as u32).collect();
     let by_logit = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));

@@ -97,7 +97,7 @@ pub struct Gpt {
     wpe: Tensor,
     blocks: Vec<Block>,
     ln_f: Option<Affine>,
-    /// (V, C): `wte` itself where the head is tied.
+    /// (V, C): `wte` itself if the head is tied.
     head: Tensor,
     /// fp32 views of the flat gradient that are filled without autograd.
     head_grad: Tensor,
@@ -190,7 +190,7 @@ impl Gpt {
     /// Hidden states after the last block and norm, for evaluation and generation.
     ///
     /// `ids` (B, T) holds the tokens at positions `start` to `start + T`; with a `cache` of the `start` tokens before,
-    /// it is extended by these: any number of them where it is empty, one where it is not. Returns (B, T, C).
+    /// it is extended by these: any number of them if it is empty, one if it is not. Returns (B, T, C).
     pub fn hidden(&self, ids: &Tensor, mut cache: Option<&mut Cache>) -> Tensor {
         no_grad(|| {
             let start = cache.as_ref().map_or(0, |cache| cache.len());

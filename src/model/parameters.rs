@@ -32,7 +32,7 @@ impl Spec {
 
 /// All parameters and gradients of a model, P elements each.
 pub struct Parameters {
-    /// Where each parameter lies, in the order of the buffer.
+    /// Where each parameter is, in the order of the buffer.
     pub specs: Vec<Spec>,
     /// (P,) fp32: the weights that the optimizer changes.
     pub flat: Tensor,
@@ -101,7 +101,7 @@ impl Parameters {
         }
     }
 
-    /// Where the parameters whose names begin so end in the flat tensors; 0 where there are none.
+    /// Where the parameters whose names begin so end in the flat tensors; 0 if there are none.
     pub fn end_of(&self, prefix: &str) -> i64 {
         let named = self.specs.iter().filter(|spec| spec.name.starts_with(prefix));
         named.map(|spec| spec.offset + spec.numel()).max().unwrap_or(0)

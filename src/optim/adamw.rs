@@ -37,7 +37,7 @@ impl AdamW {
         Self { decayed: decayed.collect(), exp_avg: zeros(), exp_avg_sq: zeros(), optim: optim.clone(), ranges }
     }
 
-    /// Takes over both moments of the flat elements from `start` on, as far as they lie in this optimizer's ranges.
+    /// Takes over both moments of the flat elements from `start` on, as far as they are in this optimizer's ranges.
     pub fn fill(&mut self, start: i64, exp_avg: &Tensor, exp_avg_sq: &Tensor) {
         let end = start + exp_avg.size()[0];
         let mut done = 0;
@@ -53,8 +53,8 @@ impl AdamW {
         }
     }
 
-    /// One update with the gradient in `parameters`, scaled down to a global norm of `optim.grad_clip` where `norm`, (1,)
-    /// fp64, is more than that. Nothing changes where `norm` is not finite; on a GPU that is decided there, and the host
+    /// One update with the gradient in `parameters`, scaled down to a global norm of `optim.grad_clip` if `norm`, (1,)
+    /// fp64, is more than that. Nothing changes if `norm` is not finite; on a GPU that is decided there, and the host
     /// does not wait for it. `step` counts from 1 and corrects the moments' bias. Publish the parameters afterwards.
     pub fn step(&mut self, parameters: &mut Parameters, step: usize, lr: f64, norm: &Tensor) {
         no_grad(|| match parameters.flat.device().is_cuda() {
@@ -134,9 +134,9 @@ impl AdamW {
 const TINY: f64 = 1e-6;
 
 /// The gradient's squares in these ranges, summed in double precision, so that neither many small ones nor the squares of
-/// large ones get lost: on the CPU one sum for each [`UNIT`] of the whole gradient, (units,), 0 where a unit lies in no range;
-/// on a GPU, which promises no bits, one sum of all, (1,). Ranges begin at multiples of a unit. Added over ranks whose ranges
-/// cover the gradient once, these are the squares of all of it.
+/// large ones get lost: on the CPU one sum for each [`UNIT`] of the whole gradient, (units,), 0 if a unit is in no
+/// range; on a GPU, which promises no bits, one sum of all, (1,). Ranges begin at multiples of a unit. Added over ranks
+/// whose ranges cover the gradient once, these are the squares of all of it.
 pub fn squares(parameters: &Parameters, ranges: &[Range<i64>]) -> Tensor {
     no_grad(|| {
         if parameters.grad.device().is_cuda() {

@@ -5,7 +5,7 @@ use crate::config::{Optim, Schedule};
 /// The learning rate of a step, `step` counted from 1, of `steps` in all.
 ///
 /// Every schedule begins with a linear rise over `warmup_steps`. Then `constant` stays; `cosine` (Loshchilov and Hutter
-/// 2017) and `linear` fall to `min_lr` at `decay_steps`, or at `steps` where that is 0; `wsd` stays and falls linearly
+/// 2017) and `linear` fall to `min_lr` at `decay_steps`, or at `steps` if that is 0; `wsd` stays and falls linearly
 /// over the last `decay_steps` (warm-up-stable-decay, Hu et al. 2024).
 pub fn learning_rate(optim: &Optim, step: usize, steps: usize) -> f64 {
     let warmup = optim.warmup_steps;

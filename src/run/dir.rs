@@ -1,4 +1,4 @@
-//! Where everything lies in a run directory, and whose it is.
+//! Where everything is in a run directory, and whose it is.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -83,7 +83,7 @@ impl RunDir {
     /// Makes the folders of a run and writes its configuration and its tokenizer there.
     ///
     /// # Errors
-    /// Storage, where a folder or a file cannot be made.
+    /// Storage, if a folder or a file cannot be made.
     pub fn claim(&self, config: &Config, tokenizer: &Path) -> Result<()> {
         let make = |folder: &Path| fs::create_dir_all(folder).map_err(|e| Error::write(folder, e));
         for folder in ["checkpoints", "logs", "samples"] {
@@ -107,7 +107,7 @@ impl RunDir {
     /// The configuration that the run was last started with.
     ///
     /// # Errors
-    /// Storage, where the file is not whole; usage, as [`Config::load`].
+    /// Storage, if the file is not whole; usage, as [`Config::load`].
     pub fn load_config(&self) -> Result<Config> {
         let path = self.config();
         let config = Config::load(&path, &[])?;
@@ -133,7 +133,8 @@ impl RunDir {
         match rows.last() {
             // The first save may still have been on its way when the second was due.
             Some(row) if save_every > 0 && row.step > 2 * save_every => Err(Error::Storage(format!(
-                "{} has the log of {} steps but no checkpoint; bring its checkpoints back, or begin anew in another --run-dir",
+                "{} has the log of {} steps but no checkpoint; bring its checkpoints back, or start a new run in another \
+                 --run-dir",
                 self.0.display(),
                 row.step
             ))
@@ -240,7 +241,7 @@ impl RunDir {
 /// The verified checkpoint that a path names: the checkpoint's folder itself, or a run's newest good one.
 ///
 /// # Errors
-/// Storage, where there is none, or a byte of it is not what was written.
+/// Storage, if there is none, or a byte of it is not what was written.
 pub fn find_checkpoint(path: &Path) -> Result<PathBuf> {
     if checkpoint::is_complete(path) {
         checkpoint::verify(path)?;

@@ -1,4 +1,4 @@
-//! What a person sees of a run that goes on.
+//! What a person sees during a run.
 
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};

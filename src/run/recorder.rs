@@ -1,4 +1,4 @@
-//! What rank 0 writes while a run goes on.
+//! What rank 0 writes during a run.
 
 use std::fs;
 
@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::files::write_durably;
 use crate::watch::Stragglers;
 
-/// The files that grow while a run goes on, and what a person sees of it.
+/// The files that grow during a run, and what a person sees of it.
 pub struct Recorder {
     dir: RunDir,
     train: Table,
@@ -31,10 +31,10 @@ pub struct Recorder {
 }
 
 impl Recorder {
-    /// Takes up the files of a run that goes on after `step` of `steps` steps.
+    /// Opens the files of a run that resumes after `step` of `steps` steps.
     ///
     /// # Errors
-    /// Storage, where a file cannot be written.
+    /// Storage, if a file cannot be written.
     pub fn open(dir: &RunDir, lease: Lease, step: usize, steps: usize) -> Result<Self> {
         let (train, _) = Table::open::<TrainRow>(&dir.train_csv(), step)?;
         let (eval, rows) = Table::open::<EvalRow>(&dir.eval_csv(), step)?;
@@ -72,12 +72,12 @@ impl Recorder {
     /// Makes sure that the directory is still this run's to write to.
     ///
     /// # Errors
-    /// Communication, where another process has taken the run over.
+    /// Communication, if another process has taken the run over.
     pub fn check(&self) -> Result<()> {
         self.lease.check()
     }
 
-    /// Notes a step; it becomes a row of train.csv where `row` is given.
+    /// Notes a step; it becomes a row of train.csv if `row` is given.
     pub fn step(&mut self, step: usize, loss: f64, row: Option<&TrainRow>) -> Result<()> {
         self.check()?;
         if let Some(row) = row {

@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::files::write_durably;
 use crate::launcher::SlurmJob;
 
-/// Where a job's last start stood: `restarts.json` in the run directory.
+/// The step at which a job last started: `restarts.json` in the run directory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Start {
@@ -19,7 +19,7 @@ struct Start {
     since: u64,
 }
 
-/// Notes that this job goes on after `step`, if Slurm runs it.
+/// Notes that this job resumes after `step`, if Slurm runs it.
 ///
 /// # Errors
 /// Stuck, if Slurm has started it again more than `most` times since it first stood there (0: never): nothing queues a job of

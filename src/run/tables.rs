@@ -143,8 +143,8 @@ pub struct Table {
 }
 
 impl Table {
-    /// Opens a file for a run that goes on after `step` steps: later rows and a half-written one are dropped, so that
-    /// every step will stand once. Returns the rows kept.
+    /// Opens a file for a run that resumes after `step` steps: later rows and a half-written one are dropped, so that
+    /// every step will be there once. Returns the rows kept.
     ///
     /// # Errors
     /// Storage, if the file cannot be written, or holds something else than this log; then nothing is changed.
@@ -160,10 +160,10 @@ impl Table {
         Ok((Self { path: path.to_path_buf(), file }, rows))
     }
 
-    /// The rows of a file, without a half-written one at its end; none where there is no file.
+    /// The rows of a file, without a half-written one at its end; none if there is no file.
     ///
     /// # Errors
-    /// Storage, where the file holds something else than this log.
+    /// Storage, if the file holds something else than this log.
     pub fn rows<R: Row>(path: &Path) -> Result<Vec<R>> {
         match fs::read(path) {
             Ok(bytes) => read(path, &bytes),
@@ -175,7 +175,7 @@ impl Table {
     /// Makes the rows written so far durable.
     ///
     /// # Errors
-    /// Storage, where the file cannot be synchronised.
+    /// Storage, if the file cannot be synchronised.
     pub fn sync(&self) -> Result<()> {
         self.file.sync_data().map_err(|e| Error::write(&self.path, e))
     }
@@ -183,7 +183,7 @@ impl Table {
     /// Appends a row.
     ///
     /// # Errors
-    /// Storage, where the row cannot be written.
+    /// Storage, if the row cannot be written.
     pub fn append<R: Row>(&mut self, row: &R) -> Result<()> {
         let line = line(row)?;
         let length = self.file.metadata().map_err(|e| Error::write(&self.path, e))?.len();

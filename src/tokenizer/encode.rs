@@ -21,7 +21,7 @@ pub(super) struct Encoder {
 /// No pair here that merges.
 const NEVER: u32 = u32::MAX;
 
-/// Words of more bytes than this are merged through a heap: n log n steps, where scanning takes n².
+/// Words of more bytes than this are merged through a heap: n log n steps, while scanning takes n².
 const SCANNED: usize = 48;
 
 impl Encoder {
@@ -30,14 +30,14 @@ impl Encoder {
         Self { bytes, ranks: FxHashMap::default(), merged: Vec::new() }
     }
 
-    /// Adds the next merge; false where that pair is already one.
+    /// Adds the next merge; false if that pair is already one.
     pub(super) fn add_merge(&mut self, pair: Pair, id: u32) -> bool {
         let rank = self.merged.len() as u32;
         self.merged.push(id);
         self.ranks.insert(pair, rank).is_none()
     }
 
-    /// Appends the ids of a text that stands alone (one line).
+    /// Appends the ids of a text by itself (one line).
     pub(super) fn encode(&self, text: &str, cache: &mut Cache, ids: &mut Vec<u32>) {
         for word in words(text) {
             let word = word.as_bytes();
@@ -165,7 +165,7 @@ impl Key {
     }
 }
 
-/// Most words are few tokens; those of more are merged anew each time.
+/// Most words are few tokens; longer ones are merged each time.
 const SLOT_IDS: usize = 4;
 
 #[derive(Clone, Copy, Default)]

@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 /// No larger file is read. GPT-2's has 2 MB; a million tokens take about 60.
 const MAX_BYTES: u64 = 256 << 20;
 
-/// What may stand at each place, as JSON; an absent key is null.
+/// What may be at each place, as JSON; an absent key is null.
 const SETTINGS: [(&str, &[&str]); 19] = [
     ("/version", &["\"1.0\""]),
     ("/truncation", &["null"]),

@@ -61,7 +61,7 @@ impl Tokenizer {
                 return Err(defect("has the special token; expected others").into());
             }
             if !encoder.add_merge((left, right), *id) {
-                return Err(defect("is there twice; expected each pair once").into());
+                return Err(defect("is in it twice; expected each pair once").into());
             }
         }
         Ok(Self { tokens, merges, end_of_text, encoder })
@@ -79,7 +79,7 @@ impl Tokenizer {
     /// Face `tokenizers`.
     ///
     /// # Errors
-    /// Data where the file cannot be read, is malformed, or asks for something other than
+    /// Data if the file cannot be read, is malformed, or asks for something other than
     /// byte-level BPE as GPT-2 does it.
     pub fn from_file(path: &Path) -> Result<Self> {
         json::read(path).map_err(|reason| Error::read(path, reason))
@@ -88,7 +88,7 @@ impl Tokenizer {
     /// Writes a `tokenizer.json` that Hugging Face `tokenizers` loads.
     ///
     /// # Errors
-    /// Storage where the file cannot be written.
+    /// Storage if the file cannot be written.
     pub fn save(&self, path: &Path) -> Result<()> {
         std::fs::write(path, self.to_json()).map_err(|reason| Error::write(path, reason))
     }
@@ -141,11 +141,11 @@ impl Tokenizer {
             .collect()
     }
 
-    /// The bytes that the ids stand for: UTF-8 where they come from [`Self::encode`], perhaps not
-    /// where a model drew them. [`END_OF_TEXT`] appears as it is written.
+    /// The bytes that the ids stand for: UTF-8 if they come from [`Self::encode`], perhaps not
+    /// if a model drew them. [`END_OF_TEXT`] appears as it is written.
     ///
     /// # Errors
-    /// Data where an id is outside the vocabulary.
+    /// Data if an id is outside the vocabulary.
     pub fn decode(&self, ids: &[u32]) -> Result<Vec<u8>> {
         let mut bytes = Vec::with_capacity(ids.len() * 4);
         for (at, &id) in ids.iter().enumerate() {
@@ -163,7 +163,7 @@ impl Tokenizer {
 }
 
 /// The 256 bytes in the order of vocabularies, each with the character that stands for it in a
-/// `tokenizer.json`: itself where it prints, else one from U+0100 on, so that no token's name has a
+/// `tokenizer.json`: itself if it prints, else one from U+0100 on, so that no token's name has a
 /// space (GPT-2's `encoder.py`).
 fn byte_alphabet() -> impl Iterator<Item = (u8, char)> {
     let prints = |byte: &u8| matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);

@@ -74,7 +74,7 @@ fn class_at(text: &str, at: usize) -> Option<(Class, usize)> {
     Some((class(c), c.len_utf8()))
 }
 
-/// How many bytes the first word takes; 0 where the text is empty.
+/// How many bytes the first word takes; 0 if the text is empty.
 fn first_word(text: &str) -> usize {
     let contraction = contraction(text.as_bytes());
     if contraction > 0 {
@@ -88,7 +88,7 @@ fn first_word(text: &str) -> usize {
     }
 }
 
-/// How many bytes an English contraction at the start takes, its apostrophe included; 0 where there
+/// How many bytes an English contraction at the start takes, its apostrophe included; 0 if there
 /// is none.
 fn contraction(text: &[u8]) -> usize {
     match text {
@@ -109,7 +109,7 @@ fn run(text: &str, mut at: usize, class: Class) -> usize {
     at
 }
 
-/// How many bytes of white space at the start are one word: all of it, but where something else
+/// How many bytes of white space at the start are one word: all of it, but if something else
 /// follows, the last character is left over, since a space would belong to that.
 fn whitespace(text: &str) -> usize {
     let (mut last, mut end) = (0, 0);

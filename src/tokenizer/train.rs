@@ -59,7 +59,7 @@ impl WordCounts {
 /// The result depends on the counts alone, not on the number of threads.
 ///
 /// # Errors
-/// Usage where `vocab_size` is under 257; Data where the text has too few pairs to merge, with the
+/// Usage if `vocab_size` is under 257; Data if the text has too few pairs to merge, with the
 /// largest vocabulary that it allows.
 pub fn train(counts: &WordCounts, vocab_size: usize) -> Result<Tokenizer> {
     let mut tokens: Vec<Vec<u8>> = vec![END_OF_TEXT.into()];
@@ -145,7 +145,7 @@ impl Corpus {
         corpus
     }
 
-    /// Takes the next pair to merge off the queue; None where no two tokens stand side by side.
+    /// Takes the next pair to merge off the queue; None if no two tokens stand side by side.
     fn most_frequent(&mut self) -> Option<Candidate> {
         loop {
             let mut top = self.queue.peek_mut()?;

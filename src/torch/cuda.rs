@@ -26,7 +26,7 @@ pub enum Driver {
 }
 
 /// The driver: the one place that answers whether this process can expect a GPU. It asks the driver's library, since
-/// device files differ (Windows' Linux has none of NVIDIA's); where there is none, that takes a millisecond.
+/// device files differ (Windows' Linux has none of NVIDIA's); if there is none, that takes a millisecond.
 pub fn driver() -> &'static Driver {
     static FOUND: OnceLock<Driver> = OnceLock::new();
     FOUND.get_or_init(find_driver)
@@ -63,7 +63,7 @@ fn find_driver() -> Driver {
             }
         }
         Err(error) => Driver::Unusable(format!(
-            "the NVIDIA driver is there, but does not start: {}{}; `nvidia-smi` may say more",
+            "the NVIDIA driver is installed, but does not start: {}{}; `nvidia-smi` may say more",
             name(&error),
             module()
         )),
@@ -82,17 +82,17 @@ fn find_driver() -> Driver {
     }
 }
 
-/// The name of a driver's error, such as CUDA_ERROR_SYSTEM_NOT_READY; its number where the driver has none for it.
+/// The name of a driver's error, such as CUDA_ERROR_SYSTEM_NOT_READY; its number if the driver has none for it.
 fn name(error: &DriverError) -> String {
     error.error_name().map_or_else(|_| format!("error {}", error.0 as i32), |name| name.to_string_lossy().into_owned())
 }
 
-/// " (kernel module 580.95.05)" where the system tells.
+/// " (kernel module 580.95.05)", if the system knows it.
 fn module() -> String {
     driver_module().map(|version| format!(" (kernel module {version})")).unwrap_or_default()
 }
 
-/// What is wrong where a driver that serves CUDA up to `found` is to run a LibTorch made with `needed`. Within a major
+/// What is wrong if a driver that serves CUDA up to `found` is to run a LibTorch made with `needed`. Within a major
 /// version every driver serves every LibTorch.
 fn too_old(found: [i32; 2], needed: Option<[i32; 2]>, module: &str) -> Option<String> {
     let [needed, minor] = needed.filter(|needed| found[0] < needed[0])?;
@@ -110,7 +110,7 @@ fn too_old(found: [i32; 2], needed: Option<[i32; 2]>, module: &str) -> Option<St
     ))
 }
 
-/// The version of NVIDIA's kernel module, as 580.95.05, where the system tells.
+/// The version of NVIDIA's kernel module, as 580.95.05, if the system knows it.
 pub fn driver_module() -> Option<String> {
     module_in(&fs::read_to_string("/proc/driver/nvidia/version").ok()?)
 }
@@ -129,12 +129,12 @@ pub(super) fn mapped(name: &str) -> Option<PathBuf> {
         .map(Path::to_path_buf)
 }
 
-/// A file in the folder that LibTorch was loaded from; its libraries lie in `lib` there.
+/// A file in the folder that LibTorch was loaded from; its libraries are in `lib` there.
 fn libtorch_file(name: &str) -> Option<String> {
     fs::read_to_string(mapped("libtorch_cpu.so")?.parent()?.parent()?.join(name)).ok()
 }
 
-/// The version of the LibTorch that this process runs on; "unknown" where its folder does not say.
+/// The version of the LibTorch that this process runs on; "unknown" if its folder does not say.
 pub fn libtorch_version() -> String {
     // The Python wheel says it in version.py, the C++ archive in build-version.
     let wheel = libtorch_file("version.py").and_then(|text| python_value(&text, "__version__").map(str::to_string));
@@ -142,7 +142,7 @@ pub fn libtorch_version() -> String {
     wheel.or_else(archive).unwrap_or_else(|| "unknown".into())
 }
 
-/// The version of CUDA that LibTorch was made with; `None` where it does not say, or was made without.
+/// The version of CUDA that LibTorch was made with; `None` if it does not say, or was made without.
 fn libtorch_cuda_version() -> Option<[i32; 2]> {
     let text = libtorch_file("version.py")?;
     let (major, minor) = python_value(&text, "cuda")?.split_once('.')?;
@@ -157,7 +157,7 @@ fn python_value<'a>(text: &'a str, name: &str) -> Option<&'a str> {
     })
 }
 
-/// Loads libtorch_cuda, once, where there is a driver that it can use. The linker drops it from the binary because nothing
+/// Loads libtorch_cuda, once, if there is a driver that it can use. The linker drops it from the binary because nothing
 /// names a symbol of it, and without it LibTorch reports no GPU and no reason.
 ///
 /// LibTorch must not be asked about CUDA before this, not even for a seed of its generators: it keeps the answer of
@@ -217,7 +217,7 @@ pub(super) fn nvrtc_version() -> Option<String> {
     (status == 0).then(|| format!("{major}.{minor}"))
 }
 
-/// Where LibTorch's libraries of NVIDIA's may lie: in wheels beside its own, or among its own.
+/// Where LibTorch's libraries of NVIDIA's may be: in wheels beside its own, or among its own.
 fn library_folders() -> Vec<PathBuf> {
     let Some(own) = mapped("libtorch_cpu.so").and_then(|path| Some(path.parent()?.to_path_buf())) else {
         return Vec::new();
@@ -227,7 +227,7 @@ fn library_folders() -> Vec<PathBuf> {
     wheels.chain([own.clone()]).collect()
 }
 
-/// What is in a folder, in the order of the names; nothing where there is no such folder.
+/// What is in a folder, in the order of the names; nothing if there is no such folder.
 fn files(folder: &Path) -> Vec<PathBuf> {
     let mut paths: Vec<PathBuf> =
         fs::read_dir(folder).into_iter().flatten().flatten().map(|file| file.path()).collect();

@@ -12,7 +12,7 @@ use super::cuda::{libtorch_version, load_libraries, mapped, nvrtc_version, open}
 pub struct Library {
     /// The beginning of its file's name.
     pub name: String,
-    /// Its version, where it tells one, and its file; or why it is not there.
+    /// Its version, if it has one, and its file; or why it was not found.
     pub found: Result<(String, PathBuf), String>,
 }
 
@@ -46,7 +46,7 @@ pub fn load_every_library() -> Vec<Library> {
     all
 }
 
-/// The mapped file whose name begins so; its version, or nothing where it tells none.
+/// The mapped file whose name begins so; its version, or nothing if it has none.
 fn here(name: &str, version: Option<String>) -> Result<(String, PathBuf), String> {
     let path = mapped(name).ok_or_else(|| format!("{name} is not found"))?;
     Ok((version.unwrap_or_default(), path))
@@ -109,7 +109,7 @@ const KERNEL: &CStr = c"extern \"C\" __global__ void twice(float* x, int n) {
 }";
 
 /// Compiles a small kernel for GPUs of this compute capability (90 is the H100's) with the NVRTC that is loaded. Returns
-/// the machine code's bytes; `None` where this NVRTC is too old, or too new, for such GPUs.
+/// the machine code's bytes; `None` if this NVRTC is too old, or too new, for such GPUs.
 ///
 /// # Errors
 /// NVRTC's own words; that there is none.

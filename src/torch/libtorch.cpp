@@ -15,7 +15,7 @@ extern "C" void lockstep_use_deterministic_algorithms() {
 
 extern "C" void lockstep_allow_cudnn_attention(bool allowed) { at::globalContext().setSDPUseCuDNN(allowed); }
 
-// The most bytes that tensors have taken of a GPU's memory; -1 where LibTorch cannot say.
+// The most bytes that tensors have taken of a GPU's memory; -1 if LibTorch cannot say.
 extern "C" int64_t lockstep_peak_device_bytes(int device) {
   try {
     auto stats = c10::getDeviceAllocator(c10::DeviceType::CUDA)
@@ -38,7 +38,7 @@ extern "C" void lockstep_forget_device_memory(int device) {
 }
 
 // Updates `n` parts, each of which is four of `tensors`: weights, gradient, and both moments. The gradient is divided by
-// `scale`; nothing changes where `skip` is 1. Returns what went wrong, or null.
+// `scale`; nothing changes if `skip` is 1. Returns what went wrong, or null.
 extern "C" const char* lockstep_fused_adamw(at::Tensor* const* tensors, size_t n, const at::Tensor* step, double lr,
                                             double beta1, double beta2, double weight_decay, double eps,
                                             const at::Tensor* scale, const at::Tensor* skip) {

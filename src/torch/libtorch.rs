@@ -38,11 +38,11 @@ pub struct AdamWNumbers {
 /// One AdamW update in one pass, by LibTorch's fused kernel, which `tch` lacks.
 ///
 /// A part is its weights, their gradient and its two moments, (n,) fp32 each. `step` counts from 1. The gradient is divided
-/// by `scale`; where `skip` is 1, nothing is changed. These three are single fp32 numbers on the parts' device, for which the
-/// host does not wait.
+/// by `scale`; if `skip` is 1, nothing is changed. These three are single fp32 numbers on the parts' device, for which
+/// the host does not wait.
 ///
 /// # Panics
-/// With LibTorch's message where the kernel cannot be run, as `tch` does.
+/// With LibTorch's message if the kernel cannot be run, as `tch` does.
 pub fn fused_adamw(parts: &[[Tensor; 4]], step: &Tensor, numbers: &AdamWNumbers, scale: &Tensor, skip: &Tensor) {
     if parts.is_empty() {
         return;
@@ -62,8 +62,8 @@ pub fn fused_adamw(parts: &[[Tensor; 4]], step: &Tensor, numbers: &AdamWNumbers,
 }
 
 /// Asks cuBLAS and NCCL for sums that have an order, by the variables that they read when they are first used; on the
-/// first of them LibTorch insists for deterministic kernels. What the user has set stands. To be called while this process
-/// has no other thread: environments are not theirs to share.
+/// first of them LibTorch insists for deterministic kernels. What the user has set is kept. To be called while this
+/// process has no other thread: environments are not theirs to share.
 ///
 /// NCCL's NVLS and NVLSTree add inside the NVLink switch, in whatever order the numbers arrive there; its rings and trees
 /// add in the order of the ranks. It takes the variable for all collectives, so that those which add nothing lose NVLS too.
@@ -87,10 +87,10 @@ pub fn use_deterministic_kernels() {
 
 /// Lets LibTorch take cuDNN's attention kernels on a GPU, or forbids it; forbidden from the moment a GPU is selected.
 ///
-/// LibTorch prefers them on new GPUs (H100 and its successors), where they are its fastest. But they round dropout's
-/// probability to sixteenths ([`cudnn_attention_is_exact`]), and cuDNN builds a plan for each new shape, which takes longer
-/// than the attention itself: right for training in one fixed shape, wrong for batches and prompts of many lengths.
-/// LibTorch's own flash attention, which it takes otherwise, does neither.
+/// LibTorch prefers them on new GPUs (H100 and its successors), for which they are its fastest. But they round
+/// dropout's probability to sixteenths ([`cudnn_attention_is_exact`]), and cuDNN builds a plan for each new shape,
+/// which takes longer than the attention itself: right for training in one fixed shape, wrong for batches and prompts
+/// of many lengths. LibTorch's own flash attention, which it takes otherwise, does neither.
 pub fn allow_cudnn_attention(allowed: bool) {
     // SAFETY: sets a flag of LibTorch's global context, which exists from its loading on.
     unsafe { lockstep_allow_cudnn_attention(allowed) };
@@ -101,7 +101,7 @@ pub fn cudnn_attention_is_exact(dropout: f64) -> bool {
     (dropout * 16.0).fract() == 0.0
 }
 
-/// What tensors have taken of a GPU's memory at the most, in bytes; `None` where LibTorch cannot say.
+/// The most bytes that tensors have taken of a GPU's memory; `None` if LibTorch cannot say.
 pub(super) fn peak_bytes(gpu: usize) -> Option<i64> {
     // SAFETY: asks LibTorch's allocator, which was made when the first tensor went to this GPU, and catches every C++
     // exception.

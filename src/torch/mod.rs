@@ -1,4 +1,4 @@
-//! Where the tensors live, how many threads compute, and how fast this machine multiplies.
+//! Where the tensors are, how many threads compute, and how fast this machine multiplies.
 #![allow(unsafe_code)]
 
 mod cuda;
@@ -30,10 +30,10 @@ use crate::error::{Error, Result};
 /// The device that `device: cpu|cuda|auto` means for this rank.
 ///
 /// `cuda` takes the only visible GPU, else the one with the number of the rank on its node; `auto` takes
-/// a GPU where LibTorch can use one and the CPU elsewhere.
+/// a GPU if LibTorch can use one, else the CPU.
 ///
 /// # Errors
-/// Usage, where `cuda` is asked for and LibTorch sees no GPU, or fewer GPUs than ranks on this node.
+/// Usage, if `cuda` is asked for and LibTorch sees no GPU, or fewer GPUs than ranks on this node.
 pub fn select(wanted: &str, local_rank: usize) -> Result<Device> {
     if wanted == "cpu" {
         return Ok(Device::Cpu);
@@ -85,7 +85,7 @@ pub struct Gpu {
 /// Describes a GPU that [`select`] has returned.
 ///
 /// # Errors
-/// The driver's, where the GPU does not answer.
+/// The driver's, if the GPU does not answer.
 pub fn gpu(index: usize) -> std::result::Result<Gpu, String> {
     let ask = || {
         driver::init()?;
@@ -110,7 +110,7 @@ pub fn gpu(index: usize) -> std::result::Result<Gpu, String> {
 /// LibTorch's MKL multiplies matrices with its AVX2 kernels on other makers' processors, whatever they can do; with this
 /// answer it goes by the instruction sets that the processor reports, as on Intel's. On an AMD EPYC with AVX-512 that
 /// halved the time of a training step. The loader takes this function for MKL's own of the same name because the
-/// executable exports it (build.rs); where LibTorch has no MKL, nobody calls it.
+/// executable exports it (build.rs); if LibTorch has no MKL, nobody calls it.
 #[no_mangle]
 pub extern "C" fn mkl_serv_intel_cpu_true() -> c_int {
     1
@@ -125,14 +125,14 @@ pub fn peak_memory_mib(device: Device) -> Option<f64> {
     }
 }
 
-/// Waits until the device has done what it was given, so that a clock read next tells the truth.
+/// Waits until the device has done what it was given, so that a clock read next is right.
 pub fn synchronize(device: Device) {
     if let Device::Cuda(index) = device {
         Cuda::synchronize(index as i64);
     }
 }
 
-/// `None` where the system does not say.
+/// `None` if the system does not say.
 fn peak_resident_mib() -> Option<f64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
@@ -140,7 +140,7 @@ fn peak_resident_mib() -> Option<f64> {
     Some(kib / 1024.0)
 }
 
-/// The model of the processor or GPU; "unknown" where the system does not say.
+/// The model of the processor or GPU; "unknown" if the system does not say.
 pub fn hardware(device: Device) -> String {
     let field = |path: &Path, name: &str| {
         let text = std::fs::read_to_string(path).ok()?;

@@ -6,7 +6,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::{libtorch, synchronize};
 
-/// Measures the peak of this device in FLOP/s, as a square matrix product reaches it: the denominator of mfu. NaN where
+/// Measures the peak of this device in FLOP/s, as a square matrix product reaches it: the denominator of mfu. NaN if
 /// the device has no memory for it. However slow the device is, it takes about a second.
 pub fn measure_peak(device: Device, kind: Kind) -> f64 {
     // On a GPU a product that keeps all of it busy, and several before the wait, whose cost would show in one. A slow GPU
@@ -20,7 +20,8 @@ pub fn measure_peak(device: Device, kind: Kind) -> f64 {
     peak
 }
 
-/// What multiplies two (n, n) matrices so often, and tells how long that took; `None` if the device has no memory for them.
+/// Multiplies two (n, n) matrices so often, and returns how long that took; `None` if the device has no memory for
+/// them.
 fn product(n: i64, kind: Kind, device: Device) -> Option<impl Fn(u32) -> Duration> {
     // Not equal ones: a GPU takes less power for numbers whose bits do not change, and runs faster than it ever trains.
     let matrix = || Tensor::f_randn([n, n], (kind, device)).ok();
@@ -66,7 +67,7 @@ fn measured<W: Fn(u32) -> Duration>(
 }
 
 /// Names of cards as the driver gives them, with the TFLOP/s of their data sheets: bf16 with fp32 sums and without
-/// sparsity on tensor cores, and fp32. A name must fit to the letter: a card cut down or divided (MIG) bears another.
+/// sparsity on tensor cores, and fp32. A name must fit to the letter: a card cut down or divided (MIG) has another.
 const DATA_SHEETS: [(&str, f64, f64); 21] = [
     ("NVIDIA A10", 125.0, 31.2),
     ("NVIDIA A100-PCIE-40GB", 312.0, 19.5),

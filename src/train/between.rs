@@ -13,7 +13,7 @@ use crate::run::Recorder;
 use crate::watch::Phase;
 
 impl<'a> Trainer<'a> {
-    /// Evaluates, samples and saves, where that is due after the step done and has not been done yet: after a stop, the
+    /// Evaluates, samples and saves, if that is due after the step done and has not been done yet: after a stop, the
     /// resumed run begins with what the stopped one left out.
     pub(super) fn between_steps(&mut self) -> Result<()> {
         let aside = Instant::now();
@@ -140,7 +140,7 @@ impl<'a> Trainer<'a> {
         }
     }
 
-    /// The ranks that write a checkpoint together: all, where each has its part of the optimizer's state.
+    /// The ranks that write a checkpoint together: all, if each has its part of the optimizer's state.
     fn writers(&self) -> Option<&'a Comm> {
         self.gradients.is_sharded().then_some(self.comm)
     }

@@ -35,7 +35,7 @@ pub struct Gradients {
     overlap: bool,
     /// Whether each rank holds its part of the optimizer's state only.
     sharded: bool,
-    /// What travels, where that is not the gradient itself: its bf16 copy, (P,).
+    /// What travels, if that is not the gradient itself: its bf16 copy, (P,).
     wire: Option<Tensor>,
     /// Buckets that this step has sent.
     sent: usize,
@@ -84,7 +84,7 @@ impl Gradients {
         self.buckets.iter().map(|bucket| (bucket.start, bucket.length))
     }
 
-    /// Sends the buckets that lie below `end`: the backward pass has finished the gradient up to there.
+    /// Sends the buckets below `end`: the backward pass has finished the gradient up to there.
     pub fn ready(&mut self, comm: &Comm, grad: &Tensor, end: i64) {
         if self.overlap {
             self.send(comm, grad, end);
@@ -117,7 +117,7 @@ impl Gradients {
     /// Sends what is left, and waits until the gradient is the sum over the ranks: all of it, or this rank's parts.
     ///
     /// # Errors
-    /// Communication, where a collective failed or a peer does not answer in time.
+    /// Communication, if a collective failed or a peer does not answer in time.
     pub fn sum(&mut self, comm: &Comm, grad: &mut Tensor) -> Result<()> {
         self.send(comm, grad, i64::MAX);
         self.sent = 0;
@@ -133,7 +133,7 @@ impl Gradients {
         Ok(())
     }
 
-    /// Gathers the weights that each rank has updated, where those are only its own.
+    /// Gathers the weights, if each rank has updated only its own part.
     ///
     /// # Errors
     /// As [`Gradients::sum`].

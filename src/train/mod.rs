@@ -48,7 +48,7 @@ pub enum Resume {
 /// Trains as planned, in a run directory, from where `resume` says.
 ///
 /// # Errors
-/// Every class: [`Error`]. Preempted, where a signal asked for a stop and the state was saved.
+/// Every class: [`Error`]. Preempted, if a signal asked for a stop and the state was saved.
 pub fn train(
     comm: &mut Comm,
     watchdog: &Watchdog,
@@ -193,8 +193,8 @@ impl Trainer<'_> {
         }
         let norm = norm(&squares);
         self.optimizer.step(parameters, step, lr, &norm);
-        // Bad weights are not handed round, which might hide whose they are. A GPU's host does not know yet; there the masked
-        // update hands round what was there before.
+        // Bad weights are not sent to other ranks, which might hide whose they are. A GPU's host does not know yet;
+        // there the masked update sends the old weights.
         if parameters.flat.device().is_cuda() || norm.double_value(&[0]).is_finite() {
             timeline.enter(Part::Exchange)?;
             self.gradients.gather_weights(self.comm, &parameters.flat)?;

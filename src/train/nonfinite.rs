@@ -8,15 +8,15 @@ use crate::config::NonFinite;
 use crate::data::loader::Batch;
 use crate::error::{Error, Result};
 
-/// Batches in a row that may be skipped: where more are bad, the weights are, and not the batches.
+/// Batches in a row that may be skipped: if more are bad, it is the weights that are bad, not the batches.
 const MOST_IN_A_ROW: usize = 10;
 
 impl Trainer<'_> {
     /// Every rank calls this together, after an update that changed nothing: says which rank's numbers are not finite, for
-    /// which samples, and in which parameters' gradients first. Returns where the batch may be skipped.
+    /// which samples, and in which parameters' gradients first. Returns if the batch may be skipped.
     ///
     /// # Errors
-    /// Numbers, where `fault.nonfinite` is `stop`, or too many batches in a row were skipped.
+    /// Numbers, if `fault.nonfinite` is `stop`, or too many batches in a row were skipped.
     pub(super) fn not_finite(&mut self, step: usize, global: &[usize], loss: f64, grad_norm: f64) -> Result<()> {
         let (own_loss, names) = self.compute_again(step, global)?;
         let guilty = !own_loss.is_finite() || !names.is_empty();

@@ -14,11 +14,11 @@ use crate::stop::StopRequest;
 use crate::watch::{Phase, Watchdog};
 
 /// Trains `steps` steps straight, then the second half of them again from the checkpoint in the middle, and compares both
-/// ends. The runs lie in `folder`, which must not exist, and is removed once they are alike. `show` gets what was
+/// ends. The runs are in `folder`, which must not exist, and is removed once they are alike. `show` gets what was
 /// compared, on rank 0.
 ///
 /// # Errors
-/// Storage, with the first difference, or where the folder is there; as [`train`].
+/// Storage, with the first difference, or if the folder exists; as [`train`].
 pub fn prove(
     comm: &mut Comm,
     watchdog: &Watchdog,
@@ -37,7 +37,7 @@ pub fn prove(
         let made = folder.parent().map_or(Ok(()), fs::create_dir_all).and_then(|()| fs::create_dir(folder));
         made.map_err(|e| match e.kind() {
             std::io::ErrorKind::AlreadyExists => {
-                Error::Storage(format!("{} is there, from an earlier proof; remove it first", folder.display())).into()
+                Error::Storage(format!("{} exists, from an earlier proof; remove it first", folder.display())).into()
             }
             _ => Error::write(folder, e),
         })?;

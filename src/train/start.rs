@@ -221,7 +221,7 @@ impl<'a> Trainer<'a> {
             Resume::Never if !has_history => None,
             Resume::Never => {
                 return Err(Error::Usage(format!(
-                    "{} holds checkpoints, and --resume never would begin anew over them; use another --run-dir",
+                    "{} holds checkpoints, and --resume never would start a new run over them; use another --run-dir",
                     self.dir.0.display()
                 ))
                 .into())

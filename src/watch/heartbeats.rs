@@ -17,7 +17,7 @@ pub struct Heartbeat {
     /// The step that it computes, or has done.
     pub step: usize,
     pub phase: Phase,
-    /// Seconds since the rank last told of any progress.
+    /// Seconds since the last progress of the rank.
     pub phase_s: u64,
     /// Goes up as long as the process runs, whatever its main thread does.
     pub beat: u64,
@@ -54,7 +54,7 @@ pub fn write(folder: &Path, heartbeat: &Heartbeat) -> io::Result<()> {
     written
 }
 
-/// `None` where there is none, or none that can be read.
+/// `None` if there is none, or none that can be read.
 pub fn read(folder: &Path, rank: usize) -> Option<Heartbeat> {
     serde_json::from_slice(&fs::read(path(folder, rank)).ok()?).ok()
 }

@@ -1,7 +1,7 @@
 //! Ends a rank that no longer gets anywhere, and says which rank it was.
 //!
 //! The thread that trains marks each thing that it begins. One thread of the watchdog looks at these marks, and ends the
-//! process where no new one has come for too long; another leaves them as heartbeats for the other ranks. A wait for the
+//! process if no new one has come for too long; another leaves them as heartbeats for the other ranks. A wait for the
 //! other ranks has a deadline of its own in `comm`, and that one comes first: its error is explained here.
 
 mod heartbeats;
@@ -22,7 +22,7 @@ use crate::error::{exit_code, Error, Result};
 use crate::patience::Patience;
 use crate::stop::exit_now;
 
-/// What a rank is doing. Each has its deadline, and a mark again begins it anew.
+/// What a rank is doing. Each has its deadline, which a mark restarts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Phase {
@@ -96,7 +96,7 @@ const LISTENING: Duration = Duration::from_secs(3);
 /// How long it may take to find out or to say anything: the file system, or whoever reads stderr, may be what hangs.
 const PATIENCE: Duration = Duration::from_millis(4500);
 
-/// What the trainer tells of its progress.
+/// How the trainer reports its progress.
 pub struct Watchdog(Arc<Shared>);
 
 struct Shared {
@@ -124,7 +124,7 @@ impl Watchdog {
     /// Begins to watch this process, until it ends. It is starting up.
     ///
     /// # Errors
-    /// Communication, where the system gives no thread.
+    /// Communication, if the system gives no thread.
     pub fn start(rank: usize, host: String, world_size: usize, fault: &Fault) -> Result<Self> {
         let shared = Arc::new(Shared {
             rank,
@@ -149,7 +149,7 @@ impl Watchdog {
     /// Leaves heartbeats in this folder from now on. Not before the run directory is this job's: another may train there.
     ///
     /// # Errors
-    /// Communication, where the system gives no thread.
+    /// Communication, if the system gives no thread.
     pub fn leave_heartbeats(&self, folder: PathBuf) -> Result<()> {
         let before = self.0.folder().replace(folder);
         let shared = self.0.clone();
@@ -220,7 +220,7 @@ impl Shared {
         exit_now(HANGS)
     }
 
-    /// What the other ranks' heartbeats say; `None` where there are none.
+    /// What the other ranks' heartbeats say; `None` if there are none.
     fn others(self: Arc<Self>) -> Option<String> {
         if self.world_size == 1 {
             return None;

@@ -1,6 +1,7 @@
 //! Runs through the binary, for tests of several ranks and of resuming.
 
 use std::fs::{self, File};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread::sleep;
@@ -81,23 +82,29 @@ impl Run {
 
     /// Starts the run and, once train.csv holds the row of `step`, asks it to stop as Slurm or a person would.
     pub fn stop_at(&self, step: usize, more: &[&str], signal: &str) -> ExitStatus {
-        let signal = format!("-{signal}");
-        self.strike_at(step, more, |pid| Command::new("kill").args([&signal, &pid.to_string()]).status())
+        self.strike_at(step, more, |pid| kill(signal, pid))
     }
 
     /// Starts the run and, once rank 0's log has this text, asks it to stop.
     pub fn stop_once_logged(&self, text: &str, signal: &str) -> ExitStatus {
-        let mut going = Going::start(self, &[]);
         let log = self.dir.join("logs/rank-0000.log");
-        going.until(text, || fs::read_to_string(&log).ok()?.contains(text).then_some(()));
-        let kill = Command::new("kill").args([&format!("-{signal}"), &going.child.id().to_string()]).status();
-        assert!(kill.unwrap().success());
-        going.child.wait().unwrap()
+        let logged = || fs::read_to_string(&log).unwrap_or_default().contains(text);
+        self.strike_once(text, logged, &[], |pid| kill(signal, pid))
     }
 
-    fn strike_at(&self, step: usize, more: &[&str], strike: impl Fn(u32) -> std::io::Result<ExitStatus>) -> ExitStatus {
+    fn strike_at(&self, step: usize, more: &[&str], strike: impl Fn(u32) -> io::Result<ExitStatus>) -> ExitStatus {
+        self.strike_once(&format!("step {step}"), || last_step(&self.dir) >= step, more, strike)
+    }
+
+    fn strike_once(
+        &self,
+        what: &str,
+        happened: impl Fn() -> bool,
+        more: &[&str],
+        strike: impl Fn(u32) -> io::Result<ExitStatus>,
+    ) -> ExitStatus {
         let mut going = Going::start(self, more);
-        going.until(&format!("step {step}"), || (last_step(&self.dir) >= step).then_some(()));
+        going.until(what, || happened().then_some(()));
         assert!(strike(going.child.id()).unwrap().success(), "no process was struck: {}", going.said());
         going.child.wait().unwrap()
     }
@@ -161,11 +168,11 @@ impl<'a> Going<'a> {
 
     /// Waits until a rank trains, and returns its process and its node.
     #[track_caller]
-    pub fn trains(&mut self, rank: usize) -> (String, String) {
+    pub fn trains(&mut self, rank: usize) -> (u32, String) {
         let dir = self.run.dir.clone();
         self.until("it trains", || heartbeat(&dir, rank, "step").filter(|(step, _)| *step >= 3));
         let (pid, host) = heartbeat(&dir, rank, "pid").unwrap();
-        (pid.to_string(), host)
+        (u32::try_from(pid).unwrap(), host)
     }
 }
 
@@ -191,8 +198,12 @@ fn is_alive(dir: &Path) -> bool {
     Command::new("pgrep").args(["-f", &format!("{}$", dir.display())]).stdout(Stdio::null()).status().unwrap().success()
 }
 
-pub fn signal(name: &str, pid: &str) {
-    assert!(Command::new("kill").args([&format!("-{name}"), pid]).status().unwrap().success(), "kill -{name} {pid}");
+fn kill(signal: &str, pid: u32) -> io::Result<ExitStatus> {
+    Command::new("kill").args([format!("-{signal}"), pid.to_string()]).status()
+}
+
+pub fn signal(name: &str, pid: u32) {
+    assert!(kill(name, pid).unwrap().success(), "kill -{name} {pid}");
 }
 
 #[track_caller]

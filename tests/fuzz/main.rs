@@ -17,8 +17,7 @@ use std::io::{Cursor, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use lockstep::config::Shape;
-use lockstep::config::{Activation, Config, Norm, Optim};
+use lockstep::config::{Activation, Config, Norm, Optim, Shape};
 use lockstep::data::prepare::{prepare, DataDir};
 use lockstep::data::shard::Shard;
 use lockstep::data::wikitext::{Archive, Source};

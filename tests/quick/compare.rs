@@ -138,7 +138,7 @@ fn what_cannot_be_compared_is_refused_before_anything_is_run() {
     }
     refused("--out nowhere/table.csv", 4, &["cannot write nowhere/table.csv", "No such file or directory"]);
     refused("--out data", 4, &["cannot write data", "directory"]);
-    refused("--out tiny.yaml", 4, &["tiny.yaml is there and is no comparison", "begin with device,", "another --out"]);
+    refused("--out tiny.yaml", 4, &["tiny.yaml exists and is not a comparison", "begin with device,", "another --out"]);
     assert_eq!(fs::read_to_string(work.path("tiny.yaml")).unwrap(), crate::common::TINY);
     assert!(left(&work).is_empty(), "{:?}", left(&work));
     work.lockstep("compare --config missing.yaml").fails(2, &["missing.yaml"]);

@@ -52,7 +52,7 @@ const TRAIN: &str = "train --config tiny.yaml --run-dir run --set train.steps=2 
 fn a_driver_that_does_not_start_is_named_with_its_error() {
     let work = with_driver();
     let broken = [802, 1, 13000];
-    let reason = "the NVIDIA driver is there, but does not start: CUDA_ERROR_SYSTEM_NOT_READY";
+    let reason = "the NVIDIA driver is installed, but does not start: CUDA_ERROR_SYSTEM_NOT_READY";
     run(&work, &format!("{TRAIN}cuda"), broken).fails(2, &[reason, "nvidia-smi", "--set device=cpu"]);
     run(&work, &format!("{TRAIN}auto"), broken).ok().says(&["computing on the CPU", reason]);
     // doctor says what training does.

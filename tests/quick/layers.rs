@@ -170,6 +170,13 @@ fn unsafe_stays_within_its_fences() {
     }
 }
 
+/// The crate is deprecated: one file knows it, so that it can be replaced there.
+#[test]
+fn one_file_reads_yaml() {
+    let names_it = |(file, text): (String, String)| text.contains("serde_yaml::").then_some(file);
+    assert_eq!(sources().into_iter().filter_map(names_it).collect::<Vec<_>>(), ["config/yaml.rs"]);
+}
+
 #[test]
 fn no_file_is_longer_than_a_reader_can_hold() {
     let long = sources().into_iter().map(|(file, text)| (text.lines().count(), file));

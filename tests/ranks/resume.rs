@@ -124,5 +124,5 @@ fn a_configuration_is_proved_to_resume_bit_for_bit() {
     std::fs::create_dir_all(folder.path().join("runs/mine-proof")).unwrap();
     let (code, said) = prove(1, &["--steps", "4"]);
     assert_eq!(code, Some(4), "{said}");
-    assert!(said.contains("mine-proof is there, from an earlier proof; remove it"), "{said}");
+    assert!(said.contains("mine-proof exists, from an earlier proof; remove it"), "{said}");
 }

@@ -119,7 +119,7 @@ struct Share {
     wants_grad: bool,
 }
 
-/// What became of a share; the gradients are undefined tensors where they were not wanted.
+/// What became of a share; the gradients are undefined tensors if they were not wanted.
 struct Done {
     loss: f64,
     grad: Tensor,
@@ -180,7 +180,7 @@ struct Rows {
     targets: Tensor,
     /// (N, 1)
     weights: Tensor,
-    /// The counted rows' numbers; `None` where every row counts.
+    /// The counted rows' numbers; `None` if every row counts.
     counted: Option<Tensor>,
 }
 
@@ -213,7 +213,7 @@ impl Rows {
         })
     }
 
-    /// The rows in as many contiguous shares as there are threads; fewer where each one's gradient of the head is large.
+    /// The rows in as many contiguous shares as there are threads; fewer if each one's gradient of the head is large.
     fn share(&self, head: &Tensor, wants_grad: bool) -> Vec<Share> {
         let rows = self.hidden.size()[0];
         let mut threads = (rayon::current_num_threads() as i64).min(rows);

@@ -38,7 +38,7 @@ fn avx2(logits: &mut [f32], target: usize, weight: Option<f32>) -> f32 {
     row(logits, target, weight, f32::mul_add)
 }
 
-/// `multiply_add(a, b, c)` is a * b + c, in one instruction where the processor has it.
+/// `multiply_add(a, b, c)` is a * b + c, in one instruction if the processor has it.
 #[inline(always)]
 fn row(
     logits: &mut [f32],

@@ -123,7 +123,7 @@ mod tests {
         };
         let data_sha256 = String::new();
         let state = State { format_version: FORMAT_VERSION, step, tokens: 0, elapsed_s: 0.0, data_sha256, conditions };
-        publish(&temporary, &target, &state, BTreeMap::from(files), &|| Ok(())).unwrap();
+        complete(&temporary, &target, &state, BTreeMap::from(files), &|| Ok(())).unwrap();
         purge(checkpoints, 1, None).unwrap();
         target
     }

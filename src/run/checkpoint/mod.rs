@@ -28,7 +28,7 @@ use crate::optim::adamw::AdamW;
 
 const MODEL: &str = "model.safetensors";
 const OPTIMIZER: &str = "optimizer";
-/// The optimizer's file where it is not spread over ranks.
+/// The optimizer's file if it is not spread over ranks.
 const WHOLE: &str = "optimizer.safetensors";
 const STATE: &str = "state.json";
 const MANIFEST: &str = "MANIFEST.json";
@@ -36,7 +36,7 @@ const TEMPORARY: &str = ".tmp";
 /// No larger JSON file is read; a hundred thousand ranks' manifest has 13 MB.
 const MAX_JSON: u64 = 16 << 20;
 
-/// What a run needs beside the tensors in order to go on, and what must be equal for it to go on bit for bit.
+/// What a run needs besides the tensors to go on, and what must be equal for it to go on bit for bit.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct State {
@@ -54,7 +54,7 @@ pub struct State {
     pub conditions: Conditions,
 }
 
-/// Where these are equal, a resumed run equals an undisturbed one bit for bit.
+/// If these are equal, a resumed run equals an undisturbed one bit for bit.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 #[allow(missing_docs)]
@@ -148,11 +148,11 @@ pub struct Saving {
 }
 
 impl Saving {
-    /// Copies what is to be saved and begins to write it into the folder `checkpoints`. Where the optimizer's state is
+    /// Copies what is to be saved and begins to write it into the folder `checkpoints`. If the optimizer's state is
     /// spread over ranks, `ranks` are these, and all of them must call this, and [`Saving::publish`].
     ///
     /// # Errors
-    /// Storage, where no thread can be started; communication, where a rank does not answer.
+    /// Storage, if no thread can be started; communication, if a rank does not answer.
     pub fn begin(
         checkpoints: &Path,
         state: &State,
@@ -202,7 +202,7 @@ impl Saving {
     /// them all, and gives the folder its name, if `may_publish` has nothing against it.
     ///
     /// # Errors
-    /// Storage, where a file cannot be written; nothing but a temporary folder is then left behind. What `may_publish`
+    /// Storage, if a file cannot be written; nothing but a temporary folder is then left behind. What `may_publish`
     /// says.
     pub fn publish(self, ranks: Option<&Comm>, may_publish: impl Fn() -> Result<()>) -> Result<PathBuf> {
         let Self { temporary, target, state, thread } = self;
@@ -285,7 +285,7 @@ pub fn verify(checkpoint: &Path) -> Result<()> {
 /// The names of the files that hold a checkpoint's tensors.
 ///
 /// # Errors
-/// Storage, where the manifest is not what this version writes.
+/// Storage, if the manifest is not what this version writes.
 pub fn tensor_files(checkpoint: &Path) -> Result<Vec<String>> {
     Ok(Manifest::read(checkpoint)?.files.into_keys().filter(|name| name != STATE).collect())
 }
@@ -293,7 +293,7 @@ pub fn tensor_files(checkpoint: &Path) -> Result<Vec<String>> {
 /// Reads a verified checkpoint's state.
 ///
 /// # Errors
-/// Storage, where the file is not what this version writes.
+/// Storage, if the file is not what this version writes.
 pub fn load_state(checkpoint: &Path) -> Result<State> {
     let path = checkpoint.join(STATE);
     let state: State = read_json(&path)?;
@@ -325,7 +325,7 @@ pub fn purge(checkpoints: &Path, keep: usize, spare: Option<usize>) -> Result<()
     Ok(())
 }
 
-/// Moves checkpoints of steps after `step` out of the way of a run that goes on from there; nothing is deleted.
+/// Moves checkpoints of steps after `step` out of the way of a run that resumes there; nothing is deleted.
 pub fn set_aside_after(checkpoints: &Path, step: usize) -> Result<()> {
     for (later, path) in list(checkpoints).into_iter().filter(|(later, _)| *later > step) {
         let aside = (1..)

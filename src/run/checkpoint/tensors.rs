@@ -19,7 +19,7 @@ use crate::optim::adamw::AdamW;
 
 /// The names of Adam's moments in the optimizer's files.
 pub const MOMENTS: [&str; 2] = ["exp_avg", "exp_avg_sq"];
-/// Where an optimizer file's elements lie in the flat buffer: `0..4096,8192..12288`.
+/// Where an optimizer file's elements are in the flat buffer: `0..4096,8192..12288`.
 const RANGES: &str = "flat_range";
 /// No longer header is read: a thousand layers' has 2 MB.
 const MAX_HEADER: u64 = 8 << 20;
@@ -154,7 +154,7 @@ impl OptimizerFiles {
     }
 }
 
-/// `0..4096,8192..12288`; empty where a rank updates nothing.
+/// `0..4096,8192..12288`; empty if a rank updates nothing.
 fn parse_ranges(text: &str) -> Option<Vec<Range<i64>>> {
     let number = |text: &str| text.parse::<i64>().ok().filter(|&n| n >= 0);
     let range = |text: &str| text.split_once("..").and_then(|(from, to)| Some(number(from)?..number(to)?));
@@ -222,7 +222,7 @@ fn parse<'a>(path: &Path, bytes: &'a [u8]) -> Result<SafeTensors<'a>> {
     SafeTensors::deserialize(bytes).map_err(|e| not_tensors(path, e))
 }
 
-/// Reads a file's header, which says where each tensor lies; the library checks shapes, offsets and the file's size.
+/// Reads a file's header, which says where each tensor is; the library checks shapes, offsets and the file's size.
 fn read_header(path: &Path, bytes: &[u8]) -> Result<(usize, Metadata)> {
     let length = bytes.first_chunk().map_or(0, |length| u64::from_le_bytes(*length));
     if length > MAX_HEADER {

@@ -25,7 +25,7 @@ pub struct Holder {
     pub restart_count: u64,
     #[allow(missing_docs)]
     pub host: String,
-    /// A boot of a machine and a table of processes in it: where it is equal, so is what `pid` and `started` mean.
+    /// A boot of a machine and a table of processes in it: if it is equal, so is what `pid` and `started` mean.
     pub machine: Option<String>,
     #[allow(missing_docs)]
     pub pid: u32,
@@ -61,7 +61,7 @@ impl Holder {
         }
     }
 
-    /// The holder that a file's bytes name; `None`, where they are no lease.
+    /// The holder that a file's bytes name; `None`, if they are no lease.
     pub fn parse(bytes: &[u8]) -> Option<Self> {
         let holder: Self = serde_json::from_slice(bytes).ok()?;
         // They are shown on terminals.
@@ -86,7 +86,7 @@ impl Holder {
 
     /// Whether the process is known to have ended: only on its own machine can that be seen.
     pub fn is_gone(&self) -> bool {
-        // Where /proc shows the first process, it hides none.
+        // If /proc shows the first process, it hides none.
         let visible = || Path::new("/proc/1/stat").exists();
         if self.machine.is_none() || self.machine != machine() || !visible() {
             return false;
@@ -119,14 +119,14 @@ fn is_plain(text: &str) -> bool {
     text.len() <= 256 && !text.chars().any(char::is_control)
 }
 
-/// `None`, where the system is not Linux.
+/// `None`, if the system is not Linux.
 fn machine() -> Option<String> {
     let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
     let processes = fs::read_link("/proc/self/ns/pid").ok()?;
     Some(format!("{} {}", boot.trim(), processes.display()))
 }
 
-/// When a process started, in clock ticks after boot; `None`, where there is none of that number that still runs.
+/// When a process started, in clock ticks after boot; `None`, if there is none of that number that still runs.
 fn started(pid: u32) -> io::Result<Option<u64>> {
     let stat = match fs::read(format!("/proc/{pid}/stat")) {
         Ok(stat) => String::from_utf8_lossy(&stat).into_owned(),

@@ -1,9 +1,10 @@
-//! The run directory's lease: one job trains there at a time, also where several machines see the directory.
+//! The run directory's lease: one job trains there at a time, even if several machines see the directory.
 //!
 //! `lease.json` names its holder, who counts up a number in it every two seconds. It appears by link(2) and changes by
 //! rename(2), which are atomic on NFS, too; locks may not be. Clocks are never compared: who finds a lease watches it,
-//! and only one that stands still for twelve seconds of the observer's own monotonic clock has expired. A holder that was
-//! replaced nevertheless, since it was stopped for long or its job was queued again, sees so before it writes on.
+//! and only one that does not change for twelve seconds of the observer's own monotonic clock has expired. A holder
+//! that was replaced nevertheless, since it was stopped for long or its job was queued again, sees so before it writes
+//! on.
 
 mod holder;
 mod watch;
@@ -43,7 +44,7 @@ impl Lease {
     /// Takes the lease of a folder, which is made if need be. Says what it waits for.
     ///
     /// # Errors
-    /// Usage, where another holder proves that it is alive; storage, where the file cannot be written.
+    /// Usage, if another holder proves that it is alive; storage, if the file cannot be written.
     pub fn take(folder: &Path) -> Result<Self> {
         let path = folder.join(FILE);
         let mine = Holder::this_process();
@@ -75,7 +76,7 @@ impl Lease {
     /// Makes sure that the directory is still this process's to write to; to be called before anything is written there.
     ///
     /// # Errors
-    /// Communication, where another process has taken the directory over; storage, where the lease could not be read for
+    /// Communication, if another process has taken the directory over; storage, if the lease could not be read for
     /// so long that one may have.
     pub fn check(&self) -> Result<()> {
         let own = &self.own;
@@ -84,7 +85,8 @@ impl Lease {
         }
         let path = own.path.display();
         if let Some(lost) = own.lost.get() {
-            let message = format!("{path} {lost}; this process writes nothing more and ends, so that only one goes on");
+            let message =
+                format!("{path} {lost}; this process writes nothing more and ends, so that only one of them trains");
             return Err(Error::Communication(message).into());
         }
         let silence = own.since_seen();
@@ -158,7 +160,7 @@ impl Own {
             }
             if let (Err(e), false) = (&renewed, failing) {
                 let path = self.path.display();
-                warn!("cannot renew {path}: {e}; should it stay so, another job may take this run over");
+                warn!("cannot renew {path}: {e}; if that stays so, another job may take this run over");
             }
             failing = renewed.is_err();
         }

@@ -7,29 +7,29 @@ use std::time::Duration;
 
 use super::holder::Holder;
 
-/// A lease that stands still for so long has expired.
+/// A lease that does not change for so long has expired.
 pub const EXPIRY: Duration = Duration::from_secs(12);
 /// How long a look at the own lease holds good, so that steps of a millisecond do not each ask the file system.
 pub const FRESH: Duration = Duration::from_millis(100);
 /// From a takeover to the first use: longer than [`FRESH`], so that a holder who may still live has seen it, and whatever
 /// it was writing is written.
 const HANDOVER: Duration = Duration::from_secs(1);
-/// The same where the holder is dead: only for another observer that came to this conclusion in the same moment.
+/// The same if the holder is dead: only for another observer that came to this conclusion in the same moment.
 const SETTLING: Duration = Duration::from_millis(100);
 /// Longer than any lease; more is not read.
 const MAX_BYTES: u64 = 1 << 14;
 
-/// What stands in the lease's place.
+/// What is in the lease's place.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sight {
     #[allow(missing_docs)]
     pub bytes: Vec<u8>,
-    /// `None`, where the bytes are no lease.
+    /// `None`, if the bytes are no lease.
     pub holder: Option<Holder>,
 }
 
 impl Sight {
-    /// Reads what is there; `None`, where nothing is.
+    /// Reads what is there; `None`, if nothing is.
     pub fn of(path: &Path) -> io::Result<Option<Self>> {
         let read = || -> io::Result<Vec<u8>> {
             // Neither followed nor waited for: a link or a pipe is nothing that this program makes.
@@ -138,7 +138,7 @@ mod tests {
         assert_eq!(judge(&[(3, &first), (14, &renewed)]), [Wait, Alive]);
         assert_eq!(judge(&[(3, &first), (20, &renewed)]), [Wait, Alive]);
         assert_eq!(judge(&[(3, &first), (4, &other)]), [Wait, Alive]);
-        // A clock that was set back, or a day ahead, stands in the file and nowhere else.
+        // A clock that was set back, or a day ahead, is in the file and nowhere else.
         let mut later = first.clone();
         for since in ["1970-01-01 00:00:00 UTC", "2999-01-01 00:00:00 UTC"] {
             later.holder.as_mut().unwrap().since = since.into();
