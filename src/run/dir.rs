@@ -177,7 +177,7 @@ impl RunDir {
         config: &Config,
         tokenizer: &Path,
         allowed: &[String],
-        then: Option<&State>,
+        then: &State,
         now: &State,
     ) -> Result<()> {
         self.check_tokenizer(tokenizer)?;
@@ -185,17 +185,12 @@ impl RunDir {
             return Ok(());
         }
         let older = self.load_config()?;
-        let alike = |key: &str| {
-            let conditions = then.map(|then| (&then.conditions, &now.conditions));
-            match key {
-                "device" => conditions.is_some_and(|(then, now)| then.device == now.device),
-                "data.micro_batch" => conditions.is_some_and(|(then, now)| then.micro_batch == now.micro_batch),
-                "data.dir" => then.is_some_and(|then| then.data_sha256 == now.data_sha256),
-                "optim.decay_steps" => {
-                    decay(&older.optim, older.train.steps) == decay(&config.optim, config.train.steps)
-                }
-                _ => false,
-            }
+        let alike = |key: &str| match key {
+            "device" => then.conditions.device == now.conditions.device,
+            "data.micro_batch" => then.conditions.micro_batch == now.conditions.micro_batch,
+            "data.dir" => then.data_sha256 == now.data_sha256,
+            "optim.decay_steps" => decay(&older.optim, older.train.steps) == decay(&config.optim, config.train.steps),
+            _ => false,
         };
         let mut changes = config.changes_since(&older)?;
         changes.retain(|(key, ..)| !allowed.contains(key) && !alike(key));

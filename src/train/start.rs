@@ -275,7 +275,7 @@ impl<'a> Trainer<'a> {
     fn load(&mut self, path: &Path, is_own: bool, allowed: &[String]) -> Result<OptimizerFiles> {
         let saved = checkpoint::load_state(path)?;
         if is_own {
-            self.dir.check(&self.plan.config, &self.tokenizer_file, allowed, Some(&saved), &self.state)?;
+            self.dir.check(&self.plan.config, &self.tokenizer_file, allowed, &saved, &self.state)?;
         }
         if saved.data_sha256 != self.state.data_sha256 && !allowed.iter().any(|key| key == "data.dir") {
             return Err(Error::Usage(format!(
