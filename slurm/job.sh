@@ -115,8 +115,8 @@ lay_out() {
   if [[ -n $total && -z ${SLURM_NTASKS:-} ]]; then
     if ((nodes == 1)); then gpus=$total; fi
     ((total == nodes * gpus)) ||
-      die "the job's $total GPUs are not the same number on each of its $nodes nodes (here $gpus), so the ranks" \
-        "cannot be shared out; submit with --gpus-per-node in place of --gpus"
+      die "the job's $total GPUs are not the same number on each of its $nodes nodes (here $gpus), so" \
+        "the ranks cannot be shared out; submit with --gpus-per-node in place of --gpus"
   fi
   if [[ -n ${SLURM_NTASKS:-} ]]; then
     ranks=$SLURM_NTASKS
