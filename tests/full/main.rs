@@ -6,6 +6,7 @@ mod common;
 mod corruption;
 #[cfg(feature = "mpi")]
 mod documents;
+mod errors;
 mod lease;
 mod resume;
 #[cfg(feature = "mpi")]

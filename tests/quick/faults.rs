@@ -156,33 +156,6 @@ fn what_stands_in_the_way_is_left_alone() {
 }
 
 #[test]
-fn output_that_nobody_takes_is_an_error_and_no_panic() {
-    let work = Workspace::new();
-    work.trained("run");
-    let full = || Stdio::from(fs::File::options().write(true).open("/dev/full").unwrap());
-    for verb in [
-        "eval --run-dir run",
-        "generate --run-dir run --prompt A --tokens 1",
-        "checkpoint list --run-dir run",
-        "checkpoint verify --run-dir run",
-        "tokenize --tokenizer gpt2 tiny.yaml",
-        "prepare --source sample --tokenizer bpe:300 --out made",
-        "completions bash",
-    ] {
-        let arguments: Vec<&str> = verb.split(' ').collect();
-        let mut command = work.command(&arguments);
-        command.stdout(full());
-        crate::common::finish(command).fails(4, &["standard output", "No space left"]);
-    }
-    let mut silent = work.command(&["eval", "--run-dir", "nowhere"]);
-    assert_eq!(silent.stderr(full()).status().unwrap().code(), Some(2));
-    // A terminal that is gone does not stop a run.
-    let mut command = work.command(&["train", "--config", "tiny.yaml", "--run-dir", "alone"]);
-    assert!(command.stderr(full()).stdout(full()).status().unwrap().success());
-    assert_eq!(numbers(&work.path("alone/train.csv"), "step").len(), 12);
-}
-
-#[test]
 fn a_reader_that_has_seen_enough_is_no_error() {
     let work = Workspace::new();
     work.trained("run");

@@ -9,6 +9,8 @@ use proptest::prelude::*;
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
+use crate::common::in_memory;
+
 const DIGEST: [u8; 32] = [7; 32];
 const HEADER: usize = 128;
 
@@ -88,7 +90,7 @@ proptest! {
 
 #[test]
 fn every_truncation_is_caught() {
-    let folder = TempDir::new().unwrap();
+    let folder = in_memory();
     for vocab_size in [300, 70_000] {
         let path = small(&folder, vocab_size);
         let whole = fs::read(&path).unwrap();
@@ -101,7 +103,7 @@ fn every_truncation_is_caught() {
 
 #[test]
 fn every_flipped_bit_is_caught() {
-    let folder = TempDir::new().unwrap();
+    let folder = in_memory();
     for vocab_size in [300, 70_000] {
         let path = small(&folder, vocab_size);
         let mut bytes = fs::read(&path).unwrap();
