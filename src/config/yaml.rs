@@ -269,11 +269,8 @@ fn serde_path(root: &Value, overrides: &[String]) -> Result<Config> {
 
 /// The value at a path such as `optim.betas[1]`.
 fn at<'a>(root: &'a Value, path: &str) -> Option<&'a Value> {
-    let parts = path.split(['.', '[', ']']).filter(|part| !part.is_empty());
-    parts.fold(Some(root), |value, part| {
-        let value = value?;
-        value.get(part).or_else(|| value.get(part.parse::<usize>().ok()?))
-    })
+    let mut parts = path.split(['.', '[', ']']).filter(|part| !part.is_empty());
+    parts.try_fold(root, |value, part| value.get(part).or_else(|| value.get(part.parse::<usize>().ok()?)))
 }
 
 const TEXT: &str = "text";
