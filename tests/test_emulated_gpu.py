@@ -87,6 +87,7 @@ def test_gpus_learn_what_cpus_learn(gpu, request, ranks, settings, bound):
     print(f"{ranks} ranks, {settings}: {distance:.1e}")
 
 
+@pytest.mark.full
 def test_memory_is_seen_and_smaller_micro_batches_need_less(gpu):
     """memory_mib is the allocator's own count."""
     plain = gpu.train("memory", {"train.steps": 2})
@@ -185,7 +186,8 @@ def test_the_whole_of_a_run_on_a_gpu(gpu, tmp_path):
     assert float(cuda[6]) == pytest.approx(float(cpu[6]), rel=FP32)
 
 
-@pytest.mark.parametrize("ranks", [0, full(2)])
+@pytest.mark.full
+@pytest.mark.parametrize("ranks", [0, 2])
 def test_a_run_resumes_bit_for_bit(gpu, ranks):
     settings = (
         DETERMINISTIC
@@ -202,7 +204,8 @@ def test_a_run_resumes_bit_for_bit(gpu, ranks):
     assert done.code == 0, done.log + done.out
 
 
-@pytest.mark.parametrize("ranks", [full(0), 2])
+@pytest.mark.full
+@pytest.mark.parametrize("ranks", [0, 2])
 def test_doctor_finds_no_fault(gpu, ranks):
     done = gpu.call(["doctor", "--run-dir", gpu.folder / "runs"], ranks)
     assert done.code == 0, done.out + done.log
@@ -213,6 +216,7 @@ def test_doctor_finds_no_fault(gpu, ranks):
         assert "every sum is compared" in done.out and "through NCCL" in done.out
 
 
+@pytest.mark.full
 def test_ranks_that_share_a_gpu_are_refused(gpu):
     done = gpu.train("shared", {}, 2, CUDA_VISIBLE_DEVICES="1")
     assert done.code == 2, done.log

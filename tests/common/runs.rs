@@ -168,11 +168,11 @@ impl<'a> Going<'a> {
 
     /// Waits until a rank trains, and returns its process and its node.
     #[track_caller]
-    pub fn trains(&mut self, rank: usize) -> (u32, String) {
+    pub fn trains(&mut self, rank: usize) -> (String, String) {
         let dir = self.run.dir.clone();
         self.until("it trains", || heartbeat(&dir, rank, "step").filter(|(step, _)| *step >= 3));
         let (pid, host) = heartbeat(&dir, rank, "pid").unwrap();
-        (u32::try_from(pid).unwrap(), host)
+        (pid.to_string(), host)
     }
 }
 
@@ -198,11 +198,11 @@ fn is_alive(dir: &Path) -> bool {
     Command::new("pgrep").args(["-f", &format!("{}$", dir.display())]).stdout(Stdio::null()).status().unwrap().success()
 }
 
-fn kill(signal: &str, pid: u32) -> io::Result<ExitStatus> {
+fn kill(signal: &str, pid: impl ToString) -> io::Result<ExitStatus> {
     Command::new("kill").args([format!("-{signal}"), pid.to_string()]).status()
 }
 
-pub fn signal(name: &str, pid: u32) {
+pub fn signal(name: &str, pid: &str) {
     assert!(kill(name, pid).unwrap().success(), "kill -{name} {pid}");
 }
 

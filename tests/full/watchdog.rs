@@ -5,8 +5,10 @@ use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::process::Command;
+use std::thread::sleep;
+use std::time::Duration;
 
-use crate::common::runs::{fifo, says, Going, Run, ENDLESS};
+use crate::common::runs::{fifo, last_step, says, signal, Going, Run, ENDLESS};
 use crate::common::{binary, finish, in_memory, rows, sample};
 
 /// Linux's flag for a file that is not waited for.
@@ -87,4 +89,27 @@ fn a_long_evaluation_makes_progress() {
             return;
         }
     }
+}
+
+#[test]
+fn ranks_that_were_all_stopped_for_longer_than_the_deadline_go_on() {
+    let folder = in_memory();
+    let run = Run::new(folder.path(), "suspended", &format!("{ENDLESS}fault: {{step_deadline_s: 5}}\n"), 2);
+    let mut going = Going::start(&run, &[]);
+    let pids = [0, 1].map(|rank| going.trains(rank).0);
+    // As `scontrol suspend`, but so that rank 0 waits for rank 1 at that time.
+    signal("STOP", &pids[1]);
+    let waits = r#""phase":"exchange""#;
+    let beat = run.dir.join("heartbeats/rank-0000.json");
+    going.until("rank 0 waits", || fs::read_to_string(&beat).ok()?.contains(waits).then_some(()));
+    signal("STOP", &pids[0]);
+    // Longer than the watchdog allows, too.
+    sleep(Duration::from_secs(12));
+    let stopped_at = last_step(&run.dir);
+    pids.iter().for_each(|pid| signal("CONT", pid));
+    going.until("a later step", || (last_step(&run.dir) > stopped_at + 3).then_some(()));
+    let launcher = going.child.id().to_string();
+    signal("USR1", &launcher);
+    let (code, said) = going.ends();
+    assert_eq!(code, Some(75), "{said}");
 }

@@ -29,7 +29,6 @@ use lockstep::run::tables::{EvalRow, Table, TrainRow};
 use lockstep::tokenizer::Tokenizer;
 use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};
-use tempfile::TempDir;
 use zip::write::SimpleFileOptions;
 use zip::ZipWriter;
 

@@ -150,9 +150,12 @@ fn the_messages_quoted_exist() {
     for folder in ["src", "launch", "slurm"] {
         files_below(&root().join(folder), &mut files);
     }
-    // A text that goes on in the next line, as Rust and shells write it.
-    let joined =
-        |text: String| text.replace("\" \\\n", "\\\n").lines().map(str::trim_start).collect::<Vec<_>>().join("\n");
+    // A text that goes on in the next line, as Rust and shells write it. Comments say nothing to users.
+    let joined = |text: String| {
+        let lines = text.replace("\" \\\n", "\\\n");
+        let said = lines.lines().map(str::trim_start).filter(|line| !line.starts_with("//") && !line.starts_with("# "));
+        said.collect::<Vec<_>>().join("\n")
+    };
     let sources: String =
         files.iter().map(|path| joined(fs::read_to_string(path).unwrap()).replace("\\\n", "")).collect();
     let page = read("docs/troubleshooting.md");

@@ -14,7 +14,7 @@ fn a_stopped_rank_is_named_by_the_other() {
     let run = Run::new(folder.path(), "stopped", &format!("{ENDLESS}fault: {{step_deadline_s: 5}}\n"), 2);
     let mut going = Going::start(&run, &[]);
     let (pid, host) = going.trains(1);
-    signal("STOP", pid);
+    signal("STOP", &pid);
     let (code, said) = going.ends();
     assert_eq!(code, Some(6), "{said}");
     let named = format!("rank 1 on {host} (process {pid}) has stopped: step ");
@@ -42,8 +42,7 @@ fn ranks_that_were_all_stopped_for_longer_than_the_deadline_go_on() {
     let stopped_at = last_step(&run.dir);
     pids.iter().for_each(|pid| signal("CONT", pid));
     going.until("a later step", || (last_step(&run.dir) > stopped_at + 3).then_some(()));
-    let launcher = going.child.id().to_string();
-    signal("USR1", &launcher);
+    signal("USR1", &going.child.id().to_string());
     let (code, said) = going.ends();
     assert_eq!(code, Some(75), "{said}");
 }
@@ -72,7 +71,7 @@ fn a_slowed_rank_is_named() {
     let (pid, host) = going.trains(1);
     // It runs a tenth of the time: whatever else the machine does holds up the other rank less.
     let slowing = "while kill -STOP $0; do sleep 0.09; kill -CONT $0; sleep 0.01; done 2>/dev/null";
-    let mut slower = Command::new("sh").args(["-c", slowing, &pid.to_string()]).spawn().unwrap();
+    let mut slower = Command::new("sh").args(["-c", slowing, &pid]).spawn().unwrap();
     let slow = going.until("rank 1 is in ranks.csv", || {
         rows(&run.dir.join("ranks.csv")).into_iter().find(|row| row["rank"] == "1")
     });
