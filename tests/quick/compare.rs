@@ -131,8 +131,8 @@ fn what_cannot_be_compared_is_refused_before_anything_is_run() {
     refused("--devices cpu,cuda,cpu", 2, &["--devices: expected each device once, found cpu twice"]);
     refused("--steps 0", 2, &["--steps", "'0'", "0 is not in 1.."]);
     refused("--steps few", 2, &["--steps", "'few'"]);
-    refused("--set train.stesp=3", 2, &["in tiny.yaml", "did you mean `train.steps`?"]);
-    refused("--set data.micro_batch=3", 2, &["in tiny.yaml", "data.micro_batch: 3"]);
+    refused("--set train.stesp=3", 2, &["in --set train.stesp=3", "did you mean `train.steps`?"]);
+    refused("--set data.micro_batch=3", 2, &["data.micro_batch: 3"]);
     for set in ["device=cuda", "train.steps=3", "train.eval_every=2"] {
         refused(&format!("--set {set}"), 2, &[&format!("--set {set}: compare sets this key itself"), "--steps"]);
     }

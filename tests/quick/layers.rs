@@ -18,8 +18,10 @@ const FLOORS: [&[&str]; 6] = [
     &["cli", "main", "lib"],
 ];
 
-/// The only imports within a floor: errors are everybody's, and `main` starts the command line.
-const NEIGHBOURS: [(&str, &str); 4] = [("files", "error"), ("host", "files"), ("stop", "error"), ("main", "cli")];
+/// The only imports within a floor: errors are everybody's, the optimizer updates the model's flat memory, and `main` starts
+/// the command line.
+const NEIGHBOURS: [(&str, &str); 5] =
+    [("files", "error"), ("host", "files"), ("stop", "error"), ("optim", "model"), ("main", "cli")];
 
 /// The fences of `unsafe`: foreign memory, libraries, and SIMD.
 const UNSAFE: [&str; 4] = ["comm/mpi.rs", "comm/nccl.rs", "torch/", "model/head/"];
