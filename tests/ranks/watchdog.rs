@@ -32,17 +32,17 @@ fn ranks_that_were_all_stopped_for_longer_than_the_deadline_go_on() {
     let mut going = Going::start(&run, &[]);
     let pids = [0, 1].map(|rank| going.trains(rank).0);
     // As `scontrol suspend`, but so that rank 0 waits for rank 1 at that time.
-    signal("STOP", &pids[1]);
+    signal("STOP", pids[1]);
     let waits = r#""phase":"exchange""#;
     let beat = run.dir.join("heartbeats/rank-0000.json");
     going.until("rank 0 waits", || fs::read_to_string(&beat).ok()?.contains(waits).then_some(()));
-    signal("STOP", &pids[0]);
+    signal("STOP", pids[0]);
     // Longer than the watchdog allows, too.
     sleep(Duration::from_secs(12));
     let stopped_at = last_step(&run.dir);
-    pids.iter().for_each(|pid| signal("CONT", pid));
+    pids.iter().for_each(|&pid| signal("CONT", pid));
     going.until("a later step", || (last_step(&run.dir) > stopped_at + 3).then_some(()));
-    signal("USR1", &going.child.id().to_string());
+    signal("USR1", going.child.id());
     let (code, said) = going.ends();
     assert_eq!(code, Some(75), "{said}");
 }
