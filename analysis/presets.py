@@ -1,19 +1,23 @@
-"""The sizes of models by name."""
+"""The sizes of models by name, as the program has them."""
 
-SHAPE = ("n_layer", "n_head", "n_embd")
+import functools
+import json
+import os
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
+@functools.cache
 def presets() -> dict[str, dict[str, int]]:
-    """Each preset's n_layer, n_head and n_embd.
-
-    This is the only place in Python that knows them; src/config has the program's own table, which
-    analysis/tests/test_presets.py compares with this one.
-    """
-    # fmt: off
-    sizes = {
-        "gpt-nano": (3, 3, 48), "gpt-micro": (4, 4, 128), "gpt-mini": (6, 6, 192),
-        "gopher-44m": (8, 16, 512), "gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024),
-        "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600),
-    }
-    # fmt: on
-    return {name: dict(zip(SHAPE, size)) for name, size in sizes.items()}  # noqa: B905  # Python 3.9
+    """Each preset's n_layer, n_head and n_embd."""
+    binary = os.environ.get("LOCKSTEP_BIN", str(ROOT / "target/release/lockstep"))
+    try:
+        told = subprocess.run([binary, "config", "--presets"], capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise SystemExit(
+            f"the presets' sizes come from lockstep, and {binary} does not tell them ({error}); "
+            "build it (cargo build --release), or name it in LOCKSTEP_BIN"
+        ) from None
+    return json.loads(told.stdout)

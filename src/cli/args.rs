@@ -95,6 +95,9 @@ pub enum Verb {
         /// Prints the value of this key only, or of `run_dir`.
         #[arg(long, value_name = "KEY")]
         print: Option<String>,
+        /// Instead, prints the sizes of all presets as JSON.
+        #[arg(long, conflicts_with_all = ["config", "print"])]
+        presets: bool,
     },
     /// Evaluates a checkpoint, and prints a row of eval.csv with its header.
     #[command(after_help = "Example:\n  lockstep eval --run-dir runs/wikitext2 --split test")]

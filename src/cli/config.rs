@@ -2,9 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
+use serde_json::{json, Map, Value};
+
 use super::args::Training;
 use super::print;
-use crate::config::{in_place, Config};
+use crate::config::{in_place, Config, PRESETS};
 use crate::error::Result;
 
 /// Prints the whole configuration as YAML, or the value of one key in a line.
@@ -24,6 +26,15 @@ pub fn show(path: Option<&Path>, training: &Training, key: Option<&str>) -> Resu
             print::line(&config.value(key).map_err(|e| e.context("--print takes `run_dir`, or a configuration's key"))?)
         }
     }
+}
+
+/// Prints the sizes of all presets as JSON, for programs that know no YAML and no Rust.
+pub fn show_presets() -> Result<()> {
+    let preset = |&(name, n_layer, n_head, n_embd): &(&str, usize, usize, usize)| {
+        (name.to_owned(), json!({"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}))
+    };
+    let all: Map<String, Value> = PRESETS.iter().map(preset).collect();
+    print::line(&serde_json::to_string_pretty(&all)?)
 }
 
 /// Where a training's files go.

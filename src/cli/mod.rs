@@ -61,7 +61,8 @@ pub fn run(cli: &Cli) -> Result<()> {
             ))
         }
         Verb::Tokenize { tokenizer, decode, file } => tokenize::tokenize(tokenizer, *decode, file.as_deref()),
-        Verb::Config { config, training, print: key } => config::show(config.as_deref(), training, key.as_deref()),
+        Verb::Config { presets: true, .. } => config::show_presets(),
+        Verb::Config { config, training, print: key, .. } => config::show(config.as_deref(), training, key.as_deref()),
         Verb::Train { config, training } => {
             // From the start: a launcher may ask for a stop while MPI is still gathering the ranks.
             let stop = StopRequest::install()?;

@@ -160,8 +160,9 @@ impl Trainer<'_> {
         self.gradients.sum(self.comm, &mut self.model.parameters.grad)?;
         let lr = learning_rate(&self.plan.config.optim, step, self.plan.config.train.steps);
         let norm = self.update(step, lr, &mut timeline)?; // (1,)
+        let numbers = Tensor::cat(&[loss, norm], 0); // before the wait, so that there is one
         let (times, exchange) = timeline.end()?;
-        let numbers: Vec<f64> = Tensor::cat(&[loss, norm], 0).try_into()?;
+        let numbers: Vec<f64> = numbers.try_into()?;
         let mine = Report { loss: numbers[0], grad_norm: numbers[1], lr, times, ..Report::default() };
         self.agree(mine, &global, exchange).map(Some)
     }

@@ -2,6 +2,8 @@
 
 use std::fs;
 
+use lockstep::config::PRESETS;
+
 use crate::common::{finish, Workspace};
 
 /// What it prints for these arguments.
@@ -63,6 +65,14 @@ fn every_key_has_a_value_in_one_line() {
     }
     // Without a file: the defaults.
     assert_eq!(printed(&work, &["--print", "data.block_size"]), "128\n");
+}
+
+#[test]
+fn presets_are_printed_for_programs() {
+    let work = Workspace::new();
+    let printed: serde_json::Value = serde_json::from_str(&printed(&work, &["--presets"])).unwrap();
+    assert_eq!(printed["gpt2"], serde_json::json!({"n_layer": 12, "n_head": 12, "n_embd": 768}));
+    assert_eq!(printed.as_object().unwrap().len(), PRESETS.len());
 }
 
 #[test]
