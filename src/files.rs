@@ -66,7 +66,7 @@ pub fn sync_name(path: &Path) -> io::Result<()> {
 pub fn digest(path: &Path) -> io::Result<(u64, String)> {
     let mut file = File::open(path)?;
     let mut sha256 = Sha256::new();
-    let mut buffer = vec![0; 1 << 20];
+    let mut buffer = vec![0; 1 << 16];
     let mut size = 0;
     loop {
         let n = file.read(&mut buffer)?;

@@ -221,7 +221,8 @@ fn read<R: Row>(path: &Path, bytes: &[u8]) -> Result<Vec<R>> {
     }
     let mut lines = bytes.split_inclusive(|&b| b == b'\n').peekable();
     let found = lines.next().unwrap_or_default();
-    if !cells(found).iter().copied().eq(expected.split(',')) {
+    let columns = expected.split(',').count();
+    if !cells(found, columns).iter().copied().eq(expected.split(',')) {
         let found: String = String::from_utf8_lossy(&found[..found.len().min(300)]).trim_end().into();
         return Err(Error::Storage(format!(
             "{} does not have the columns of this log: expected {expected}, found {}; move it away or use another \
@@ -231,7 +232,6 @@ fn read<R: Row>(path: &Path, bytes: &[u8]) -> Result<Vec<R>> {
         ))
         .into());
     }
-    let columns = expected.split(',').count();
     let mut rows: Vec<R> = Vec::new();
     let refuse = |line: usize, what: String| -> Result<Vec<R>> {
         let path = path.display();
@@ -239,7 +239,7 @@ fn read<R: Row>(path: &Path, bytes: &[u8]) -> Result<Vec<R>> {
         Err(Error::Storage(format!("{path}, line {line}: {what}; {remedy}")).into())
     };
     while let Some(line) = lines.next() {
-        let cells = cells(line);
+        let cells = cells(line, columns);
         if lines.peek().is_none() && (!line.ends_with(b"\n") || cells.len() < columns) {
             break;
         }
@@ -262,14 +262,14 @@ fn read<R: Row>(path: &Path, bytes: &[u8]) -> Result<Vec<R>> {
     Ok(rows)
 }
 
-/// A line's cells, without the quotes that a spreadsheet may put around them. No cell of ours has a comma: damage stays within
-/// its line. None of a line that is no text.
-fn cells(line: &[u8]) -> Vec<&str> {
+/// A line's cells, without the quotes that a spreadsheet may put around them, up to one more than there are columns. No cell of
+/// ours has a comma: damage stays within its line. None of a line that is no text.
+fn cells(line: &[u8], columns: usize) -> Vec<&str> {
     let Ok(line) = std::str::from_utf8(line) else { return Vec::new() };
     fn bare(cell: &str) -> &str {
         cell.strip_prefix('"').and_then(|cell| cell.strip_suffix('"')).unwrap_or(cell)
     }
-    line.trim_end().split(',').map(|cell| bare(cell.trim())).collect()
+    line.trim_end().split(',').take(columns + 1).map(|cell| bare(cell.trim())).collect()
 }
 
 /// The steps of the first gap among those that have rows, for a run that goes on after `until` and writes one every so many
