@@ -95,7 +95,8 @@ class Job:
         """
         found = {}
         for pid, known in self.site.lab.processes.running(BINARY):
-            if known.get("SLURM_JOB_ID") == self.number:
+            # The job script asks the program, too; that is no rank.
+            if known.get("SLURM_JOB_ID") == self.number and "SLURM_STEP_ID" in known:
                 start = int(known.get("SLURM_RESTART_COUNT", 0)), int(known["SLURM_STEP_ID"])
                 found.setdefault(start, {})[int(known["SLURM_PROCID"])] = pid
         return found
