@@ -6,9 +6,9 @@ use std::process::Command;
 
 use tracing::warn;
 
-/// How often a thread of libgomp looks for work before it lets go of its core. On two cores a step of the homework's model
-/// took half as long again beside two busy programs with libgomp's own 300,000 (three milliseconds and more), and no less
-/// time on a quiet machine.
+/// How often a thread of libgomp looks for work before it lets go of its core. On two cores a step of 70 ms took half as
+/// long again beside two busy programs with libgomp's own 300,000 (three milliseconds and more), and no less time on a quiet
+/// machine.
 const SPIN: (&str, &str) = ("GOMP_SPINCOUNT", "10000");
 
 /// Variables with which a user has decided how threads wait, whichever OpenMP LibTorch was built with.

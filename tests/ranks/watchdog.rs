@@ -2,10 +2,8 @@
 
 use std::fs;
 use std::process::Command;
-use std::thread::sleep;
-use std::time::Duration;
 
-use crate::common::runs::{fifo, last_step, says, signal, Going, Run, ENDLESS};
+use crate::common::runs::{fifo, says, signal, Going, Run, ENDLESS};
 use crate::common::{in_memory, rows};
 
 #[test]
@@ -23,28 +21,6 @@ fn a_stopped_rank_is_named_by_the_other() {
     assert!(["computing", "exchange with the other ranks"].iter().any(|name| phase.contains(name)), "{said}");
     assert!(!said.contains("rank 0 on"), "{said}");
     says(&fs::read_to_string(run.dir.join("logs/rank-0000.log")).unwrap(), &[&named]);
-}
-
-#[test]
-fn ranks_that_were_all_stopped_for_longer_than_the_deadline_go_on() {
-    let folder = in_memory();
-    let run = Run::new(folder.path(), "suspended", &format!("{ENDLESS}fault: {{step_deadline_s: 5}}\n"), 2);
-    let mut going = Going::start(&run, &[]);
-    let pids = [0, 1].map(|rank| going.trains(rank).0);
-    // As `scontrol suspend`, but so that rank 0 waits for rank 1 at that time.
-    signal("STOP", pids[1]);
-    let waits = r#""phase":"exchange""#;
-    let beat = run.dir.join("heartbeats/rank-0000.json");
-    going.until("rank 0 waits", || fs::read_to_string(&beat).ok()?.contains(waits).then_some(()));
-    signal("STOP", pids[0]);
-    // Longer than the watchdog allows, too.
-    sleep(Duration::from_secs(12));
-    let stopped_at = last_step(&run.dir);
-    pids.iter().for_each(|&pid| signal("CONT", pid));
-    going.until("a later step", || (last_step(&run.dir) > stopped_at + 3).then_some(()));
-    signal("USR1", going.child.id());
-    let (code, said) = going.ends();
-    assert_eq!(code, Some(75), "{said}");
 }
 
 #[test]
