@@ -213,6 +213,11 @@ pub fn says(said: &str, parts: &[&str]) {
     }
 }
 
+/// What was said, but for ranks being slow: on a busy machine any rank may be, for a while.
+pub fn but_for_stragglers(said: &str) -> String {
+    said.lines().filter(|line| !line.contains("times as long as the median rank")).collect::<Vec<_>>().join("\n")
+}
+
 /// A pipe in a file's place: whoever opens it to write waits for a reader, as for a file server that is gone.
 pub fn fifo(path: &Path) {
     fs::create_dir_all(path.parent().unwrap()).unwrap();
