@@ -1,7 +1,9 @@
-//! This machine's name, and this program's file.
+//! What this program has of the machine: a name, its own file, threads.
 
 use std::io;
+use std::thread::{Builder, JoinHandle};
 
+use crate::error::{Error, Result};
 use crate::files;
 
 /// This node's name.
@@ -21,4 +23,21 @@ pub fn binary() -> io::Result<(String, String)> {
     let path = std::env::current_exe()?;
     let (_, sha256) = files::digest(&path)?;
     Ok((path.display().to_string(), sha256))
+}
+
+/// Starts a thread.
+///
+/// # Errors
+/// Usage, if the system gives no thread.
+pub fn spawn<T: Send + 'static>(name: &str, work: impl FnOnce() -> T + Send + 'static) -> Result<JoinHandle<T>> {
+    Builder::new().name(name.into()).spawn(work).map_err(|e| no_thread(&e))
+}
+
+/// The error of a thread that the system did not give.
+pub fn no_thread(reason: &io::Error) -> anyhow::Error {
+    Error::Usage(format!(
+        "this machine gives the program no more threads ({reason}); raise the limit on processes (`ulimit -u` shows it), \
+         or use fewer threads (OMP_NUM_THREADS)"
+    ))
+    .into()
 }

@@ -1,6 +1,7 @@
 //! Deadlines that a stopped process does not miss.
 
-use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::mpsc::{channel, Receiver, RecvTimeoutError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 /// The most that counts of the time between two looks. Whoever waits looks several times a second; after a longer pause this
@@ -55,10 +56,31 @@ pub fn receive<T>(from: &Receiver<T>, deadline: Duration) -> Result<T, RecvTimeo
     }
 }
 
+/// Does something that may never return, such as asking a file system whose server is gone, in a thread of its own.
+/// `None` if it has not returned within the deadline, or the system gives no thread.
+pub fn within<T: Send + 'static>(deadline: Duration, work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+    let (tell, told) = channel();
+    let work = move || drop(tell.send(work()));
+    thread::Builder::new().name("aside".into()).spawn(work).ok()?;
+    receive(&told, deadline).ok()
+}
+
+/// Looks again and again until `look` finds something; `None` if it has not within the deadline. It looks once at least.
+pub fn until<T>(deadline: Duration, mut look: impl FnMut() -> Option<T>) -> Option<T> {
+    const PAUSE: Duration = Duration::from_millis(20);
+    let mut patience = Patience::begin();
+    loop {
+        let found = look();
+        if found.is_some() || patience.waited() >= deadline {
+            return found;
+        }
+        thread::sleep(PAUSE);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::mpsc::channel;
 
     #[test]
     fn time_in_which_this_process_was_stopped_does_not_count() {
@@ -69,6 +91,21 @@ mod tests {
         assert_eq!([200, 400, 1400].map(&mut waited), [200, 400, 1400]);
         // Stopped for an hour: a second of it counts, and then all again.
         assert_eq!([3_601_400, 3_601_900].map(waited), [2400, 2900]);
+    }
+
+    #[test]
+    fn what_never_returns_is_given_up() {
+        let long = Duration::from_secs(600);
+        assert_eq!(within(long, || 7), Some(7));
+        assert_eq!(within(Duration::from_millis(10), move || thread::sleep(long)), None);
+        assert_eq!(until(Duration::ZERO, || Some(7)), Some(7));
+        assert_eq!(until(Duration::from_millis(50), || None::<u8>), None);
+        let mut looks = 0;
+        let third = || {
+            looks += 1;
+            (looks == 3).then_some(looks)
+        };
+        assert_eq!(until(long, third), Some(3));
     }
 
     #[test]

@@ -313,7 +313,18 @@ def job(folder, script_of, *arguments, clone=True, **environment):
     shutil.copytree(ROOT / "slurm", tree / "slurm", dirs_exist_ok=True)
     (tree / ".venv/lockstep.env").touch()
     # The program: its run directory, and ranks that end with CODE.
-    script(tree / "launch", "rank", '[[ $1 == config ]] && { echo run; exit; }; exit "${CODE:-0}"')
+    script(
+        tree / "launch",
+        "rank",
+        """
+if [[ $1 == config ]]; then
+  if [[ -n ${STOPPED_EARLY:-} ]]; then kill -USR1 "$(pgrep --oldest --full "$SCRIPT")"; fi
+  echo run
+  exit
+fi
+exit "${CODE:-0}"
+""",
+    )
     shutil.copy(ROOT / "slurm" / script_of, spool / "slurm_script")
     calls = folder / "calls"
     calls.write_text("")
@@ -321,6 +332,7 @@ def job(folder, script_of, *arguments, clone=True, **environment):
         **{name: value for name, value in os.environ.items() if "SLURM" not in name},
         "PATH": f"{bin_folder}:{os.environ['PATH']}",
         "CALLS": str(calls),
+        "SCRIPT": str(spool / "slurm_script"),
         "LOCKSTEP_BIN": shutil.which("true"),
         "SLURM_JOB_ID": "7",
         "SLURM_JOB_NAME": script_of.removesuffix(".sbatch"),
@@ -427,6 +439,22 @@ def test_a_lost_rank_makes_no_node_suspect(tmp_path):
     assert len(starts(calls)) == 3
     assert "does not answer" not in done.stderr
     assert calls.count("scontrol requeue 7") == 1
+
+
+@pytest.mark.parametrize("stopped", [{"CODE": "75"}, {"STOPPED_EARLY": "1"}], ids=["ranks", "job"])
+def test_a_job_that_is_stopped_before_it_saves_is_queued_again_but_not_for_ever(tmp_path, stopped):
+    (tmp_path / "some.yaml").touch()
+    done, calls = job(tmp_path, "train.sbatch", "some.yaml", **stopped)
+    assert done.returncode == 75, done.stderr
+    assert len(starts(calls)) == ("CODE" in stopped)
+    assert calls.count("scontrol requeue 7") == 1
+    assert done.stderr.endswith("train: queueing the job again, to go on from the start\n")
+    record = RECORD.format(2).replace("Restarts=0", "Restarts=10")
+    often = {"SLURM_RESTART_COUNT": "10", "RECORD": record}
+    done, calls = job(tmp_path, "train.sbatch", "some.yaml", **stopped, **often)
+    assert done.returncode == 75, done.stderr
+    assert calls.count("scontrol requeue 7") == 0
+    assert "never got further: not queued again" in done.stderr
 
 
 def test_slurm_that_does_not_answer_is_no_refusal(tmp_path):

@@ -313,14 +313,6 @@ def test_what_is_missing_is_said_in_a_line(cluster, options, arguments, environm
     assert said.count("\n") == 1
 
 
-def test_a_stop_without_a_new_checkpoint_is_the_last(cluster):
-    binary = script(cluster.folder / "bin/stand-in", STAND_IN)
-    job = cluster.submit(arguments=[cluster.config("some", 1)], LOCKSTEP_BIN=str(binary), CODE="75")
-    facts = cluster.wait(job)
-    assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "75:0", "0")
-    assert "another time would be no better: not queued again" in cluster.output(job)
-
-
 def test_mpirun_where_srun_has_no_pmix(cluster, alone):
     """And a site's own file, and a clone in another place."""
     path = script(cluster.folder / "no-pmix/srun", NO_PMIX.format(srun=shutil.which("srun"))).parent

@@ -46,7 +46,7 @@ fn load(run: &Run, world_size: usize, local_rank: usize) -> Result<Loaded> {
     config.data.batch_size = config.data.batch_size.div_ceil(world_size) * world_size;
     config.data.micro_batch = crate::config::Auto::Auto;
     let plan = config.validate(world_size)?;
-    torch::set_threads(None);
+    torch::set_threads(None)?;
     let wanted = match plan.config.device {
         DeviceChoice::Cpu => "cpu",
         DeviceChoice::Cuda | DeviceChoice::Auto => "auto",

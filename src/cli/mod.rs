@@ -48,7 +48,7 @@ pub fn run(cli: &Cli) -> Result<()> {
     }
     match &cli.verb {
         Verb::Prepare { source, tokenizer, out, valid, test, url } => {
-            torch::set_threads(None);
+            torch::set_threads(None)?;
             let source = Source::parse(source, url.as_deref())?.set_aside(*valid, *test)?;
             let meta = prepare(&source, tokenizer, out)?;
             print::line(&format!(

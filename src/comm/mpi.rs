@@ -23,6 +23,7 @@ use mpi::{Count, Threading};
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{tell, Error, Result};
+use crate::host;
 use crate::patience::receive;
 use crate::stop::exit_now;
 
@@ -86,8 +87,7 @@ impl World {
                 queue.into_iter().for_each(|job| job(&mut mpi));
             }
         };
-        let thread = thread::Builder::new().name("mpi".into()).spawn(serve);
-        let thread = thread.map_err(|e| Error::Communication(format!("cannot start MPI's thread: {e}")))?;
+        let thread = host::spawn("mpi", serve)?;
         let ([rank, local_rank, world_size], library, host) = match receive(&told, deadline) {
             Ok(told) => told,
             Err(RecvTimeoutError::Timeout) => return Err(late("starting MPI", deadline)),

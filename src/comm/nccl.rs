@@ -9,7 +9,6 @@
 use std::cell::Cell;
 use std::ffi::{c_int, c_void, CStr};
 use std::ptr;
-use std::sync::mpsc::channel;
 use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::Duration;
@@ -21,7 +20,7 @@ use cudarc::nccl::sys;
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
-use crate::patience::Patience;
+use crate::patience::{within, Patience};
 
 /// How long NCCL may take to let go of a communicator: less than by how much the watchdog is more patient than `comm`, whose
 /// error says more.
@@ -279,13 +278,8 @@ impl Group {
             return;
         }
         let comm = self.comm as usize;
-        let (tell, told) = channel();
-        thread::spawn(move || {
-            // SAFETY: the address is that of a communicator which, being marked as aborted, nobody else uses any more.
-            let _ = unsafe { nccl::comm_abort(comm as sys::ncclComm_t) };
-            let _ = tell.send(());
-        });
-        let _ = told.recv_timeout(GRACE);
+        // SAFETY: the address is that of a communicator which, being marked as aborted, nobody else uses any more.
+        let _ = within(GRACE, move || unsafe { nccl::comm_abort(comm as sys::ncclComm_t) });
     }
 }
 

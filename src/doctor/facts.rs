@@ -7,6 +7,7 @@ use tch::{Cuda, Device};
 
 use super::network::{self, Interface};
 use crate::comm::Comm;
+use crate::error::Result;
 use crate::host;
 use crate::torch::{self, Driver, Gpu};
 
@@ -41,9 +42,12 @@ pub struct Facts {
 
 impl Facts {
     /// This rank's facts, and the device that it would train on.
-    pub fn collect(comm: &Comm, wanted: &str) -> (Self, Device) {
+    ///
+    /// # Errors
+    /// As [`torch::set_threads`].
+    pub fn collect(comm: &Comm, wanted: &str) -> Result<(Self, Device)> {
         let libraries = comm.libraries();
-        let threads = torch::set_threads(None);
+        let threads = torch::set_threads(None)?;
         let device = torch::select(wanted, comm.local_rank).map_err(|e| format!("{e:#}"));
         let unused_gpu = match device {
             Ok(Device::Cpu) if wanted == "auto" && torch::has_driver() => {
@@ -83,7 +87,7 @@ impl Facts {
             choices: choices.iter().filter_map(|name| Some(format!("{name}={}", variable(name)?))).collect(),
             wrong_for_nccl,
         };
-        (facts, device.unwrap_or(Device::Cpu))
+        Ok((facts, device.unwrap_or(Device::Cpu)))
     }
 
     /// How the rank is called in a sentence.

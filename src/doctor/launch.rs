@@ -6,11 +6,11 @@ use std::process::Command;
 use std::time::Duration;
 
 use super::network::{self, Interface, MPI_INCLUDE};
-use super::probes::within;
 use super::reach::{Finding, Meeting};
 use super::report::{Place, Report};
 use crate::host;
 use crate::launcher::{Launch, SlurmJob, Starter};
+use crate::patience::within;
 
 /// How this rank was started, and what MPI will meet.
 pub struct Job {

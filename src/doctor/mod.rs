@@ -101,7 +101,7 @@ fn place(error: &anyhow::Error) -> Place {
 }
 
 fn examine(comm: &mut Comm, run_dir: &Path, wanted: &str, log: &NcclLog, report: &mut Report) -> Result<()> {
-    let (mine, device) = Facts::collect(comm, wanted);
+    let (mine, device) = Facts::collect(comm, wanted)?;
     let texts = comm.gather_text(&serde_json::to_string(&mine)?)?;
     let all: Vec<Facts> = texts.iter().map(|text| serde_json::from_str(text)).collect::<std::result::Result<_, _>>()?;
     judge::judge(&all, report);

@@ -3,8 +3,6 @@
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::channel;
-use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tch::{Device, Kind, Tensor};
@@ -13,6 +11,7 @@ use super::facts::Facts;
 use super::report::{Place, Report};
 use crate::comm::Comm;
 use crate::error::Result;
+use crate::patience::{until, within};
 
 /// How long a file may take to be seen on another node: NFS may answer from its cache for some seconds.
 const VISIBLE_WITHIN: Duration = Duration::from_secs(5);
@@ -22,13 +21,6 @@ const ANSWERS_WITHIN: Duration = Duration::from_secs(20);
 
 /// Bytes of the largest sum, on a CPU and on a GPU.
 const LARGEST: [usize; 2] = [16 << 20, 64 << 20];
-
-/// Does something that may never return, such as asking a file system whose server is gone.
-pub fn within<T: Send + 'static>(deadline: Duration, work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
-    let (tell, told) = channel();
-    thread::spawn(move || tell.send(work()));
-    told.recv_timeout(deadline).ok()
-}
 
 /// The seconds by which each rank's clock is ahead of rank 0's: the least of a few tries, since the ranks leave a barrier
 /// at slightly different times.
@@ -188,17 +180,15 @@ impl Probe {
 }
 
 fn wait(look: impl Fn() -> io::Result<bool>) -> io::Result<()> {
-    let start = Instant::now();
-    loop {
-        let found = look();
-        if matches!(found, Ok(true)) {
-            return Ok(());
+    let mut last = Ok(());
+    let found = until(VISIBLE_WITHIN, || match look() {
+        Ok(true) => Some(()),
+        found => {
+            last = found.and(Err(io::Error::other("the file there has other contents")));
+            None
         }
-        if start.elapsed() > VISIBLE_WITHIN {
-            return found.and(Err(io::Error::other("the file there has other contents")));
-        }
-        thread::sleep(Duration::from_millis(50));
-    }
+    });
+    found.map_or(last, Ok)
 }
 
 /// Sums of several sizes and types, checked number by number, and how fast they are.
@@ -333,12 +323,6 @@ mod tests {
         // A rank whose part is missing.
         let missing = brought(0, 2, 4, Kind::Float, Device::Cpu);
         assert!(difference(&missing, 4, Kind::Float, Device::Cpu).is_some());
-    }
-
-    #[test]
-    fn what_never_returns_is_given_up() {
-        assert_eq!(within(Duration::from_secs(600), || 7), Some(7));
-        assert_eq!(within(Duration::from_millis(10), || thread::sleep(Duration::from_secs(600))), None);
     }
 
     #[test]

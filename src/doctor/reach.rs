@@ -9,11 +9,12 @@ use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde::{de::DeserializeOwned, Deserialize, Serialize};
 
 use super::network::Interface;
+use crate::patience::{until, Patience};
 
 /// How long ranks wait for each other's files. They are started together, but a folder may be slow to show them.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -61,10 +62,7 @@ impl Meeting {
         let met = self.meet(host, interfaces, were_chosen, &mine);
         if self.rank == 0 {
             // The others take their file away once they know.
-            let until = Instant::now() + ANSWERS_WITHIN;
-            while Instant::now() < until && (1..self.ranks).any(|rank| self.file("found", rank).exists()) {
-                thread::sleep(Duration::from_millis(20));
-            }
+            until(ANSWERS_WITHIN, || (1..self.ranks).all(|rank| !self.file("found", rank).exists()).then_some(()));
             let _ = fs::remove_dir_all(&self.folder);
             before.iter().for_each(|folder| drop(fs::remove_dir(folder)));
         }
@@ -93,9 +91,9 @@ impl Meeting {
         self.post("found", self.rank, &found).ok()?;
         if self.rank == 0 {
             let mut all = Vec::new();
-            let until = Instant::now() + PATIENCE;
+            let mut patience = Patience::begin();
             for rank in 0..self.ranks {
-                let left = until.saturating_duration_since(Instant::now());
+                let left = PATIENCE.saturating_sub(patience.waited());
                 all.extend(self.read::<Vec<Finding>>("found", rank, left)?);
             }
             self.post("all", 0, &all).ok()?;
@@ -113,28 +111,16 @@ impl Meeting {
     /// Complete or absent, as a rename is.
     fn post(&self, what: &str, rank: usize, content: &impl Serialize) -> io::Result<()> {
         let unfinished = self.folder.join(format!("{what}-{rank}.tmp"));
-        let start = Instant::now();
+        let content = serde_json::to_vec(content)?;
         // The others wait for rank 0 to make the folder.
-        while let Err(error) = fs::write(&unfinished, serde_json::to_vec(content)?) {
-            if start.elapsed() > PATIENCE {
-                return Err(error);
-            }
-            thread::sleep(Duration::from_millis(20));
-        }
+        let written = until(PATIENCE, || fs::write(&unfinished, &content).ok());
+        written.ok_or_else(|| io::Error::from(io::ErrorKind::TimedOut))?;
         fs::rename(unfinished, self.file(what, rank))
     }
 
     fn read<T: DeserializeOwned>(&self, what: &str, rank: usize, patience: Duration) -> Option<T> {
-        let start = Instant::now();
-        loop {
-            if let Ok(bytes) = fs::read(self.file(what, rank)) {
-                return serde_json::from_slice(&bytes).ok();
-            }
-            if start.elapsed() > patience {
-                return None;
-            }
-            thread::sleep(Duration::from_millis(20));
-        }
+        let bytes = until(patience, || fs::read(self.file(what, rank)).ok())?;
+        serde_json::from_slice(&bytes).ok()
     }
 }
 
@@ -142,11 +128,12 @@ impl Meeting {
 fn open(address: Ipv4Addr, answer: String) -> io::Result<SocketAddr> {
     let listener = TcpListener::bind((IpAddr::V4(address), 0))?;
     let door = listener.local_addr()?;
-    thread::spawn(move || {
+    let serve = move || {
         for mut visitor in listener.incoming().flatten() {
             let _ = visitor.write_all(answer.as_bytes());
         }
-    });
+    };
+    thread::Builder::new().name("door".into()).spawn(serve)?;
     Ok(door)
 }
 

@@ -1,10 +1,15 @@
 //! How many threads compute, and how busily they wait for each other.
 
 use std::env;
+use std::error::Error as _;
+use std::io;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 use tracing::warn;
+
+use crate::error::Result;
+use crate::host::no_thread;
 
 /// How often a thread of libgomp looks for work before it lets go of its core. On two cores a step of 70 ms took half as
 /// long again beside two busy programs with libgomp's own 300,000 (three milliseconds and more), and no less time on a quiet
@@ -37,7 +42,10 @@ pub fn bound_waiting(threads: Option<usize>) {
 ///
 /// `None` leaves the choice to `OMP_NUM_THREADS` or, if that is unset, to the cores this process may use.
 /// Returns the number in force.
-pub fn set_threads(threads: Option<usize>) -> usize {
+///
+/// # Errors
+/// Usage, if the system gives no thread.
+pub fn set_threads(threads: Option<usize>) -> Result<usize> {
     let (asked, cores) = (asked_for(threads), cores());
     let threads = asked.min(cores * MOST_PER_CORE);
     if threads < asked {
@@ -50,12 +58,16 @@ pub fn set_threads(threads: Option<usize>) -> usize {
         tch::get_num_threads();
         tch::set_num_threads(1);
     };
-    // A second call finds the pool built; the number of threads is then what the first one set.
-    let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).start_handler(alone).build_global();
+    let built = rayon::ThreadPoolBuilder::new().num_threads(threads).start_handler(alone).build_global();
+    // A second call finds the pool built; the number of threads is then what the first one set. That error has no source.
+    let reason = built.err().and_then(|e| e.source()?.downcast_ref::<io::Error>().map(no_thread));
+    if let Some(error) = reason {
+        return Err(error);
+    }
     // Each thread's setting is the process' too until the next: wait for them all, then set this one's.
     rayon::broadcast(|_| ());
     tch::set_num_threads(i32::try_from(threads).unwrap_or(i32::MAX));
-    threads
+    Ok(threads)
 }
 
 fn asked_for(threads: Option<usize>) -> usize {

@@ -42,7 +42,7 @@ impl<'a> Trainer<'a> {
         let threads = torch::set_threads(match config.threads {
             Auto::Number(n) => Some(n),
             Auto::Auto => None,
-        });
+        })?;
         let data = DataDir::open(&config.data.dir)?;
         let tokenizer = Tokenizer::from_file(&data.tokenizer)?;
         let (layout, block_size) = (config.data.layout, config.data.block_size);

@@ -8,7 +8,6 @@ mod heartbeats;
 mod stragglers;
 
 use std::path::PathBuf;
-use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -19,7 +18,8 @@ use self::heartbeats::Heartbeat;
 pub use self::stragglers::{Straggler, Stragglers};
 use crate::config::Fault;
 use crate::error::{exit_code, Error, Result};
-use crate::patience::Patience;
+use crate::host;
+use crate::patience::{within, Patience};
 use crate::stop::exit_now;
 
 /// What a rank is doing. Each has its deadline, which a mark restarts.
@@ -124,7 +124,7 @@ impl Watchdog {
     /// Begins to watch this process, until it ends. It is starting up.
     ///
     /// # Errors
-    /// Communication, if the system gives no thread.
+    /// Usage, if the system gives no thread.
     pub fn start(rank: usize, host: String, world_size: usize, fault: &Fault) -> Result<Self> {
         let shared = Arc::new(Shared {
             rank,
@@ -136,7 +136,7 @@ impl Watchdog {
             beating: Mutex::new(()),
         });
         let watched = shared.clone();
-        spawn("watchdog", move || watched.watch())?;
+        host::spawn("watchdog", move || watched.watch())?;
         Ok(Self(shared))
     }
 
@@ -149,14 +149,14 @@ impl Watchdog {
     /// Leaves heartbeats in this folder from now on. Not before the run directory is this job's: another may train there.
     ///
     /// # Errors
-    /// Communication, if the system gives no thread.
+    /// Usage, if the system gives no thread.
     pub fn leave_heartbeats(&self, folder: PathBuf) -> Result<()> {
         let before = self.0.folder().replace(folder);
         let shared = self.0.clone();
         match before {
             // The same thread goes on in the new folder.
             Some(_) => Ok(()),
-            None => spawn("heartbeat", move || shared.beat()),
+            None => host::spawn("heartbeat", move || shared.beat()).map(drop),
         }
     }
 
@@ -283,18 +283,6 @@ impl Still {
     }
 }
 
-/// Does something that may never return.
-fn within<T: Send + 'static>(patience: Duration, work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
-    let (tell, told) = channel();
-    spawn("watchdog-aside", move || drop(tell.send(work()))).ok()?;
-    told.recv_timeout(patience).ok()
-}
-
-fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
-    let thread = thread::Builder::new().name(name.into()).spawn(work);
-    thread.map(drop).map_err(|e| Error::Communication(format!("cannot start the thread {name}: {e}")).into())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -333,12 +321,5 @@ mod tests {
         std::fs::remove_file(folder.path().join("rank-0000.json")).unwrap();
         thread::sleep(BEAT * 3 / 2);
         assert!(!beat());
-    }
-
-    #[test]
-    fn what_never_returns_is_not_waited_for() {
-        let long = Duration::from_secs(600);
-        assert_eq!(within(Duration::from_millis(50), move || thread::sleep(long)), None);
-        assert_eq!(within(long, || 7), Some(7));
     }
 }

@@ -2,9 +2,11 @@
 
 use std::fs;
 use std::io::Write;
+use std::path::Path;
+use std::process::Command;
 
 use crate::common::runs::Run;
-use crate::common::{finish, not_run, rows, Workspace};
+use crate::common::{binary, finish, not_run, rows, Workspace};
 
 const CONFIG: &str = "seed: 5\ndata: {layout: packed, block_size: 32, batch_size: 16, micro_batch: 8}\n\
     model: {preset: gpt-nano, tied_head: false}\noptim: {lr: 1.0e-3}\ntrain: {steps: 20, eval_every: 10, save_every: 0}\n";
@@ -54,7 +56,10 @@ fn a_gpu_learns_what_a_cpu_learns() {
 /// Trains `tiny.yaml` with these variables, and says what OpenMP has read, start after start.
 fn trained_with(work: &Workspace, run: &str, more: &str, variables: &[(&str, &str)]) -> (String, Vec<String>) {
     let arguments = format!("train --config tiny.yaml --run-dir {run} --set train.steps=2 {more}");
-    let mut command = work.command(&arguments.split_whitespace().collect::<Vec<_>>());
+    train_and_ask(work.command(&arguments.split_whitespace().collect::<Vec<_>>()), variables)
+}
+
+fn train_and_ask(mut command: Command, variables: &[(&str, &str)]) -> (String, Vec<String>) {
     command.env("OMP_DISPLAY_ENV", "verbose").envs(variables.iter().copied());
     for name in ["GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"] {
         if !variables.iter().any(|(set, _)| *set == name) {
@@ -82,6 +87,12 @@ fn threads_wait_for_a_bounded_time_unless_the_user_decides() {
     // One thread waits for nobody.
     let (_, spins) = trained_with(&work, "alone", "", &[]);
     assert_eq!(spins.len(), 1, "{spins:?}");
+    // A launcher's rank need not start twice.
+    let mut rank = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("launch/rank"));
+    rank.args(["train", "--config", "tiny.yaml", "--run-dir", "rank", "--set", "train.steps=2"]);
+    rank.current_dir(work.path("")).env("LOCKSTEP_BIN", binary());
+    let (_, spins) = train_and_ask(rank, &[("OMP_NUM_THREADS", "2")]);
+    assert_eq!(spins, ["10000"]);
 }
 
 #[test]
@@ -101,4 +112,24 @@ fn more_threads_than_the_machine_can_use_are_not_started() {
         let state = fs::read_to_string(work.path(run).join("checkpoints/step-00000002/state.json")).unwrap();
         assert!(state.contains(&format!("\"threads\": {},", cores * 4)), "{state}");
     }
+}
+
+/// Root has no limit of processes, so the program runs as nobody.
+#[test]
+fn a_machine_without_a_thread_to_give_is_named() {
+    let work = Workspace::new();
+    let limited = |arguments: &str| {
+        let mut command = Command::new("sh");
+        let as_nobody = "exec setpriv --reuid 65534 --clear-groups sh -c 'ulimit -u 1; exec \"$0\" \"$@\"' \"$@\"";
+        command.args(["-c", as_nobody, "sh", binary()]).args(arguments.split_whitespace());
+        command.current_dir(work.path("")).env("OMP_NUM_THREADS", "2").env("GOMP_SPINCOUNT", "10000");
+        finish(command)
+    };
+    let version = limited("--version");
+    if version.code != 0 {
+        return not_run(&format!("the program cannot be started as nobody: {}", version.stderr.trim()));
+    }
+    let parts = ["no more threads", "ulimit -u"];
+    limited("prepare --source sample --tokenizer bytes --out /dev/shm/never").fails(2, &parts);
+    limited("train --config tiny.yaml --run-dir /dev/shm/never").fails(2, &parts);
 }

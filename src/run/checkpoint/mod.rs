@@ -23,6 +23,7 @@ pub use tensors::{load_model, OptimizerFiles, MOMENTS};
 use crate::comm::Comm;
 use crate::error::{Error, Result};
 use crate::files;
+use crate::host;
 use crate::model::parameters::Parameters;
 use crate::optim::adamw::AdamW;
 
@@ -188,9 +189,7 @@ impl Saving {
             debug!("wrote {:.1} MB in {seconds:.2} s, {:.0} MB/s", bytes as f64 / 1e6, bytes as f64 / 1e6 / seconds);
             Ok(files)
         };
-        let thread = std::thread::Builder::new().name("save".into()).spawn(write);
-        let thread = thread.map_err(|e| Error::Storage(format!("cannot start a thread that saves: {e}")))?;
-        Ok(Self { temporary, target, state: state.clone(), thread })
+        Ok(Self { temporary, target, state: state.clone(), thread: host::spawn("save", write)? })
     }
 
     /// Whether this rank's files are written, or could not be.

@@ -23,6 +23,7 @@ use tracing::warn;
 use self::holder::Holder;
 use self::watch::{Sight, Verdict, Watch, EXPIRY, FRESH};
 use crate::error::{Error, Result};
+use crate::host;
 
 /// The file's name in the run directory. Its siblings of a longer name are on their way to it.
 pub const FILE: &str = "lease.json";
@@ -63,12 +64,11 @@ impl Lease {
         let own = Arc::new(own);
         let (stop, stopped) = channel();
         let renewed = own.clone();
-        let thread = std::thread::Builder::new().name("lease".into()).spawn(move || renewed.keep(mine, &stopped));
-        match thread {
+        match host::spawn("lease", move || renewed.keep(mine, &stopped)) {
             Ok(thread) => Ok(Self { own, stop: Some(stop), thread: Some(thread) }),
             Err(e) => {
                 own.release();
-                Err(Error::Storage(format!("cannot start a thread that renews {}: {e}", own.path.display())).into())
+                Err(e)
             }
         }
     }
