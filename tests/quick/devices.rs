@@ -120,7 +120,7 @@ fn a_machine_without_a_thread_to_give_is_named() {
     let work = Workspace::new();
     let limited = |arguments: &str| {
         let mut command = Command::new("sh");
-        let as_nobody = "exec setpriv --reuid 65534 --clear-groups sh -c 'ulimit -u 1; exec \"$0\" \"$@\"' \"$@\"";
+        let as_nobody = "exec setpriv --reuid 65534 --clear-groups bash -c 'ulimit -u 1; exec \"$0\" \"$@\"' \"$@\"";
         command.args(["-c", as_nobody, "sh", binary()]).args(arguments.split_whitespace());
         command.current_dir(work.path("")).env("OMP_NUM_THREADS", "2").env("GOMP_SPINCOUNT", "10000");
         finish(command)
@@ -130,6 +130,6 @@ fn a_machine_without_a_thread_to_give_is_named() {
         return not_run(&format!("the program cannot be started as nobody: {}", version.stderr.trim()));
     }
     let parts = ["no more threads", "ulimit -u"];
-    limited("prepare --source sample --tokenizer bytes --out /dev/shm/never").fails(2, &parts);
+    limited("prepare --source sample --tokenizer bpe:512 --out /dev/shm/never").fails(2, &parts);
     limited("train --config tiny.yaml --run-dir /dev/shm/never").fails(2, &parts);
 }
