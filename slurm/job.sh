@@ -3,6 +3,9 @@
 # shellcheck disable=SC2154 # the scripts set root
 # shellcheck disable=SC2034 # and read code and began
 
+# shellcheck source=launch/words.sh
+. "$root/launch/words.sh"
+
 # How often Slurm asked for a stop. From now on that does not end this shell.
 signals=0
 trap 'signals=$((signals + 1))' USR1
@@ -207,14 +210,18 @@ ask() {
 # whether there was a rank at all. USR1, which Slurm sends to this shell before the time is up, goes to the ranks: srun
 # and mpirun hand it on.
 start() {
-  local ranks=$1 pid seen sign repeater=''
+  local ranks=$1 pid seen folder filter repeater=''
   shift
   choose_launcher "$ranks"
   code=75 began=0
   if ((signals)); then return; fi
   say "${launcher[0]##*/} starts $ranks x lockstep $1, at most $per_node on a node, CPUs for each: $cpus"
-  sign=$(mktemp)
-  LOCKSTEP_BEGAN=$sign "${launcher[@]}" "$root/launch/rank" "$@" </dev/null &
+  folder=$(mktemp -d)
+  touch "$folder/began"
+  mkfifo "$folder/words"
+  words <"$folder/words" >&2 &
+  filter=$!
+  LOCKSTEP_BEGAN=$folder/began "${launcher[@]}" "$root/launch/rank" "$@" </dev/null 2>"$folder/words" &
   pid=$!
   trap 'signals=$((signals + 1)); ask' USR1
   while true; do
@@ -225,8 +232,9 @@ start() {
   done
   trap 'signals=$((signals + 1))' USR1
   if [[ -n $repeater ]]; then kill "$repeater" 2>/dev/null || true; fi
-  if [[ -s $sign ]]; then began=1; fi
-  rm -f -- "$sign"
+  end_of_words "$filter"
+  if [[ -s $folder/began ]]; then began=1; fi
+  rm -rf -- "$folder"
   # srun ends with 0 if it cannot start the ranks, for example since a node has just died.
   if ((!began && code == 0)); then code=6; fi
 }

@@ -294,6 +294,8 @@ def in_a_job(folder, commands, **environment):
     """What bash says to commands in a job script, after its preparations."""
     for name, text in SLURM.items():
         script(folder, name, text)
+    (folder / "launch").mkdir(exist_ok=True)
+    shutil.copy(ROOT / "launch/words.sh", folder / "launch")
     text = f"set -euo pipefail\nroot='{folder}' nodes=1 per_node=1 cpus=1\n"
     text += f". '{ROOT}/slurm/job.sh'\n{commands}\n"
     environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", **environment}
@@ -311,6 +313,7 @@ def job(folder, script_of, *arguments, clone=True, **environment):
     for name, text in SLURM.items():
         script(bin_folder, name, text)
     shutil.copytree(ROOT / "slurm", tree / "slurm", dirs_exist_ok=True)
+    shutil.copy(ROOT / "launch/words.sh", tree / "launch")
     (tree / ".venv/lockstep.env").touch()
     # The program: its run directory, and ranks that end with CODE.
     script(
@@ -322,6 +325,7 @@ if [[ $1 == config ]]; then
   echo run
   exit
 fi
+printf '%b' "${WORDS:-}" >&2
 exit "${CODE:-0}"
 """,
     )
@@ -457,6 +461,14 @@ def test_a_job_that_is_stopped_before_it_saves_is_queued_again_but_not_for_ever(
     assert "never got further: not queued again" in done.stderr
 
 
+def test_ranks_of_a_job_say_a_reason_once_and_last(tmp_path):
+    (tmp_path / "some.yaml").touch()
+    words = r"lockstep: rank 1: full\nlockstep: rank 0: full\nINFO step 3\n"
+    done, _ = job(tmp_path, "train.sbatch", "some.yaml", WORDS=words, CODE="4")
+    assert done.returncode == 4
+    assert done.stderr.splitlines()[-2:] == ["INFO step 3", "lockstep: ranks 0, 1: full"]
+
+
 def test_slurm_that_does_not_answer_is_no_refusal(tmp_path):
     (tmp_path / "some.yaml").touch()
     done, calls = job(tmp_path, "train.sbatch", "some.yaml", REFUSES="no controller", RECORD="")
@@ -466,9 +478,7 @@ def test_slurm_that_does_not_answer_is_no_refusal(tmp_path):
 
 def test_a_request_to_stop_between_two_starts_of_a_job(tmp_path):
     (tmp_path / "launch").mkdir()
-    rank = tmp_path / "launch/rank"
-    rank.write_text("#!/bin/bash\nexit 6\n")
-    rank.chmod(0o755)
+    script(tmp_path / "launch", "rank", "exit 6")
     commands = 'start 1 train; echo "$code"; kill -USR1 $$; start 1 train; echo "$code"'
     done = in_a_job(tmp_path, commands)
     assert (done.returncode, done.stdout) == (0, "6\n75\n"), done.stderr

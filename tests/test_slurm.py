@@ -192,6 +192,15 @@ def test_what_srun_refuses_ends_the_job(cluster):
     assert said.endswith("train: srun started no rank; its words are above\n")
 
 
+def test_ranks_that_end_for_the_same_reason_say_it_once(cluster):
+    arguments = [cluster.config("without", 3), "--set", "data.dir=nowhere"]
+    job = cluster.submit("--nodes=3", arguments=arguments)
+    assert cluster.wait(job)["ExitCode"] == "3:0"
+    said = cluster.output(job)
+    assert said.count("nowhere") == 1, said
+    assert said.splitlines()[-1].startswith("lockstep: ")
+
+
 def test_a_stopped_job_is_queued_again_however_its_name_is_spelt(cluster):
     (cluster.work / "odd.yaml").write_text(
         '"name": "it\'s # odd"\r\n'
