@@ -40,7 +40,7 @@ EVAL_COLUMNS = ["step", "split", "loss", "ppl"]
 # Okabe and Ito's palette: people who cannot tell red from green can tell these apart.
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 
-# The trend averages over this part of a run, to show where the loss goes in spite of noisy batches.
+# The trend averages over this part of a run, to show how the loss moves despite noisy batches.
 TREND_WINDOW = 0.02
 
 TREND = {"linewidth": 1.8}
@@ -56,8 +56,8 @@ class Unusable(Exception):
 class Run:
     """One run directory's measurements.
 
-    `train` has a row for each logged step; `valid` has one for each evaluation of the validation
-    split, and none where the run has not come to one.
+    `train` has a row for each logged step. `valid` has one for each evaluation of the validation
+    split; it is empty if the run has not reached one.
     """
 
     name: str
@@ -94,7 +94,7 @@ def read_csv(path: Path, columns: list[str]) -> pd.DataFrame:
 def numbers(column: pd.Series, path: Path) -> pd.Series:
     """The column as numbers: an unknown measurement (an empty cell) and an infinite one become NaN.
 
-    Raises Unusable for anything else that is no number, and for a step that is unknown.
+    Raises Unusable for anything else that is not a number, and for an unknown step.
     """
     values = pd.to_numeric(column, errors="coerce")
     wrong = values.isna() & (column.notna() | (column.name == "step"))
@@ -109,7 +109,7 @@ def numbers(column: pd.Series, path: Path) -> pd.Series:
 
 
 def read_run(folder: Path) -> Run:
-    """Reads a run directory. Raises Unusable where there is nothing to draw."""
+    """Reads a run directory. Raises Unusable if there is nothing to draw."""
     if not folder.is_dir():
         raise Unusable(f"{folder} is not a folder; name a run directory, such as runs/sample")
     train = read_csv(folder / "train.csv", TRAIN_COLUMNS)
@@ -119,7 +119,7 @@ def read_run(folder: Path) -> Run:
         if train[name].isna().all():
             raise Unusable(f"{folder / 'train.csv'} has no finite {name}; there is nothing to draw")
     valid = pd.DataFrame(columns=EVAL_COLUMNS)
-    # A run that came to no evaluation has no such file.
+    # A run that has not reached an evaluation has no such file.
     if (folder / "eval.csv").exists():
         evaluations = read_csv(folder / "eval.csv", EVAL_COLUMNS)
         valid = evaluations[(evaluations["split"] == "valid") & evaluations["loss"].notna()]
@@ -127,7 +127,7 @@ def read_run(folder: Path) -> Run:
 
 
 def trend(values: pd.Series) -> pd.Series:
-    """A centred running mean, which does not lag behind what it smooths."""
+    """A centred running mean, which does not lag behind the curve that it smooths."""
     window = max(1, round(len(values) * TREND_WINDOW))
     return values.rolling(window, center=True, min_periods=1).mean()
 
@@ -135,7 +135,7 @@ def trend(values: pd.Series) -> pd.Series:
 def draw(runs: list[Run], column: str, path: Path) -> None:
     """Draws one measurement of all runs, `loss` or `ppl`, into a PNG.
 
-    Each run has a colour; a run alone has two, one of them for its validation points.
+    Each run has its own colour. A single run has two, one of them for its validation points.
     """
     alone = len(runs) == 1
     figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
@@ -167,28 +167,28 @@ def draw(runs: list[Run], column: str, path: Path) -> None:
 def draw_run(axes: Axes, run: Run, column: str, color: str, valid_color: str) -> list[pd.Series]:
     """Draws one run's curves; returns the values that the axes should be wide enough for."""
     steps, each = run.train["step"], run.train[column]
-    # Perplexity is exp(loss), so the trend of its logarithm is the loss's own.
+    # Perplexity is exp(loss), so the trend of its logarithm is the trend of the loss.
     smooth = trend(each) if column == "loss" else np.exp(trend(np.log(each)))
     axes.plot(steps, each, color=color, **EACH_STEP)
     # A line through a single point would be invisible.
     axes.plot(steps, smooth, color=color, **TREND, marker="o" if len(steps) == 1 else "")
     axes.plot(run.valid["step"], run.valid[column], color=valid_color, **VALIDATION)
-    # A few extreme batches may stick out of the picture.
+    # A few extreme batches may lie outside the picture.
     return [smooth, run.valid[column], each.quantile([0.005, 0.995])]
 
 
 def legend_of_styles(color: str, valid_color: str, valid_label: str) -> list[Line2D]:
-    """What the three kinds of lines are."""
+    """Legend entries for the three kinds of lines."""
     return [
         Line2D([], [], color=color, **TREND, label="training, smoothed"),
-        # Thicker than it is drawn: there, neighbouring steps add up to a band.
+        # Thicker than in the plot, where neighbouring steps add up to a band.
         Line2D([], [], color=color, **{**EACH_STEP, "linewidth": 3}, label="training, each step"),
         Line2D([], [], color=valid_color, **VALIDATION, label=valid_label),
     ]
 
 
 def best(run: Run, column: str) -> str:
-    """The run's lowest validation loss or perplexity, in words."""
+    """The run's lowest validation loss or perplexity, as text."""
     if run.valid.empty:
         return "no validation yet"
     row = run.valid.loc[run.valid["loss"].idxmin()]
@@ -197,7 +197,7 @@ def best(run: Run, column: str) -> str:
 
 
 def scale(axes: Axes, values: pd.Series, *, logarithmic: bool) -> None:
-    """Fits the axes to the values, with labels that are plain numbers."""
+    """Fits the axes to the values and labels them with plain numbers."""
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
     low, high = values.min(), values.max()
@@ -207,7 +207,7 @@ def scale(axes: Axes, values: pd.Series, *, logarithmic: bool) -> None:
         axes.set_yscale("log")
         margin = (high / low) ** 0.05
         axes.set_ylim(low / margin, high * margin)
-        # Powers of ten alone would leave a usual curve with one or two labels.
+        # With powers of ten alone, a typical curve would have only one or two labels.
         wide = high / low > 5
         locator = LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(8, steps=[1, 2, 5, 10])
         axes.yaxis.set_major_locator(locator)
@@ -219,7 +219,7 @@ def scale(axes: Axes, values: pd.Series, *, logarithmic: bool) -> None:
 
 
 def main(given: list[str] | None = None) -> int:
-    """Runs the command line, the process's own if none is given; returns the exit code."""
+    """Runs the given command line, by default the process's own; returns the exit code."""
     parser = argparse.ArgumentParser(
         description="Draws the loss and perplexity curves of training runs.",
         epilog="example: .venv/bin/python analysis/plot.py runs/a runs/b --out runs/comparison",
@@ -239,7 +239,7 @@ def main(given: list[str] | None = None) -> int:
     except Unusable as error:
         print(f"plot: {error}", file=sys.stderr)
         return 3
-    # Runs of one name, in different folders, are told apart by their paths.
+    # Runs with the same name in different folders are told apart by their paths.
     if len({run.name for run in runs}) < len(runs):
         for index, run in enumerate(runs):
             run.name = str(folders[index])

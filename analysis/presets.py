@@ -1,4 +1,4 @@
-"""The sizes of models by name, as the program has them."""
+"""The sizes of the named models, as in the program."""
 
 import functools
 import json

@@ -2,9 +2,9 @@
 
 Every check is a number with a bound. Runs are compared by train.csv: the largest relative
 difference in a column, over all steps. Several ranks share the GPU, through NCCL and the loopback
-interface: that shows whether their sums are right, and says nothing of their speed.
+interface: that shows whether their sums are right, but nothing about their speed.
 
-Prints a table, and writes it as a CSV record, anew before each check. The exit code is 0 if nothing
+Prints a table, and rewrites it as a CSV record before each check. The exit code is 0 if nothing
 failed, 1 if something did, 2 if nothing could be checked, and 128 + N if signal N ended it.
 """
 
@@ -35,11 +35,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 GROUPS = ("first", "devices", "resume", "one-rank", "ranks", "speed", "fault", "doctor")
 STEPS = {"first": 2, "resume": 150, "devices": 20, "ranks": 30}
 DEADLINE_S = 20  # fault.step_deadline_s
-# When nothing may be left of a broken run. After the deadline NCCL gets 5 s to let go, and MPI 10 s
-# to end the others; as much again is for mpirun, and for the step that was under way.
+# By then nothing may be left of a broken run. After the deadline NCCL gets 5 s to let go, and MPI
+# 10 s to end the others; mpirun and the step under way get as much again.
 GONE_S = DEADLINE_S + 15 + 15
 RESUMED = ("tokens", "loss", "lr", "grad_norm")
-# Dropout, micro-steps, evaluations and checkpoints: what a resumed run has to take up.
+# Everything that a resumed run has to continue: dropout, micro-steps, evaluations, checkpoints.
 RESUME = {
     "train.steps": STEPS["resume"],
     "train.eval_every": 50,
@@ -48,8 +48,8 @@ RESUME = {
     "model.dropout": 0.1,
     "data.micro_batch": 8,
 }
-# Heads of 64 channels, packed: a shape for which LibTorch prefers cuDNN's attention, which is
-# compiled when it is first used. The smaller models here have shapes that cuDNN does not take.
+# Heads of 64 channels, packed: for this shape LibTorch prefers cuDNN's attention, which is compiled
+# on first use. The smaller models here have shapes that cuDNN does not take.
 FIRST = CONFIG | {
     "precision": "bf16",
     "data": {"layout": "packed", "block_size": 128, "batch_size": 8},
@@ -70,7 +70,7 @@ class Check:
     mpirun: bool = False
 
     def pending(self):
-        """Its row as long as it has not been made."""
+        """Its row until it has been made."""
         note = "all ended before its turn"
         return Row(self.group, self.what, None, self.unit, self.bound, "NOT RUN", 0.0, note)
 
@@ -91,7 +91,7 @@ class Check:
             result, note = "FAIL", str(failure)
             if failure.job:
                 print(*(f"  | {line}" for line in failure.job.last_lines()), sep="\n")
-                failure.job = None  # shown once, however many checks share the run
+                failure.job = None  # show it only once, even if several checks share the run
         seconds = round(time.monotonic() - start, 1)
         return Row(self.group, self.what, value, self.unit, self.bound, result, seconds, note)
 
@@ -186,13 +186,14 @@ class Checks:
         ):
             run, what = partial(self.ranks, ranks, settings), f"{ranks} against 1, {what}"
             yield Check("ranks", what, "relative", bound, run, gpu_only, mpirun=True)
-        # Two numbers have one sum. More of them NCCL may add in an order that goes by the bucket.
+        # Two numbers have only one sum. NCCL may add more of them in an order that depends on the
+        # bucket.
         bound, run = 1e-5 if self.gpu and ranks > 2 else 0, partial(self.overlap, ranks)
         what = f"{ranks} ranks, comm.overlap off against on"
         yield Check("ranks", what, "relative", bound, run, mpirun=True)
 
     def first(self, dropout):
-        """A run as a user starts one. Its whole log is shown if it fails."""
+        """A run as a user would start it. If it fails, its whole log is shown."""
         session, name = self.session, f"first-dropout-{dropout:g}"
         settings = {"train.steps": STEPS["first"], "model.dropout": dropout}
         arguments, folder = session.arguments(name, settings, session.config("first", FIRST))
@@ -261,7 +262,7 @@ class Checks:
         return float(texts[0] != texts[1]), f"{len(texts[0])} characters, twice with one seed"
 
     def run(self, settings, steps, ranks=0):
-        """The train.csv of a short run; one for all checks that need the same."""
+        """The train.csv of a short run, which all checks that need the same run share."""
         settings = settings | {"train.steps": steps}
         name = "-".join([str(ranks), *(f"{key}-{value}" for key, value in settings.items())])
         train = partial(self.session.train, name, settings, ranks)
@@ -273,14 +274,14 @@ class Checks:
         return difference(reference, self.run({"precision": precision}, steps), steps)
 
     def ranks(self, ranks, settings):
-        """Against one process of the same precision, all with kernels whose sums have an order.
+        """Against one process of the same precision, both with kernels that sum in a fixed order.
 
-        Without it, a GPU adds the embeddings' gradients by atomics, in whatever order, and two
-        equal runs may differ by more than the bound.
+        Otherwise a GPU adds the embeddings' gradients with atomics, in any order, and two equal
+        runs may differ by more than the bound.
         """
         steps, settings = STEPS["ranks"], settings | self.deterministic
         alone = {k: v for k, v in settings.items() if k in ("precision", "deterministic")}
-        # Small buckets, so that this small model has several.
+        # Small buckets give this small model several of them.
         buckets = {"comm.bucket_mib": 1} if ranks > 1 else {}
         found = self.run(buckets | settings, steps, ranks)
         if "bf16" in settings.values():
@@ -314,8 +315,8 @@ class Checks:
             until(lambda: not session.processes.living(), GONE_S + 20)
             seconds = time.monotonic() - struck
         if recover:
-            # Then mpirun's exit code says nothing of its ranks. The watchdog's words will do, too:
-            # it ends a rank whose NCCL does not let go in time.
+            # Here mpirun's exit code tells nothing about its ranks. The watchdog's message counts
+            # too: the watchdog ends a rank whose NCCL does not let go in time.
             said = job.log.read_text(errors="replace")
             if not re.search(r"lockstep: rank 0: |ERROR rank 0 on ", said):
                 raise Failed("rank 0 ended without an error that names it", job)
@@ -330,7 +331,7 @@ class Checks:
         arguments, folder = self.session.arguments("not-finite", settings)
         with self.session.lockstep("not-finite", arguments) as job:
             code = job.wait(90)
-        # The last one may be on its way, under another name.
+        # The last one may still be being written, under another name.
         saved = (folder / "checkpoints").glob("step-" + 8 * "[0-9]")
         first, *later = sorted(saved) or [folder]
         if code != 5 or not later:
@@ -358,14 +359,14 @@ def parse(arguments):
 
 
 def end(number, _):
-    """Ended by a signal, it still ends what it started, and says what it has found."""
+    """On a signal, still ends what was started and reports what was found."""
     for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)
     sys.exit(128 + number)
 
 
 def open_session(args, work):
-    """The session, and what the binary says of its version."""
+    """The session, and the version that the binary prints."""
     gpu = None if args.cpu else find_gpu(os.environ)
     if gpu and gpu.problem:
         raise Unusable(
@@ -406,7 +407,7 @@ def main(arguments=None):
         rows = [check.pending() for check in plan]
         try:
             for place, check in enumerate(plan):
-                # Should this process be killed, the record holds what was measured.
+                # If this process is killed, the record still holds what was measured.
                 rows[place].note = "all ended while it was under way"
                 write(record, facts, rows)
                 rows[place] = check.row(session)

@@ -1,8 +1,8 @@
-"""What the NVIDIA driver and NCCL say of this machine.
+"""What the NVIDIA driver and NCCL report about this machine.
 
-They are asked in a process of their own: the loader reads LD_LIBRARY_PATH when a process starts, a
-driver that hangs or crashes must not take the checks along, and CUDA must not be initialised in the
-process that starts all others.
+They are asked in a separate process: the loader reads LD_LIBRARY_PATH when a process starts, a
+driver that hangs or crashes must not take the checks down with it, and CUDA must not be initialised
+in the process that starts all others.
 """
 
 import ctypes
@@ -25,12 +25,12 @@ class Gpu:
 
     @property
     def emulated(self):
-        """Is it the tests' stand-in? Its speed and memory mean nothing."""
+        """Whether it is the tests' stand-in, whose speed and memory mean nothing."""
         return self.name.startswith("Emulated")
 
 
 def ask(what, environment):
-    """What a process with these variables finds out: a dictionary, or a text on what failed."""
+    """What a process with these variables finds: a dictionary, or a text that says what failed."""
     command = [sys.executable, __file__, what]
     options = {"capture_output": True, "text": True, "timeout": SECONDS}
     try:
@@ -56,7 +56,7 @@ def nccl_version(environment):
 
 
 def gpu():
-    """Asks the driver library, which WSL2 has, too; it has no device files."""
+    """Asks the driver library, since WSL2 has the library but no device files."""
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
@@ -80,7 +80,7 @@ def gpu():
 
 
 def nccl():
-    """As NCCL itself says it, for example 2.28.9."""
+    """The version as NCCL itself reports it, for example 2.28.9."""
     number = ctypes.c_int()
     ctypes.CDLL("libnccl.so").ncclGetVersion(ctypes.byref(number))
     major, rest = divmod(number.value, 10000)

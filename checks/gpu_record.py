@@ -17,7 +17,7 @@ from report import aligned
 
 @dataclass
 class Row:
-    """A check that was made; docs in records/README.md."""
+    """One check that was made; analysis/records/README.md documents the columns."""
 
     check: str
     what: str
@@ -46,16 +46,16 @@ def field(path, pattern):
 
 
 def driver(session):
-    """Its version as nvidia-smi has it, else the newest CUDA that it knows."""
+    """The driver's version from nvidia-smi, else the newest CUDA that the driver supports."""
     index = session.environment["CUDA_VISIBLE_DEVICES"]
     query = ("--query-gpu=name,driver_version", "--format=csv,noheader", "-i", index)
     name, _, version = output("nvidia-smi", *query).partition(", ")
-    # Of another GPU than the one in use, nvidia-smi's word counts for nothing.
+    # Ignore nvidia-smi if it describes a GPU other than the one in use.
     return version if name == session.gpu.name else f"CUDA {session.gpu.cuda}"
 
 
 def machine(session, version):
-    """What the record says of the machine and the program; unknown is empty."""
+    """What the record holds about the machine and the program; unknown is empty."""
     cuda = session.device == "cuda"
     torch = session.libtorch
     libtorch = field(torch / "version.py", r"^__version__ = '(.*)'")
@@ -106,7 +106,7 @@ def write(path, facts, rows):
 
 
 def table(facts, rows):
-    """For people: the machine, then a line a check, with a note if it did not pass."""
+    """For people: the machine, then one line for each check, with a note if it did not pass."""
     lines = ["", *(f"{name:14} {value}" for name, value in facts.items() if value != ""), ""]
     cells = [("check", "what was measured", "value", "at most", "result", "s")]
     for row in rows:

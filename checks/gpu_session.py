@@ -1,5 +1,5 @@
-"""Runs a built Lockstep for gpu_check.py: alone or as several ranks, each command with a limit of
-time, and with nothing left running after it.
+"""Runs a built Lockstep for gpu_check.py, alone or as several ranks. Each command has a time limit
+and leaves nothing running.
 """
 
 import importlib.util
@@ -36,7 +36,7 @@ def find_libtorch():
     """The folder of the LibTorch to use."""
     folder = os.environ.get("LIBTORCH")
     if not folder:
-        # Found, not imported: that would take seconds.
+        # Only found, not imported: an import would take seconds.
         torch = importlib.util.find_spec("torch")
         folder = torch.submodule_search_locations[0] if torch else None
     if not folder or not Path(folder, "lib", "libtorch_cpu.so").exists():
@@ -49,7 +49,7 @@ def find_libtorch():
 
 
 def find_mpirun(folder):
-    """mpirun, or None: that of the folder, of the MPI that Lockstep was set up with, or on PATH."""
+    """mpirun or None: from the folder, from the MPI that Lockstep was set up with, or from PATH."""
     if folder:
         mpirun = Path(folder, "bin", "mpirun").resolve()
         if not os.access(mpirun, os.X_OK):
@@ -81,17 +81,17 @@ def libraries(binary, environment):
 
 
 def tail(path, count, pattern=""):
-    """The last lines of a file that match a pattern, whatever its case; cut if they are long."""
+    """The last lines of a file that match a pattern in any case; long lines are cut."""
     lines = path.read_text(errors="replace").splitlines()
     return [line[:300] for line in lines if line and re.search(pattern, line, re.I)][-count:]
 
 
 class Job:
-    """A command that runs; its standard output and its log are files."""
+    """A running command, whose standard output and log are files."""
 
     def __init__(self, process, out, log, session):
         self.process, self.out, self.log, self.session = process, out, log, session
-        self.show_all = False  # the whole log if it fails, not the lines that matter most
+        self.show_all = False  # if it fails, show the whole log, not just the important lines
 
     def wait(self, seconds):
         """Its exit code; negative for a signal."""
@@ -124,11 +124,11 @@ class Job:
         return "".join(tail(self.log, 1, r"lockstep:|error|panic") or tail(self.log, 1))
 
     def last_lines(self):
-        """What to show if it failed: its output's end, its complaints, and NCCL's."""
+        """What to show if it failed: the end of its output, its complaints, and NCCL's."""
         if self.show_all:
             return self.log.read_text(errors="replace").splitlines()
         lines = tail(self.out, 25)
-        # mpirun's own words can be longer than all that the ranks have to say.
+        # mpirun's own messages can be longer than all of the ranks' messages.
         lines += tail(self.log, 15, r"lockstep:|error|warn|panic") or tail(self.log, 15)
         for path in sorted(self.session.nccl_logs(self.log.stem)):
             lines += tail(path, 5, "NCCL WARN")
@@ -148,11 +148,11 @@ class Session:
         for folder in ("lib", "logs", "nccl", "runs", "tmp"):
             (work / folder).mkdir()
         self.processes = Processes("LOCKSTEP_GPU_CHECK")
-        # A job around this one: mpirun would spread the ranks over its machines, and each program
-        # that starts here would take itself for one of its ranks.
+        # Hides a job around this one: mpirun would spread the ranks over that job's machines, and
+        # each program that starts here would take itself for one of its ranks.
         self.outside = {k: v for k, v in os.environ.items() if not JOB.match(k)}
         self.outside |= self.processes.mark | {"TMPDIR": str(work / "tmp")}
-        # As a user starts the binary.
+        # The environment in which a user starts the binary.
         self.bare = self.outside | self.library_path()
         self.environment = self.bare | self.surroundings(mpi)
         self.open_mpi = False
@@ -163,7 +163,8 @@ class Session:
                     f"`{self.mpirun} --version` fails; is this MPI whole? --mpi DIR names another"
                 )
             self.open_mpi = "Open MPI" in said
-        # What mpirun starts. NCCL refuses a GPU to two ranks of one host: each becomes its own.
+        # mpirun starts this. NCCL refuses to share a GPU between two ranks of one host, so each
+        # rank becomes its own host.
         self.rank = work / "rank"
         number = "${OMPI_COMM_WORLD_RANK:-${PMI_RANK:-0}}"
         command = f'NCCL_HOSTID="gpu-check-{number}" exec {shlex.quote(str(binary))} "$@"'
@@ -171,9 +172,9 @@ class Session:
         self.rank.chmod(0o755)
 
     def library_path(self):
-        """LD_LIBRARY_PATH as the user has it, then what a binary from another machine needs.
+        """The user's LD_LIBRARY_PATH, then what a binary from another machine needs.
 
-        No more than that: a library that the trainer fails to load by itself must be missed here.
+        Nothing more: if the trainer fails to load a library by itself, the checks must fail too.
         """
         given, folders = os.environ.get("LD_LIBRARY_PATH"), []
         prefix = self.mpirun.parent.parent if self.mpirun else Path("/nonexistent")
@@ -188,7 +189,7 @@ class Session:
                 folders.append(str(wanted.parent))
         nccl = next(self.libtorch.parent.glob("nvidia/*/lib/libnccl.so.2"), None)
         if nccl and not (self.libtorch / "lib" / "libnccl.so").exists():
-            # The name that the program looks for; launch/setup makes it, NVIDIA's wheel lacks it.
+            # The program looks for this name. launch/setup makes it; NVIDIA's wheel lacks it.
             (self.work / "lib" / "libnccl.so").symlink_to(nccl)
             folders.append(str(self.work / "lib"))
         self.added = folders
@@ -213,19 +214,19 @@ class Session:
         if self.device == "cuda":
             gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
             variables |= {"CUDA_VISIBLE_DEVICES": gpu}
-            # Ranks that pass for hosts of their own meet on this one, whatever network it has.
+            # Ranks that pose as separate hosts meet on this machine, whatever network it has.
             variables |= {"NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo"}
         return variables
 
     def used_up(self):
-        """Why what is left is not made: that says nothing of the binary."""
+        """The reason for the checks not made, which tells nothing about the binary."""
         return NotRun(
             f"the {self.budget} s for all checks were used up; --budget gives more, and --only "
             "makes the rest in another call"
         )
 
     def seconds_left(self):
-        """For all checks together; more than 0."""
+        """The seconds left for all checks together; more than 0."""
         left = self.until - time.monotonic()
         if left <= 0:
             raise self.used_up()
@@ -244,13 +245,13 @@ class Session:
             yield Job(process, out, log, self)
         finally:
             self.processes.end()
-            # One that a driver keeps in the kernel cannot be ended, and must not stop the rest.
+            # A process stuck in the kernel in a driver cannot be ended, and must not stop the rest.
             with suppress(subprocess.TimeoutExpired):
                 process.wait(10)
 
     def lockstep(self, name, arguments, ranks=0, recover=False):
         """Starts the binary, alone (0 ranks) or through mpirun."""
-        # Each would hang as long, and nothing would be left of the time.
+        # Each further run would hang as long, and use up all the time.
         if hung := next((run for n, run in self.hung.items() if n <= ranks), None):
             raise NotRun(f"the run {hung} had hung")
         cores = len(os.sched_getaffinity(0))
@@ -265,7 +266,7 @@ class Session:
         options = ["-n", ranks]
         if self.open_mpi:
             options += ["--bind-to", "none", "--oversubscribe"]
-            # With it, mpirun does not end the others if one is lost.
+            # With this option, mpirun does not end the other ranks if one is lost.
             options += ["--enable-recovery"] if recover else []
         return self.start(name, [self.mpirun, *options, self.rank, *arguments], environment)
 
@@ -278,7 +279,7 @@ class Session:
         return job.out.read_text()
 
     def once(self, name, measure):
-        """The result of `measure` when this name was first asked for, or how that failed."""
+        """The result or the failure of `measure` from the first time this name was asked for."""
         if name not in self.done:
             try:
                 self.done[name] = measure()
@@ -304,7 +305,7 @@ class Session:
         return path
 
     def arguments(self, name, settings, config=None, run_dir=None):
-        """Those of `lockstep train`; and the run directory."""
+        """The arguments of `lockstep train`, and the run directory."""
         config = config or self.config("config", CONFIG)
         folder = run_dir or self.work / "runs" / name
         words = ["train", "--config", config, "--run-dir", folder]
@@ -313,7 +314,7 @@ class Session:
         return words, folder
 
     def train(self, name, settings, ranks=0, config=None, run_dir=None):
-        """Trains, or goes on; the run directory."""
+        """Trains or resumes; returns the run directory."""
         arguments, folder = self.arguments(name, settings, config, run_dir)
         with self.lockstep(name, arguments, ranks) as job:
             try:
@@ -332,7 +333,7 @@ class Session:
         return (self.work / "nccl").glob(f"{name}.*")
 
     def joined(self, name, ranks):
-        """How many ranks NCCL's own log says to have joined in a world of this size."""
+        """How many ranks joined a world of this size, by NCCL's own log."""
         found = set()
         for path in self.nccl_logs(name):
             text = path.read_text(errors="replace")

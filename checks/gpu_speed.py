@@ -1,4 +1,4 @@
-"""The speed of one step for gpu_check.py: Lockstep's, and that of the same in PyTorch."""
+"""The speed of one step for gpu_check.py: Lockstep's, and that of the same step in PyTorch."""
 
 import csv
 import importlib.util
@@ -16,11 +16,11 @@ from report import Failed, NotRun
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 5  # first steps, left out
-PEER_S = 150  # for a run of PyTorch, most of which torch.compile may take
+PEER_S = 150  # for a PyTorch run; torch.compile may take most of it
 PROGRAMS = ("lockstep", "pytorch", "pytorch-compiled")
 COLUMNS = ("step_ms", "tokens_per_s", "mfu", "memory_mib")
 QUIET = {"eval_every": 0, "save_every": 0}
-# As configs/homework.yaml has them; launch/gpu-check can be carried along without that file.
+# The values of configs/homework.yaml; launch/gpu-check can be copied without that file.
 HOMEWORK = {
     "data": {"layout": "paragraphs", "block_size": 32, "batch_size": 256},
     "model": {
@@ -39,13 +39,13 @@ HOMEWORK = {
     },
     "train": {"loss": "sequence_mean"},
 }
-# What the program logs of a card whose data sheet it knows (src/device/peak.rs).
+# What the program logs for a card whose data sheet it knows (src/torch/peak.rs).
 SHEET = re.compile(r"([\d.]+) % of its data sheet's")
 
 
 @dataclass
 class Shape:
-    """What is timed."""
+    """A model that is timed."""
 
     name: str
     says: str
@@ -54,7 +54,7 @@ class Shape:
 
 
 def shapes(gpu):
-    """GPT-2 and the homework's model; on a CPU, where only the script is tried, less of both."""
+    """GPT-2 and the homework's model. On a CPU, which only tries the script, smaller ones."""
     batch, block, preset, precision = (
         (16, 1024, "gpt2", "bf16") if gpu else (8, 64, "gpt-nano", "fp32")
     )
@@ -93,13 +93,13 @@ class Speed:
             for program in PROGRAMS:
                 what = f"{shape.name}, {program}: "
                 for column in COLUMNS:
-                    if program == "lockstep" or column != "mfu":  # PyTorch knows no mfu
+                    if program == "lockstep" or column != "mfu":  # the PyTorch run has no mfu
                         yield what + column, partial(self.median, shape, program, column)
                 if program == "lockstep" and self.gpu:
                     yield what + "share of the data sheet's peak", partial(self.share, shape)
 
     def share(self, shape):
-        """mfu, against the data sheet's peak."""
+        """mfu relative to the data sheet's peak."""
         mfu, note = self.median(shape, "lockstep", "mfu")
         log = self.session.work / "logs" / f"{shape.name}-lockstep.log"
         if not (said := SHEET.search(log.read_text(errors="replace"))):
@@ -107,7 +107,7 @@ class Speed:
         return mfu * float(said[1]) / 100, note
 
     def median(self, shape, program, column):
-        """That of a column of train.csv, without the first steps."""
+        """The median of a column of train.csv, without the first steps."""
         session = self.session
         if session.gpu.emulated:
             raise NotRun("speed and memory of an emulated GPU mean nothing")
@@ -133,7 +133,7 @@ class Speed:
         folder = session.work / "runs" / name
         command = [sys.executable, ROOT / "analysis" / "bench" / "peer.py", "--config", config]
         command += ["--out", folder, *(["--compile"] if compiled else [])]
-        # A comparison that cannot be made is no fault of the binary's.
+        # If the comparison cannot be made, that is not the binary's fault.
         try:
             with session.start(name, command, session.outside) as job:
                 code = job.wait(PEER_S)

@@ -1,7 +1,7 @@
 """Starts processes, finds all that they start in turn, waits for them, and ends them.
 
-What is started has a mark in its environment, which its children inherit. So ranks are found, too,
-which mpirun puts into process groups of their own.
+Each process has a mark in its environment, which its children inherit. The mark also finds ranks,
+although mpirun puts each into its own process group.
 """
 
 import os
@@ -18,18 +18,18 @@ RANK = ("OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 
 class Processes:
-    """The processes with one mark."""
+    """All processes with the same mark."""
 
     def __init__(self, name, value=None):
         self.name, self.value = name, value or uuid.uuid4().hex
 
     @property
     def mark(self):
-        """The variable of the environment that makes a process one of these."""
+        """The environment variable that makes a process one of these."""
         return {self.name: self.value}
 
     def living(self):
-        """All but this one: (process id, environment). A zombie has no environment any more."""
+        """All but this one: (process id, environment). A zombie no longer has an environment."""
         found = []
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit() and int(entry.name) != os.getpid():
@@ -43,7 +43,7 @@ class Processes:
         return found
 
     def running(self, binary):
-        """Those that run a program, not a launcher or a shell: (process id, environment)."""
+        """Those that run `binary`, not a launcher or a shell: (process id, environment)."""
         binary = str(Path(binary).resolve())
         for pid, variables in self.living():
             with suppress(OSError):
@@ -58,7 +58,7 @@ class Processes:
         return None
 
     def end(self):
-        """Kills what is left. One that a driver keeps in the kernel cannot be ended."""
+        """Kills what is left. A process stuck in the kernel in a driver cannot be ended."""
 
         def none_left():
             for pid, _ in (left := self.living()):
@@ -69,9 +69,9 @@ class Processes:
         until(none_left, 10, every=0.02)
 
     def guard(self):
-        """Starts a process that ends these, should this one end without having done so."""
+        """Starts a process that ends these if this one ends without having done so."""
         with suppress(OSError):
-            # Its standard input is closed when this process is gone, however it went.
+            # Its standard input closes when this process ends, for whatever reason.
             self.watcher = subprocess.Popen(
                 [sys.executable, __file__, self.name, self.value],
                 stdin=subprocess.PIPE,
@@ -82,9 +82,10 @@ class Processes:
 
 
 def start(command, log, out=None, **options):
-    """Starts a command in a session of its own.
+    """Starts a command in its own session.
 
-    Its standard error goes into the file `log`, its standard output into `out`, or into `log`, too.
+    Its standard error goes to the file `log`. Its standard output goes to `out` if given, else also
+    to `log`.
     """
     with log.open("wb") as errors, out.open("wb") if out else nullcontext(errors) as standard:
         return subprocess.Popen(
@@ -98,9 +99,9 @@ def start(command, log, out=None, **options):
 
 
 def until(condition, seconds, process=None, every=0.002):
-    """What `condition` returns once it is true; None if the time or the process ended before.
+    """What `condition` returns once it is true; None if the time or the process ends first.
 
-    It is asked `every` so many seconds: often enough to strike a run in a certain step.
+    It is checked every `every` seconds, often enough to hit a run in a certain step.
     """
     end = time.monotonic() + seconds
     while not (found := condition()):

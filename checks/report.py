@@ -1,15 +1,15 @@
-"""How a check or a drill ends, if not well, and its table for people."""
+"""How a check or a drill can fail to pass, and its table for people."""
 
 
 class NotRun(Exception):
-    """What this machine cannot show, and why."""
+    """This machine cannot show something; the message says why."""
 
 
 class Failed(Exception):
-    """What was promised and was not seen, and the job whose log shows why, if it was one."""
+    """A promise was not kept. If a job broke it, `job` is the one whose log shows why."""
 
     def __init__(self, reason, job=None):
-        # The record is to say it, too: it may be all that is left of a machine.
+        # The record must contain this too: it may be all that is left of a machine.
         said = job.complaint() if job else ""
         super().__init__(f"{reason}: {said}" if said else reason)
         self.job = job

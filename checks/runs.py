@@ -6,20 +6,20 @@ from pathlib import Path
 
 from report import Failed
 
-# What two runs that learnt the same have in common; the other columns are times.
+# The columns that two equal runs have in common; the others are times.
 CURVE = ("step", "tokens", "loss", "ppl", "lr", "grad_norm", "world_size")
 EVALUATION = ("step", "split", "loss", "ppl", "word_ppl", "tokens")
 
 
 def last_step(train_csv):
-    """The last step that a log has; 0 if there is none yet."""
+    """The last step in a log; 0 if it has none yet."""
     with suppress(OSError, ValueError, IndexError):
         return int(Path(train_csv).read_text().rsplit("\n", 2)[-2].split(",")[0])
     return 0
 
 
 def rows(table, columns):
-    """The cells of some columns of a CSV, as they are written; it must be whole."""
+    """The cells of some columns of a CSV, as written; the file must be whole."""
     text = table.read_text()
     found = list(csv.DictReader(text.splitlines()))
     if not text.endswith("\n") or any(None in row or None in row.values() for row in found):
@@ -60,9 +60,9 @@ def same_files(found, expected, pattern):
 
 
 def same(found, expected, checkpoints="step-*"):
-    """Fails unless a run has the steps, losses, samples and tensors of another, bit by bit.
+    """Fails unless a run has the same steps, losses, samples and tensors as another, bit for bit.
 
-    One that was stopped keeps checkpoints of other steps; `checkpoints` names those to compare.
+    A stopped run keeps checkpoints of other steps; `checkpoints` names those to compare.
     """
     same_rows(found / "train.csv", expected / "train.csv", CURVE)
     steps(found)

@@ -1,9 +1,9 @@
 # shellcheck shell=bash
-# What launch/local and the job scripts do with the words of their ranks; they source it.
+# How launch/local and the job scripts handle their ranks' stderr; they source it.
 
-# words: passes on what the ranks and their launcher say on stderr, but for two things. Ranks that end for the same
-# reason say it together, once, last. And mpirun's blocks on ranks that ended themselves are left out if a rank has said
-# why.
+# words: passes on the ranks' and their launcher's stderr, with two exceptions. A reason that several ranks give for
+# ending is printed once, at the end, for all of them. mpirun's blocks about ranks that ended themselves are dropped if a
+# rank said why.
 words() {
   local line block='' rest='' ranks reason reasons=() LC_ALL=C
   local -A said=() ranks_of=()
@@ -37,10 +37,10 @@ words() {
     if [[ $ranks == *,* ]]; then ranks="ranks $ranks"; else ranks="rank $ranks"; fi
     printf 'lockstep: %s: %s\n' "$ranks" "$reason"
   done
-} 2>/dev/null # nobody may read any more
+} 2>/dev/null # the reader may be gone
 
-# end_of_words FILTER: waits until the process that runs `words` has passed everything on. If nobody reads it, or a
-# process that outlives its rank keeps the pipe open, for five seconds.
+# end_of_words FILTER: waits until the process that runs `words` has passed everything on. It waits at most five
+# seconds: the reader may be gone, or a process that outlives its rank may keep the pipe open.
 end_of_words() {
   timeout 5 tail --pid="$1" --sleep-interval=0.1 -f /dev/null || kill -KILL "$1" || true
   wait "$1" || true

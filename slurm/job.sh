@@ -1,12 +1,12 @@
 # shellcheck shell=bash
-# What the job scripts beside this file share; they source it. It expects `root`, the clone.
+# The job scripts beside this file share this and source it. It expects `root`, the clone.
 # shellcheck disable=SC2154 # the scripts set root
 # shellcheck disable=SC2034 # and read code and began
 
 # shellcheck source=launch/words.sh
 . "$root/launch/words.sh"
 
-# How often Slurm asked for a stop. From now on that does not end this shell.
+# Counts how often Slurm asked for a stop. From here on, such a request does not end this shell.
 signals=0
 trap 'signals=$((signals + 1))' USR1
 
@@ -18,25 +18,25 @@ die() {
   exit 2
 }
 
-# The smallest and the largest number in one of Slurm's lists for each node, such as 2(x3),1, and the sum of all.
+# The smallest number in one of Slurm's per-node lists, such as 2(x3),1; the largest; and the sum of all.
 smallest() { tr ',' '\n' <<<"$1" | sed 's/(.*//' | sort -n | head -n 1; }
 largest() { tr ',' '\n' <<<"$1" | sed 's/(.*//' | sort -n | tail -n 1; }
 total() { tr ',' '\n' <<<"$1" | awk -F '[(x)]+' '{ n += $1 * ($2 ? $2 : 1) } END { print n + 0 }'; }
 
-# Prints what Slurm knows of this job, in one line; nothing if Slurm does not answer. The last element of an array has
-# the array's own number, under which Slurm shows all of them.
+# Prints Slurm's record of this job in one line, or nothing if Slurm does not answer. The last element of an array has
+# the array's own number, under which Slurm shows all elements.
 record() {
   scontrol --details show --oneliner job "$SLURM_JOB_ID" 2>/dev/null | grep "^JobId=$SLURM_JOB_ID " || true
 }
 
-# sbatch hands on every variable that it finds and sets only those of its own options. So a job that is submitted inside
-# another allocation inherits that one's wishes. This forgets them: the job's record says what sbatch was told.
+# sbatch passes on every variable that it finds and sets only those of its own options. So a job that is submitted from
+# inside another allocation inherits that one's options. This forgets them: the job's record shows what sbatch was told.
 forget_other_allocations() {
   local record name pattern told forgotten=()
   for name in "${!SLURM_STEP@}" "${!PMIX_@}" "${!PMI_@}" "${!OMPI_COMM_WORLD_@}"; do
     [[ $name == PMIX_MCA_* ]] || unset "$name"
   done
-  # A step gets the job's memory unless srun is told otherwise, and srun refuses two of these.
+  # A step gets the job's memory unless srun is told otherwise. srun refuses two of these at once.
   unset SLURM_MEM_PER_CPU SLURM_MEM_PER_NODE SLURM_MEM_PER_GPU
   record=$(record)
   [[ -n $record ]] || return 0
@@ -60,7 +60,7 @@ SLURM_ARRAY_TASK_ID ArrayTaskId=([0-9]+)
 SLURM_RESTART_COUNT Restarts=([0-9]+)
 END
   if [[ $record != *gpu* ]]; then forget SLURM_GPUS_ON_NODE; fi
-  # With --ntasks-per-node, sbatch counts the tasks itself. Told of no tasks, Slurm lists as many as there are CPUs.
+  # With --ntasks-per-node, sbatch counts the tasks itself. If it was told of no tasks, Slurm lists one for each CPU.
   if [[ -n ${SLURM_NTASKS:-} && $record == *' NtasksPerN:B:S:C=0:'* ]]; then
     if [[ $record != *" NumTasks=$SLURM_NTASKS "* || $(total "$SLURM_TASKS_PER_NODE") != "$SLURM_NTASKS" ]]; then
       forget SLURM_NTASKS
@@ -68,7 +68,7 @@ END
     fi
   fi
   ((${#forgotten[@]})) || return 0
-  # What the record does not tell, or tells of every job.
+  # The record does not have these, or has them for every job.
   if [[ ${SLURM_CPUS_PER_TASK:-} == 1 ]]; then forget SLURM_CPUS_PER_TASK; fi
   for name in SLURM_{CPUS_PER_GPU,DISTRIBUTION,HINT,NTASKS_PER_CORE,NTASKS_PER_GPU,NTASKS_PER_SOCKET} \
     SLURM_{OVERCOMMIT,THREADS_PER_CORE,TRES_PER_TASK}; do
@@ -80,7 +80,7 @@ if [[ -n ${SLURM_JOB_ID:-} ]]; then forget_other_allocations; fi
 
 # Sets up the job's environment: the site's modules and variables, then Lockstep's libraries.
 prepare() {
-  # Modules were not written for `set -eu`.
+  # Module files are not written for `set -eu`.
   set +eu
   # shellcheck disable=SC1091 # the site's own, if it has one
   if [[ -f $root/slurm/site.sh ]]; then . "$root/slurm/site.sh"; fi
@@ -98,23 +98,23 @@ need_config() {
 }
 
 # setting KEY CONFIG [ARGUMENT of lockstep train]...: prints a value of the configuration, or run_dir, as the program
-# reads it. If the program cannot use them, it says why, and its code is this function's.
+# reads it. If the program cannot use them, it prints why, and this function returns its exit code.
 setting() { "$root/launch/rank" config --print "$1" --config "${@:2}"; }
 
-# Prints how many GPUs the job has on its first node, in whichever way it asked for them.
+# Prints how many GPUs the job has on its first node, however it asked for them.
 gpus_on_node() {
   local gpus=${SLURM_GPUS_ON_NODE:-${SLURM_GPUS_PER_NODE:-${SLURM_GPUS:-0}}}
   printf '%s\n' "${gpus##*:}" # a type may precede the number
 }
 
-# Sets nodes, ranks, per_node (ranks on a node, at most) and cpus (for each rank): as the sbatch command said,
-# else one rank for each GPU that the job has, else one for each node.
+# Sets nodes, ranks, per_node (ranks on a node, at most) and cpus (for each rank): as the sbatch command asked,
+# else one rank for each of the job's GPUs, else one for each node.
 lay_out() {
   local gpus total=${SLURM_GPUS:-}
   gpus=$(gpus_on_node)
   total=${total##*:}
   nodes=$SLURM_JOB_NUM_NODES
-  # sbatch --gpus counts those of all nodes, and Slurm shares them out as it likes. The job's steps get no others.
+  # sbatch --gpus counts the GPUs of all nodes, and Slurm distributes them as it likes. The job's steps get no others.
   if [[ -n $total && -z ${SLURM_NTASKS:-} ]]; then
     if ((nodes == 1)); then gpus=$total; fi
     ((total == nodes * gpus)) ||
@@ -136,15 +136,15 @@ lay_out() {
   fi
 }
 
-# Uses up step numbers until the next is one under which no node of this job has died. A job that was queued again
-# counts its steps from 0 again; a node that died amid a step keeps the socket of Slurm's PMIx, and some Slurms (22.05)
-# then refuse to start ranks there under the step's number.
+# Uses up step numbers until it reaches one during which no node of this job died. A requeued job counts its steps from
+# 0 again. A node that died during a step keeps the socket of Slurm's PMIx, and some Slurms (22.05) then refuse to start
+# ranks there under that step's number.
 skip_dead_steps() {
   local spool said next
   ((${SLURM_RESTART_COUNT:-0})) || return 0
   spool=$(scontrol show config | sed -n 's/^SlurmdSpoolDir *= *//p') || return 0
-  # Each node says the number of this step, and of each whose socket it has. One that does not answer is found out when
-  # the ranks are started.
+  # Each node prints the number of this step, and of each step whose socket it has. A node that does not answer is
+  # noticed when the ranks are started.
   # shellcheck disable=SC2016 # for the nodes' shells
   said=$(timeout -k 5 20 srun --overlap --mpi=none --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 bash -c '
     host=$(uname -n)
@@ -160,22 +160,22 @@ skip_dead_steps() {
   done
 }
 
-# Sets launcher to the command that starts $1 ranks: srun, or mpirun if srun does not know how MPI's ranks find each
+# Sets launcher to the command that starts $1 ranks: srun, or mpirun if srun cannot connect MPI's ranks with each
 # other.
 choose_launcher() {
   local ranks=$1 on_nodes pmi mpirun=mpirun
   on_nodes=$(((ranks + per_node - 1) / per_node))
-  # The sbatch command may spread them over more nodes.
+  # The sbatch command may spread the ranks over more nodes.
   if ((ranks == ${SLURM_NTASKS:-0})); then on_nodes=$nodes; fi
-  # Newer Slurms no longer hand the job's cpus per task on to its steps, hence the explicit number.
+  # Newer Slurms no longer pass the job's CPUs per task on to its steps, hence the explicit number.
   launcher=(srun --nodes="$on_nodes" --ntasks="$ranks" --cpus-per-task="$cpus"
     --cpu-bind=cores --kill-on-bad-exit=1 --export=ALL)
-  # Every rank sees all of its node's GPUs and takes the one of its own number: GPUs that do not see each other cannot
-  # use each other's memory. Jobs that ask with --gpus-per-task would have each rank see its own only.
+  # Every rank sees all of its node's GPUs and takes the one with its own number: GPUs that do not see each other cannot
+  # use each other's memory. In a job that asks with --gpus-per-task, each rank would see only its own.
   if (($(gpus_on_node) > 0)); then launcher+=(--gpu-bind=none); fi
-  # Its name for PMIx may bear a version: pmix_v4.
+  # Slurm's name for PMIx may include a version: pmix_v4.
   pmi=$(srun --mpi=list 2>&1 | grep -oE '\bpmix(_v[0-9]+)?\b' | sort | head -n 1 || true)
-  # If the site knows better, it has set SLURM_MPI_TYPE, which srun reads.
+  # A site that needs something else sets SLURM_MPI_TYPE, which srun reads.
   if [[ -z ${SLURM_MPI_TYPE:-} && -n $pmi ]]; then launcher+=(--mpi="$pmi"); fi
   if [[ -n ${SLURM_MPI_TYPE:-$pmi} ]]; then
     if [[ ${SLURM_MPI_TYPE:-$pmi} == pmix* ]]; then skip_dead_steps; fi
@@ -197,7 +197,7 @@ choose_launcher() {
   fi
 }
 
-# Hands a request to stop on to the ranks, again and again until they end: they ignore it until they listen.
+# Passes a request to stop on to the ranks, again and again until they end: they ignore it until they listen for it.
 # shellcheck disable=SC2154 # start sets pid and repeater
 ask() {
   kill -USR1 "$pid" 2>/dev/null || true
@@ -206,9 +206,9 @@ ask() {
   repeater=$!
 }
 
-# start RANKS ARGUMENT...: runs `lockstep ARGUMENT...` as so many ranks. Sets code to their exit code, and began to
-# whether there was a rank at all. USR1, which Slurm sends to this shell before the time is up, goes to the ranks: srun
-# and mpirun hand it on.
+# start RANKS ARGUMENT...: runs `lockstep ARGUMENT...` as RANKS ranks. Sets code to their exit code, and began to
+# whether any rank started. Slurm sends USR1 to this shell before the time is up; srun and mpirun pass it on to the
+# ranks.
 start() {
   local ranks=$1 pid seen folder filter repeater=''
   shift
@@ -227,7 +227,7 @@ start() {
   while true; do
     seen=$signals code=0
     wait "$pid" || code=$?
-    # A signal interrupts the waiting, and gives a code that is not the ranks'.
+    # A signal interrupts `wait`, which then returns a code that is not the ranks'.
     if ((signals == seen)); then break; fi
   done
   trap 'signals=$((signals + 1))' USR1
@@ -235,6 +235,6 @@ start() {
   end_of_words "$filter"
   if [[ -s $folder/began ]]; then began=1; fi
   rm -rf -- "$folder"
-  # srun ends with 0 if it cannot start the ranks, for example since a node has just died.
+  # srun exits with 0 if it cannot start the ranks, for example because a node has just died.
   if ((!began && code == 0)); then code=6; fi
 }

@@ -1,4 +1,4 @@
-"""What several test files share: Slurm's clusters, started once a session."""
+"""Fixtures that several test files share: Slurm clusters, started once a session."""
 
 import shutil
 import tempfile
@@ -9,7 +9,7 @@ from virtual_cluster import BINARY, ROOT, start
 
 
 def session_of(*size):
-    """A cluster of that many nodes, cores and GPUs for the whole session, with a data folder."""
+    """A cluster of this size (nodes, cores, GPUs) for the whole session, with a data folder."""
     (ROOT / "target").mkdir(exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="slurm-test-", dir=ROOT / "target"))
     cluster = start(folder, *size)

@@ -11,7 +11,7 @@ BINARY = Path(os.environ.get("LOCKSTEP_BIN") or ROOT / "target/release/lockstep"
 LIBRARIES = ROOT / "target/emulated-gpu"
 FAILED = 99  # how the emulation ends a process
 
-# A binary with the emulation before LibTorch's own folder, where NVIDIA's library lies.
+# Runs the binary with the emulation ahead of LibTorch's own folder, which has NVIDIA's library.
 WRAPPER = """#!/bin/sh
 LD_LIBRARY_PATH={libraries}${{LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}} exec {binary} "$@"
 """
@@ -19,7 +19,7 @@ LD_LIBRARY_PATH={libraries}${{LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}} exec {binary}
 
 @dataclass
 class Done:
-    """How a command ended; of a run also its directory."""
+    """How a command ended, and for a run also its directory."""
 
     code: int
     out: str
@@ -64,7 +64,7 @@ class Emulation:
     def start(self, arguments, ranks=0, binary=None, cwd=None, **variables):
         """Starts the binary, with a GPU for each rank; without a launcher if ranks is 0."""
         binary = binary or self.binary
-        # Ranks share the machine's cores, and threads that wait must not hold them.
+        # Ranks share the machine's cores, and waiting threads must not hold them.
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
@@ -89,7 +89,7 @@ class Emulation:
         return Done(process.returncode, out, log)
 
     def arguments(self, name, settings):
-        """Those of `train`, and its run directory."""
+        """The arguments of `train`, and its run directory."""
         run = self.folder / "runs" / name
         words = ["train", "--config", self.config, "--run-dir", run]
         for key, value in ({"device": "cuda"} | settings).items():
@@ -103,7 +103,7 @@ class Emulation:
         return done
 
     def on_cpu(self, settings, ranks=0):
-        """The same on CPUs, trained once; what a CPU has no use for is left out."""
+        """The same run on CPUs, trained once, without the settings that only a GPU uses."""
         settings = {
             k: v for k, v in settings.items() if k not in ("deterministic", "comm.grad_dtype")
         }
@@ -116,7 +116,7 @@ class Emulation:
 
 
 def figures(path):
-    """What EMULATED_GPU_LOG has: numbers by name."""
+    """The contents of EMULATED_GPU_LOG: numbers by name."""
     words = (line.rsplit(" ", 1) for line in path.read_text().splitlines())
     return {name: int(number) for name, number in words}
 

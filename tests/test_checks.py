@@ -13,7 +13,7 @@ from processes import Processes, start, until
 from report import Failed
 
 CHECKS = Path(runs.__file__).parent
-SECONDS = 300  # for what takes a moment, on a machine that may be busy
+SECONDS = 300  # for what takes only a moment on an idle machine; this one may be busy
 
 TRAIN = "step,tokens,loss,ppl,lr,grad_norm,world_size,step_ms\n"
 EVAL = "step,split,loss,ppl,word_ppl,tokens,eval_s\n"
@@ -45,7 +45,7 @@ def pair(tmp_path):
 
 def test_runs_that_learnt_the_same_are_the_same(pair):
     runs.same(*pair)
-    # Where one was stopped, it keeps checkpoints of other steps.
+    # A run that was stopped keeps checkpoints of other steps.
     shutil.rmtree(pair[0] / "checkpoints/step-00000001")
     runs.same(*pair, "step-00000002")
     with pytest.raises(Failed, match="expected the files"):
@@ -106,7 +106,7 @@ def processes():
 
 
 def begin(processes, folder, script, **variables):
-    """Starts a shell's commands with the mark."""
+    """Starts shell commands with the mark."""
     environment = os.environ | processes.mark | variables
     return start(["sh", "-c", script], folder / "log", env=environment)
 

@@ -1,4 +1,4 @@
-"""`lockstep doctor` on a real Slurm of two nodes, well and with faults put in."""
+"""`lockstep doctor` on a real Slurm of two nodes, healthy and with injected faults."""
 
 import shutil
 import subprocess
@@ -12,7 +12,7 @@ VARIABLE = "OMPI_MCA_btl_tcp_if_include"
 
 
 def doctor(cluster, *arguments, options=("--mpi=pmix", "-N2", "-n2"), **environment):
-    """Runs it on the nodes; returns the exit code, and what it said on stdout."""
+    """Runs it on the nodes; returns the exit code and its stdout."""
     command = ["srun", "--nodelist=n[1-2]", *options]
     command += [ROOT / "launch/rank", "-q", "doctor", *arguments]
     work = cluster.folder / "doctor"
@@ -53,7 +53,7 @@ def test_no_pmi_that_mpi_understands(cluster, pmi):
 
 
 def test_a_node_without_the_shared_folder(cluster):
-    # Each node has a /tmp of its own.
+    # Each node has its own /tmp.
     code, report = doctor(cluster, "--run-dir", "/tmp/runs")
     assert code == 6
     assert "fault:      rank 1 on n2: does not see in /tmp/runs what rank 0 wrote" in report
@@ -79,7 +79,7 @@ def test_another_binary_on_one_node(cluster):
     [
         ("nosuch0", "on n2: {variable}=nosuch0 names no interface of this node; it has eth0 10."),
         ("lo", "on n2: {variable}=lo names the loopback, which reaches no other node"),
-        # As docker0, which has the same address everywhere.
+        # Like docker0, which has the same address everywhere.
         ("same0", "n1 does not reach n2 through same0 at 172.17.0.1"),
         ("apart0", "n1 does not reach n2 through apart0 at 172.30.2.1"),
     ],
@@ -99,7 +99,7 @@ def test_a_wrong_interface(cluster, interface, fault):
         assert code == 6
         assert fault.format(variable=VARIABLE) in report
         assert f"remedy: set {VARIABLE} to the interface" in report
-        # launch/rank names the right one where nobody names any.
+        # launch/rank names the right network if nobody else names one.
         assert doctor(cluster)[0] == 0
     finally:
         for node in (1, 2) if made else ():

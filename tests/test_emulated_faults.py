@@ -1,7 +1,7 @@
-"""What ranks do if their GPUs or NCCL fail: on the emulated GPU, which fails on demand.
+"""What ranks do if their GPUs or NCCL fail, on the emulated GPU, which fails on demand.
 
-Each fault ends in its documented exit code, with the rank named; and the same command then goes
-on, and ends as if nothing had happened.
+Each fault ends with its documented exit code and names the rank. The same command then resumes, and
+ends as if nothing had happened.
 """
 
 import pytest
@@ -28,7 +28,7 @@ def gpu(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=[{}, {"optim.zero1": "true"}], ids=["", "ZeRO-1"])
 def undisturbed(gpu, request):
-    """Settings, and the run with them that nothing disturbs."""
+    """Settings, and an undisturbed run with them."""
     settings = SETTINGS | request.param
     done = gpu.train(f"undisturbed-{len(request.param)}", settings, 2)
     assert done.code == 0, done.log

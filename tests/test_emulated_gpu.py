@@ -1,7 +1,7 @@
-"""Training on GPUs, as far as it can be proved without one: on the emulated GPU.
+"""Training on the emulated GPU: what can be proved without a real one.
 
-The unchanged binary computes there what it computes on CPUs, and every access to memory is checked
-for races. tests/emulated_gpu/README.md says how far that goes.
+The unchanged binary computes there what it computes on CPUs, and every memory access is checked
+for races. tests/emulated_gpu/README.md explains how far that goes.
 """
 
 import csv
@@ -72,7 +72,7 @@ def gpu(tmp_path_factory):
     ),
 )
 def test_gpus_learn_what_cpus_learn(gpu, request, ranks, settings, bound):
-    # Dropout's draws go by the rank; nothing else that is learnt does.
+    # Only dropout's draws depend on the rank; nothing else that is learnt does.
     expected = gpu.on_cpu(
         {k: v for k, v in settings.items() if k != "precision"},
         ranks if DROPOUT.items() <= settings.items() else 0,
@@ -81,7 +81,7 @@ def test_gpus_learn_what_cpus_learn(gpu, request, ranks, settings, bound):
     assert done.code == 0, done.log
     distance = apart(done.column("loss"), expected.column("loss"))
     assert distance <= bound, distance
-    # Something must have been computed in another way.
+    # Something must have been computed differently.
     if bound == BF16:
         assert distance > 1e-7
     print(f"{ranks} ranks, {settings}: {distance:.1e}")
@@ -116,7 +116,7 @@ def test_the_host_waits_for_the_gpu_once_a_step(gpu, tmp_path, request, ranks, s
         done = gpu.train(name, settings, ranks, EMULATED_GPU_LOG=str(log))
         assert done.code == 0, done.log
         waits[steps] = {name: n for name, n in figures(log).items() if name.startswith("waits")}
-        # The measurement of the peak before the first step takes as many as it has time for.
+        # Before the first step, the measurement of the peak runs as many as it has time for.
         waits[steps].pop("waits after aten::mm.out", None)
     more = {name: n - waits[4].get(name, 0) for name, n in waits[8].items()}
     assert sum(more.values()) == 4, more
@@ -138,7 +138,7 @@ def test_the_host_waits_for_the_gpu_once_a_step(gpu, tmp_path, request, ranks, s
 def test_cudnns_attention_is_for_one_shape_and_sixteenths(
     gpu, tmp_path, request, settings, kernels
 ):
-    """It rounds dropout to sixteenths, and plans anew for each shape of samples and padding."""
+    """It rounds dropout to sixteenths, and needs a new plan for each shape (samples, padding)."""
     log = tmp_path / "log"
     settings = IN_BF16 | {"train.steps": 2, "model.preset": "gpt-micro"} | settings
     done = gpu.train(request.node.name, settings, EMULATED_GPU_LOG=str(log))
@@ -146,13 +146,13 @@ def test_cudnns_attention_is_for_one_shape_and_sixteenths(
     seen = {name: n for name, n in figures(log).items() if name.startswith("attention")}
     assert set(seen) == kernels
     if "attention_cudnn" in kernels:
-        # 2 steps of a micro-batch, 4 layers.
+        # 2 steps of one micro-batch, 4 layers.
         assert seen["attention_cudnn"] == 2 * 4
 
 
 @pytest.mark.full
 def test_the_whole_of_a_run_on_a_gpu(gpu, tmp_path):
-    """Evaluates, saves, samples, is compared with the CPU, and speaks."""
+    """A run evaluates, saves, samples and generates text, and is compared with the CPU."""
     settings = {
         "train.eval_every": 10,
         "train.save_every": 10,
@@ -199,7 +199,7 @@ def test_a_run_resumes_bit_for_bit(gpu, ranks):
     arguments = ["checkpoint", "prove", "--config", gpu.config, "--steps", "10", *words]
     folder = gpu.folder / f"prove-{ranks}"
     folder.mkdir()
-    # It proves in runs/ of its working folder.
+    # It writes its runs to runs/ in its working folder.
     done = gpu.call(arguments, ranks, cwd=folder)
     assert done.code == 0, done.log + done.out
 
@@ -223,7 +223,7 @@ def test_ranks_that_share_a_gpu_are_refused(gpu):
     assert "ranks 0 and 1 share the GPU 0000:11:00" in done.log
 
 
-# ---- That the emulation bites ----
+# ---- The emulation catches mistakes ----
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_ranks_that_share_a_gpu_are_refused(gpu):
     "settings", [{}, full(ZERO1), full(SENT_IN_BF16)], ids=["fp32", "ZeRO-1", "bf16"]
 )
 def test_streams_that_do_not_wait_are_caught(gpu, request, mutation, operator, settings):
-    """The driver ignores what comm/nccl.rs asks one stream to wait for in the other."""
+    """The driver ignores the waits between streams that comm/nccl.rs asks for."""
     done = gpu.train(request.node.name, settings, 2, EMULATED_GPU_FAULT=mutation)
     assert done.code != 0
     race = next(line for line in done.log.splitlines() if "RACE" in line)
@@ -259,7 +259,7 @@ def test_an_operator_that_cuda_lacks_is_refused(gpu, tmp_path):
 
 
 def test_deterministic_products_need_cublas_told(gpu):
-    """The trainer tells it; a user's own setting stands, and LibTorch refuses a wrong one."""
+    """The trainer tells it. A user's own setting is kept, and LibTorch refuses a wrong one."""
     settings = DETERMINISTIC | {"train.steps": 1}
     assert gpu.train("told", settings).code == 0
     done = gpu.train("mistold", settings, CUBLAS_WORKSPACE_CONFIG=":1:1")
@@ -291,7 +291,7 @@ def test_kernels_of_our_own_run_as_compiled_for_the_cpu(gpu, tmp_path):
 
 @pytest.mark.full
 def test_gpu_check_passes_and_judges_no_speed(gpu, tmp_path):
-    """All of it, as for the first real GPU."""
+    """Runs all of it, as on the first real GPU."""
     record = tmp_path / "record.csv"
     command = [ROOT / "launch/gpu-check", BINARY, "--budget", "1500", "--out", record]
     environment = {**os.environ, "LD_LIBRARY_PATH": str(LIBRARIES), "TMPDIR": str(tmp_path)}

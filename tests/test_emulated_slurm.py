@@ -1,4 +1,4 @@
-"""Jobs with GPUs on a real Slurm, launch/cluster's, whose nodes' GPUs are emulated."""
+"""Jobs with GPUs on a real Slurm from launch/cluster, whose nodes have emulated GPUs."""
 
 import pytest
 from emulation import Emulation, apart
@@ -8,7 +8,7 @@ pytestmark = pytest.mark.full
 
 @pytest.fixture(scope="module")
 def gpu(gpu_nodes):
-    """The emulation, where the nodes see it."""
+    """The emulation, in a folder that the nodes can see."""
     folder = gpu_nodes.folder / "emulation"
     folder.mkdir()
     return Emulation(folder)

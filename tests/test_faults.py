@@ -1,4 +1,4 @@
-"""Disturbances that no other test makes, briefly; launch/faults has them all, and the long form."""
+"""Short drills that no other test covers; launch/faults runs all drills, and their long forms."""
 
 import pytest
 from drills import DRILLS

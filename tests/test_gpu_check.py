@@ -25,11 +25,11 @@ from report import Failed, NotRun
 
 ROOT = Path(__file__).resolve().parent.parent
 BINARY = Path(os.environ.get("LOCKSTEP_BIN") or ROOT / "target" / "release" / "lockstep")
-SECONDS = 300  # for what takes a moment, on a machine that may be busy
+SECONDS = 300  # for what takes only a moment on an idle machine; this one may be busy
 
 
 def write_log(path, losses, header="step,loss,grad_norm"):
-    """A train.csv with these losses; a step's number can be given beside its loss."""
+    """A train.csv with these losses; each loss can be given together with its step."""
     lines = [header]
     for number, loss in enumerate(losses, 1):
         step, loss = loss if isinstance(loss, tuple) else (number, loss)
@@ -104,7 +104,7 @@ def session(tmp_path, monkeypatch):
 
 @pytest.fixture
 def open_session(session, tmp_path):
-    """Makes sessions like that one."""
+    """Makes sessions like `session`."""
 
     def make(binary, device="cpu", mpi=None):
         work = Path(tempfile.mkdtemp(dir=tmp_path))
@@ -115,7 +115,7 @@ def open_session(session, tmp_path):
 
 @pytest.fixture
 def nccl(tmp_path):
-    """NCCL as NVIDIA's wheel has it beside LibTorch."""
+    """NCCL beside LibTorch, as in NVIDIA's wheel."""
     library = tmp_path / "nvidia" / "nccl" / "lib" / "libnccl.so.2"
     library.parent.mkdir(parents=True)
     library.touch()
@@ -131,7 +131,7 @@ def test_the_binary_runs_with_the_users_library_path(open_session, nccl, monkeyp
     session = open_session("/bin/true")
     link = session.work / "lib"
     assert (link / "libnccl.so").resolve() == nccl
-    # The user's folders come first, and none of NVIDIA's is there to hide a missing library.
+    # The user's folders come first. NVIDIA's are not added: they could hide a missing library.
     assert session.bare["LD_LIBRARY_PATH"] == (f"{given}:{link}" if given else str(link))
     (session.libtorch / "lib" / "libnccl.so").symlink_to(nccl)
     session = open_session("/bin/true")
@@ -425,7 +425,7 @@ int cuDriverGetVersion(int *version) { *version = 13000; return 0; }
 
 @pytest.fixture
 def driver(tmp_path):
-    """The folder of a driver library that shows an emulated GPU."""
+    """The folder of a driver library that reports an emulated GPU."""
     folder = tmp_path / "driver"
     folder.mkdir()
     compile_c(folder / "libcuda.so.1", DRIVER, "-shared", "-fPIC")
@@ -445,7 +445,7 @@ def test_the_driver_itself_is_asked_for_the_gpu(driver):
 
 
 def stand_in(path, then):
-    """A program in the place of lockstep, that runs this when it is to train."""
+    """A program in place of lockstep that runs `then` when asked to train."""
     path.write_text(
         f"#!/bin/sh\ncase $1 in\n--version) echo lockstep 9 ;;\ntrain) {then} ;;\nesac\n"
     )
@@ -538,7 +538,7 @@ def test_settings_of_another_machine_are_passed_over(tmp_path, lacking):
 def test_ended_by_a_signal_it_leaves_a_record_and_nothing_that_runs(tmp_path, number):
     hanging, record = tmp_path / "hanging", tmp_path / "record.csv"
     processes = Processes("LOCKSTEP_TEST")
-    # The first run ends, the second never does; its child has a session of its own, like a rank.
+    # The first run ends, the second never does. Its child has its own session, like a rank.
     hang = f'setsid sleep 1000 & >"{hanging}"; wait'
     binary = stand_in(
         tmp_path / "lockstep", f"case $* in *dropout=0.1*) {hang} ;; *) exit 1 ;; esac"
@@ -562,7 +562,7 @@ def test_ended_by_a_signal_it_leaves_a_record_and_nothing_that_runs(tmp_path, nu
 
 @pytest.fixture
 def binary(capsys):
-    """The real binary and an mpirun, or a skip that cannot be overlooked."""
+    """The real binary and an mpirun, or a skip that is hard to overlook."""
     lacking = "mpirun" if gpu_session.find_mpirun(None) is None else None
     lacking = lacking if os.access(BINARY, os.X_OK) else str(BINARY)
     if lacking:
@@ -589,7 +589,7 @@ def test_it_passes_on_cpu_ranks(binary, tmp_path):
 
 @pytest.mark.full
 def test_ranks_that_learn_otherwise_fail(binary, tmp_path):
-    """A program that has another seed when mpirun starts it."""
+    """A program that uses a different seed when mpirun starts it."""
     wrong = tmp_path / "lockstep"
     wrong.write_text(
         "#!/bin/sh\n"

@@ -1,4 +1,4 @@
-"""The launch scripts, with stand-ins for the binary and for what a machine may lack."""
+"""The launch scripts, with stand-ins for the binary and for tools that a machine may lack."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Says what it was given. On USR1 it saves for longer than mpirun lets its ranks live after TERM.
+# Prints its arguments. On USR1 it saves for longer than mpirun lets its ranks live after TERM.
 STAND_IN = f"""#!{sys.executable}
 import os, signal, sys, time
 
@@ -46,7 +46,7 @@ time.sleep(1000)
 
 @pytest.fixture
 def ranks(tmp_path):
-    """A folder that the stand-in for the binary writes to, and the environment that runs it."""
+    """A folder that the binary's stand-in writes to, and the environment to run it in."""
     binary = tmp_path / "lockstep"
     binary.write_text(STAND_IN)
     binary.chmod(0o755)
@@ -71,7 +71,7 @@ def is_running(pid):
 
 
 def start_two_ranks(ranks, stderr=subprocess.DEVNULL):
-    """Starts two ranks through launch/local; returns it, and the ranks' process ids."""
+    """Starts two ranks through launch/local; returns its process and the ranks' process ids."""
     folder, environment = ranks
     local = subprocess.Popen(
         [ROOT / "launch/local", "2", "train"],
@@ -80,7 +80,7 @@ def start_two_ranks(ranks, stderr=subprocess.DEVNULL):
         stderr=stderr,
         text=True,
         start_new_session=True,
-        # A shell's background jobs ignore INT; their children inherit that, and bash keeps to it.
+        # A shell's background jobs ignore INT. Their children inherit that, and bash keeps it.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     ready = [folder / f"ready-{rank}" for rank in range(2)]
@@ -165,7 +165,7 @@ def test_local_explains_its_arguments(arguments):
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
 def test_local_lets_the_ranks_save_before_they_stop(ranks, stop):
     local, pids = start_two_ranks(ranks)
-    # The whole process group, as a terminal's Ctrl-C or `timeout` does it.
+    # The whole process group, like a terminal's Ctrl-C or `timeout`.
     os.killpg(local.pid, stop)
     assert local.wait(timeout=300) == 75
     folder, _ = ranks
@@ -187,7 +187,7 @@ def test_a_second_signal_ends_the_ranks_at_once(ranks):
 
 
 def local_says(folder, ranks, body):
-    """The exit code and stderr of launch/local, with a shell script for the binary."""
+    """The exit code and stderr of launch/local with a shell script in place of the binary."""
     script(folder, "stand-in", f"rank=$OMPI_COMM_WORLD_RANK\n{body}")
     environment = {**os.environ, "LOCKSTEP_BIN": str(folder / "stand-in")}
     done = subprocess.run(
@@ -200,7 +200,7 @@ def local_says(folder, ranks, body):
 
 
 def together(folder, ranks):
-    """Holds each rank until all have come here: mpirun ends the others once one has left."""
+    """Holds each rank until all have arrived: mpirun ends the others once one has exited."""
     there = " && ".join(f"-e {folder}/{rank}" for rank in range(ranks))
     return f"touch {folder}/$rank; until [[ {there} ]]; do sleep 0.05; done"
 
@@ -216,13 +216,13 @@ exit 4
     lines = said.splitlines()
     assert (code, lines[-1]) == (4, "lockstep: ranks 0, 1, 2: no space left")
     assert sorted(lines[:-1]) == [f"12:00:00Z  INFO rank {rank} works" for rank in range(3)]
-    # What they say before they know their rank.
+    # Messages from before they know their rank.
     body = f"echo 'lockstep: no such file' >&2; {together(tmp_path, 3)}; exit 2"
     assert local_says(tmp_path, 3, body) == (2, "lockstep: no such file\n")
 
 
 def test_ranks_with_reasons_of_their_own_all_say_them_in_their_order(tmp_path):
-    # From one process: the words of several reach mpirun in any order.
+    # One process prints them all: messages from several would reach mpirun in any order.
     said = ["rank 9: the disk is full", "rank 1: rank 9 is lost", "rank 10: rank 9 is lost"]
     body = "".join(f"echo 'lockstep: {words}' >&2\n" for words in said)
     expected = "lockstep: rank 9: the disk is full\nlockstep: ranks 1, 10: rank 9 is lost\n"
@@ -243,7 +243,7 @@ def test_what_ranks_do_not_explain_themselves_is_not_hidden(tmp_path, body, word
 
 
 def test_local_ends_though_nobody_reads_what_it_says(ranks):
-    """Neither a pipe that nobody reads any more nor one that nobody empties keeps it."""
+    """Neither a pipe whose reader is gone nor a full one that nobody reads can block it."""
     _, environment = ranks
     reader, writer = os.pipe()
     os.close(reader)
@@ -261,8 +261,8 @@ def test_local_ends_though_nobody_reads_what_it_says(ranks):
     assert subprocess.run(command, env=environment, stderr=writer).returncode == 3
 
 
-# What the job scripts ask of Slurm. `srun` notes how it was called, and starts what follows its
-# own options unless it is to refuse that, or a node is silent.
+# Stand-ins for the Slurm commands of the job scripts. `srun` notes how it was called, and starts
+# what follows its own options unless it is told to refuse, or a node is silent.
 SLURM = {
     "srun": """
 echo "srun $*" >>"${CALLS:-/dev/null}"
@@ -291,7 +291,7 @@ exit "${SCONTROL:-0}"
 
 
 def in_a_job(folder, commands, **environment):
-    """What bash says to commands in a job script, after its preparations."""
+    """Runs commands in bash as in a job script, after its preparations."""
     for name, text in SLURM.items():
         script(folder, name, text)
     (folder / "launch").mkdir(exist_ok=True)
@@ -303,7 +303,7 @@ def in_a_job(folder, commands, **environment):
 
 
 def job(folder, script_of, *arguments, clone=True, **environment):
-    """Runs a job script as Slurm does, a copy in another folder, on nodes that do not exist.
+    """Runs a job script as Slurm does: a copy in another folder, on nodes that do not exist.
 
     Returns how it ended, and the calls of Slurm's commands.
     """
@@ -315,7 +315,7 @@ def job(folder, script_of, *arguments, clone=True, **environment):
     shutil.copytree(ROOT / "slurm", tree / "slurm", dirs_exist_ok=True)
     shutil.copy(ROOT / "launch/words.sh", tree / "launch")
     (tree / ".venv/lockstep.env").touch()
-    # The program: its run directory, and ranks that end with CODE.
+    # Stands in for the program: prints its run directory, and its ranks exit with CODE.
     script(
         tree / "launch",
         "rank",
@@ -353,7 +353,7 @@ exit "${CODE:-0}"
     return done, calls.read_text().splitlines()
 
 
-# What scontrol knows of a job that was told a number of nodes only.
+# scontrol's record of a job that was given only a number of nodes.
 RECORD = (
     "JobId=7 JobName=train JobState=RUNNING Restarts=0 NumNodes={0} NumTasks={0} CPUs/Task=1 "
     "NtasksPerN:B:S:C=0:0:*:* CoreSpec=*"
@@ -361,7 +361,7 @@ RECORD = (
 
 
 def starts(calls):
-    """The calls that were to start ranks."""
+    """The calls that tried to start ranks."""
     return [call for call in calls if "launch/rank train" in call]
 
 
@@ -515,7 +515,7 @@ def test_every_rank_of_a_job_sees_all_gpus_of_its_node(tmp_path, asked, expected
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(expected), done.stdout
     assert "--gpu-bind=none" in done.stdout.split()
-    # mpirun starts its ranks from a step of its own.
+    # mpirun starts its ranks from its own step.
     (tmp_path / "none").mkdir()
     script(tmp_path / "none", "mpirun", "exit 0")
     commands = f'srun() {{ :; }}; {LAID_OUT} "${{SLURM_GPU_BIND-}},${{SLURM_GPUS_PER_TASK-}}"'
@@ -531,7 +531,7 @@ def test_a_job_without_gpus_or_with_uneven_ones(tmp_path):
     done = in_a_job(tmp_path, LAID_OUT, **job, SLURM_GPUS="5", SLURM_GPUS_ON_NODE="3")
     assert done.returncode == 2
     assert "5 GPUs" in done.stderr and "--gpus-per-node" in done.stderr
-    # All of a node's GPUs are an exclusive job's, but its steps get what was asked for.
+    # An exclusive job owns all of a node's GPUs, but its steps get only what was asked for.
     job["SLURM_JOB_NUM_NODES"] = "1"
     done = in_a_job(tmp_path, LAID_OUT, **job, SLURM_GPUS="h100:2", SLURM_GPUS_ON_NODE="4")
     assert done.stdout.startswith("2 in 2:"), done.stdout + done.stderr
@@ -542,7 +542,7 @@ def test_a_job_without_gpus_or_with_uneven_ones(tmp_path):
     [
         # sbatch --nodes=3 inside `srun -N1 --exclusive bash`
         ({"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1"}, "", "3 in 1: 2 CPUs"),
-        # inside `salloc -n3 -c1`, whose number is by chance that of the nodes
+        # inside `salloc -n3 -c1`, whose number of tasks happens to equal that of the nodes
         ({"SLURM_NTASKS": "3", "SLURM_CPUS_PER_TASK": "1"}, "", "3 in 1: 2 CPUs"),
         # inside a job with GPUs
         (
@@ -597,7 +597,7 @@ def test_what_sbatch_was_told_counts(tmp_path, told, record, expected):
 
 
 def laid_out(folder, told, **variables):
-    """What a job of three nodes, two CPUs each, makes of variables; `told` changes its record."""
+    """Lays out a job of three nodes, two CPUs each, with variables; `told` edits its record."""
     record = RECORD.format(3)
     for word in told.split():
         field = word.partition("=")[0]
@@ -619,7 +619,7 @@ def test_a_job_inside_another_is_no_element_and_was_not_restarted(tmp_path):
     names = [line.partition("=")[0] for line in done.stdout.splitlines()]
     assert not set(outer) - {"PMIX_MCA_psec"} & set(names)
     assert "PMIX_MCA_psec" in names  # the user's
-    # Its own stay.
+    # The job's own variables stay.
     own = f"{RECORD.format(1)} ArrayTaskId=4".replace("Restarts=0", "Restarts=2")
     done = in_a_job(tmp_path, commands, SLURM_JOB_ID="7", RECORD=own, **outer)
     assert "SLURM_ARRAY_TASK_ID=4\n" in done.stdout and "SLURM_RESTART_COUNT=2\n" in done.stdout
@@ -639,8 +639,8 @@ def test_ranks_do_not_outlive_a_killed_local(ranks):
     wait_until(lambda: not any(map(is_running, pids)))
 
 
-# launch/setup on machines that lack something: a clone in a temporary folder, and a PATH that has
-# only the tools named here.
+# launch/setup on machines that lack something: a clone in a temporary folder, and a PATH with only
+# the tools named here.
 TOOLS = ["awk", "bash", "cat", "cut", "df", "dirname", "du", "env", "grep", "head", "ln", "ls"]
 TOOLS += ["mkdir", "realpath", "rm", "rmdir", "sed", "sort", "tail"]
 BUILD_TOOLS = ["c++", "cc", "cargo", "rustc", "as", "ld"]
@@ -663,7 +663,7 @@ def bare(tmp_path):
 
 def give(bin_folder, *names):
     for name in names:
-        # Not a link: some programs look at the path that they were called by.
+        # Not a link: some programs look at the path by which they were called.
         real = sys.executable if name == "python3" else shutil.which(name)
         script(bin_folder, name, f'exec {real} "$@"')
 
@@ -675,7 +675,7 @@ def script(bin_folder, name, body):
 
 
 def setup(bare, *arguments, **environment):
-    """Runs launch/setup, which must fail; returns the reason, which must be one line."""
+    """Runs launch/setup, which must fail with one line; returns that reason."""
     return setup_says(bare, *arguments, **environment).stderr
 
 
@@ -786,7 +786,7 @@ def test_setup_warns_of_an_old_driver(bare, version):
     _, bin_folder = bare
     give(bin_folder, *BUILD_TOOLS)
     script(bin_folder, "nvidia-smi", f"echo {version}")
-    # A machine with a GPU gets CUDA by itself; without Python the set-up ends there.
+    # A machine with a GPU gets CUDA by default; without Python the set-up ends there.
     said = setup_says(bare).stdout
     warning = "warning: the NVIDIA driver of this machine is 570.86.15, CUDA 13 needs 580 or newer"
     assert (warning in said) == version.startswith("570"), said

@@ -15,25 +15,25 @@ from virtual_cluster import BINARY, ROOT, script, start, wait_until
 
 pytestmark = pytest.mark.full
 
-# More steps than any machine does while a test waits for something. Once that has happened, the
-# test rewrites the configuration, and the run goes on to an end.
+# More steps than any machine can do while a test waits for something. Once that has happened, the
+# test rewrites the configuration to give the run an end.
 ENDLESS = 1_000_000
 
-# Says what it was started with; job scripts still learn what they ask.
+# Prints what it was started with. Job scripts that ask for a setting still get the real answer.
 STAND_IN = f"""#!/bin/bash
 if [[ $1 == config ]]; then exec {BINARY} "$@"; fi
 echo "rank $SLURM_PROCID, $SLURM_CPUS_PER_TASK CPUs, $OMP_NUM_THREADS threads, word $WORD: $*"
 exit ${{CODE:-0}}
 """
 
-# A Slurm that was built without PMIx, as srun shows it.
+# Makes srun look like that of a Slurm built without PMIx.
 NO_PMIX = """#!/bin/bash
 if [[ $* == --mpi=list ]]; then printf 'MPI plugin types are...\\n\\tnone\\n\\tpmi2\\n'; exit; fi
 exec {srun} "$@"
 """
 
 
-# 4 MiB over a link, and an answer to the last byte.
+# Sends 4 MiB over a link; the last byte is answered.
 RECEIVE = """
 import socket
 server = socket.create_server(("", 9000))
@@ -55,14 +55,14 @@ print(time.monotonic() - begin)
 
 @pytest.fixture(scope="module")
 def alone(nodes):
-    """The rows of a run of one rank without Slurm."""
+    """The rows of a single-rank run without Slurm."""
     config = nodes.config("alone", 50)
     nodes.call(BINARY, "train", "--config", config)
     return nodes.rows("runs/alone")
 
 
 def assert_as_if_undisturbed(cluster, run):
-    """The run has learnt what as many steps by two ranks learn that nothing stopped."""
+    """Asserts that the run has learnt the same as two undisturbed ranks in as many steps."""
     steps = len(cluster.losses(run))
     config = cluster.config("undisturbed", steps)
     reference = "runs/undisturbed-" + run.removeprefix("runs/")
@@ -71,7 +71,7 @@ def assert_as_if_undisturbed(cluster, run):
 
 
 def let_end(cluster, name, run, more=30):
-    """Gives a run of ENDLESS steps an end, from its next start on; returns its number of steps."""
+    """Lets a run of ENDLESS steps end after its next start; returns its number of steps."""
     steps = len(cluster.rows(run)) + more
     cluster.config(name, steps, save_every=50)
     return steps
@@ -101,7 +101,7 @@ def test_ranks_on_several_nodes_train_as_one(cluster, alone, options, ranks):
 def test_the_time_limit_strikes(cluster):
     run = "runs/limited"
     arguments = [cluster.config("limited", ENDLESS, save_every=50), "--run-dir", run]
-    # The signal is due at once when the job gets its limit, and the job's end some minutes later.
+    # As soon as the job gets its limit the signal is due; the job's end is some minutes later.
     job = cluster.submit("--nodes=2", "--signal=B:USR1@600", arguments=arguments)
     wait_until(lambda: len(cluster.rows(run)) > 10, explain=cluster.situation)
     cluster.call("scontrol", "update", f"jobid={job}", "timelimit=10")
@@ -138,7 +138,7 @@ def test_a_node_dies(cluster):
 
 
 def test_nodes_that_died_before(cluster):
-    """What their PMIx leaves behind does not keep a job from being started there again."""
+    """What their PMIx leaves behind does not prevent a job from starting there again."""
     run = "runs/haunted"
     arguments = [cluster.config("haunted", ENDLESS), "--run-dir", run]
     job = cluster.submit("--nodes=2", arguments=arguments)
@@ -230,7 +230,7 @@ def test_a_copy_of_the_script_works_from_a_clone_and_by_its_name(cluster):
     jobs = [
         cluster.submit(script="my.sbatch", arguments=[config], **named),
         cluster.submit(script="link.sbatch", arguments=[config]),
-        # From standard input, in the clone.
+        # Submitted through standard input, in the clone.
         cluster.call(
             "bash", "-c", f"cd '{clone}' && sbatch --parsable <slurm/train.sbatch"
         ).strip(),
@@ -242,7 +242,7 @@ def test_a_copy_of_the_script_works_from_a_clone_and_by_its_name(cluster):
 
 
 def test_ranks_do_not_say_what_pmix_lacks(cluster):
-    """Slurm's offers munge if the machine has it; the ranks' need not have it."""
+    """Slurm's PMIx offers munge if the machine has it; the ranks' PMIx may lack it."""
     arguments = ["--mpi=pmix", "--nodes=3", "env", "PMIX_SECURITY_MODE=munge,native"]
     train = [ROOT / "launch/rank", "train", "--config", cluster.config("quiet", 2)]
     command = list(map(str, ["srun", "-Q", *arguments, *train]))
@@ -263,7 +263,7 @@ def test_an_array_over_configurations(cluster):
     cluster.wait(job)
     assert len(cluster.losses("runs/first")) == len(cluster.losses("runs/second")) == 3
     assert "- two words\n  - '2'" in (cluster.work / "runs/second/config.yaml").read_text()
-    # An output file for each, by its number in the array.
+    # Each element has an output file, named by its number in the array.
     for element in (1, 2):
         assert "the 72 sequences of steps 1 to 3" in cluster.output(f"{job}_{element}")
 
@@ -286,7 +286,7 @@ def test_a_job_stopped_in_an_array_goes_on(cluster):
     stopped = len(cluster.rows(runs[1]))
     enough = lambda: all(len(cluster.rows(run)) > stopped + 10 for run in runs)  # noqa: E731
     wait_until(enough, explain=cluster.situation)
-    # The other element is left alone, though the last one bears the number of the whole.
+    # The other element is left alone, although the last one has the array's own number.
     assert [restarts(cluster, f"{job}_{k}") for k in (1, 2)] == [0, 1]
     cluster.call("scancel", job)
     cluster.wait(job)
@@ -323,13 +323,13 @@ def test_what_is_missing_is_said_in_a_line(cluster, options, arguments, environm
 
 
 def test_mpirun_where_srun_has_no_pmix(cluster, alone):
-    """And a site's own file, and a clone in another place."""
+    """Also with a site file, and a clone in another place."""
     path = script(cluster.folder / "no-pmix/srun", NO_PMIX.format(srun=shutil.which("srun"))).parent
     clone = cluster.clone("a clone", site=f"export PATH='{path}':$PATH\n")
     config = cluster.config("mpirun", ENDLESS)
     options = ["--nodes=2", "--ntasks=3"]
     job = cluster.submit(*options, script=clone / "slurm/train.sbatch", arguments=[config])
-    # It stops and goes on here, too: mpirun hands the signal on.
+    # It stops and resumes here too: mpirun passes the signal on.
     wait_until(lambda: len(cluster.rows("runs/mpirun")) > 30, explain=cluster.situation)
     cluster.call("scancel", "--batch", "--signal=USR1", job)
     wait_until(lambda: restarts(cluster, job) == 1, explain=cluster.situation)
@@ -343,7 +343,7 @@ def test_mpirun_where_srun_has_no_pmix(cluster, alone):
 
 
 def test_nodes_with_a_network_that_leads_nowhere(cluster):
-    """Each has a docker0 with the same address, as Docker makes it; Open MPI alone would fail."""
+    """Each has a docker0 with the same address, as with Docker; Open MPI alone would fail."""
     number = (cluster.state / "number").read_text().strip()
     for node in (1, 2):
         inside = ["ip", "-n", f"lockstep{number}-n{node}"]
@@ -357,7 +357,7 @@ def test_nodes_with_a_network_that_leads_nowhere(cluster):
         job = cluster.submit("--nodelist=n[1-2]", "--nodes=2", arguments=arguments)
         cluster.wait(job)
         assert len(cluster.losses("runs/docker")) == 2, cluster.output(job)
-        # What the user says stands.
+        # The user's setting is kept.
         chosen = {"OMPI_MCA_btl_tcp_if_include": "docker0", "NCCL_SOCKET_IFNAME": "lo"}
         command = ["srun", "--nodelist=n[1-2]", "--nodes=2", ROOT / "launch/rank"]
         cluster.environment["LOCKSTEP_BIN"] = shutil.which("env")
@@ -419,7 +419,7 @@ def test_compare_is_one_task_with_all_cores(cluster):
 
 
 def test_one_rank_for_each_gpu(gpu_cluster):
-    """The site wants two GPUs, and says so in its file."""
+    """The site's file asks for two GPUs."""
     cluster = gpu_cluster
     site = "export SBATCH_GPUS_PER_NODE=2 WORD='from the site'"
     clone = cluster.clone("clone", site=f"{site}\nmodule_that_fails\n")
@@ -439,7 +439,7 @@ def test_one_rank_for_each_gpu(gpu_cluster):
     job = cluster.submit("--ntasks=4", script=train, arguments=arguments)
     cluster.wait(job)
     assert cluster.output(job).count("1 CPUs, 1 threads") == 4
-    # Of another allocation's GPUs a job knows nothing.
+    # A job ignores the GPUs of another allocation.
     outer = ["salloc", "--nodes=1", "--gpus-per-node=1", "--ntasks=1"]
     options = ["--nodes=1", "--gpus-per-node=2"]
     said = cluster.call(*outer, "sbatch", "--parsable", *options, train, *arguments)
@@ -457,7 +457,7 @@ def test_shaped_links(cluster):
         return time.monotonic() - begin
 
     def megabytes_per_s():
-        """From one node to another, by the sender's clock, from its connection to the answer."""
+        """The rate from one node to another; the sender times from its connection to the answer."""
         inside = ["ip", "netns", "exec"]
         receiver = [*inside, f"lockstep{number}-n2", sys.executable, "-c", RECEIVE]
         with subprocess.Popen(receiver, stdout=subprocess.PIPE, text=True) as listener:
@@ -476,7 +476,7 @@ def test_shaped_links(cluster):
         delayed = cluster.launch("shape", "1gbit", "80ms")
         if "netem" in delayed.stderr:
             pytest.skip(f"NOT RUN, delayed links; rates were: {delayed.stderr.strip()}")
-        # One direction passes through the node's own interface.
+        # Only one direction passes through the node's own interface.
         assert round_trip_s() > 0.08
     finally:
         assert cluster.launch("shape", "off").returncode == 0
@@ -508,7 +508,7 @@ def test_cluster_verbs(cluster):
 
 
 def test_down_leaves_nothing_behind(nodes):
-    """Of a cluster beside the first."""
+    """Tested with a second cluster beside the first."""
     folder = nodes.folder / "short"
     folder.mkdir()
     cluster = start(folder, 2)

@@ -1,4 +1,4 @@
-"""A cluster of launch/cluster's, for the tests."""
+"""A cluster from launch/cluster, for the tests."""
 
 import contextlib
 import csv
@@ -22,20 +22,20 @@ train: {{steps: {steps}, eval_every: 0, save_every: {save_every}, keep_last: 2}}
 
 
 class Cluster:
-    """A cluster, and a folder that all its nodes see, with data and a clone of its own."""
+    """A cluster, and a folder that all its nodes see, with data and its own clone."""
 
     def __init__(self, folder, *size):
         self.folder = folder
         self.work = folder / "work folder"  # jobs are submitted from here, not from the clone
         self.work.mkdir()
-        # Each node has a /tmp of its own, and munged mistrusts other people's folders.
+        # Each node has its own /tmp, and munged mistrusts folders of other users.
         self.state = Path(tempfile.mkdtemp(prefix="lockstep-cluster-", dir="/var/tmp"))
         self.environment = {
             **{name: value for name, value in os.environ.items() if "SLURM" not in name},
             "LOCKSTEP_CLUSTER": str(self.state),
             "SLURM_CONF": str(self.state / "etc/slurm.conf"),
             "LOCKSTEP_BIN": str(BINARY),
-            # Three nodes share the machine's cores, and threads that wait must not hold them.
+            # Three nodes share the machine's cores, and waiting threads must not hold them.
             "OMP_NUM_THREADS": "1",
             "OMP_WAIT_POLICY": "passive",
         }
@@ -50,7 +50,7 @@ class Cluster:
         shutil.rmtree(self.state, ignore_errors=True)
 
     def call(self, *command):
-        """What a command prints. A question that a busy Slurm leaves unanswered is asked again."""
+        """What a command prints. A query that a busy Slurm does not answer is repeated."""
         command = list(map(str, command))
         deadline = time.monotonic() + 60
         while True:
@@ -73,7 +73,7 @@ class Cluster:
 
     @contextlib.contextmanager
     def own_environment(self, **variables):
-        """Changes of the environment last as long as this."""
+        """Undoes changes of the environment at the end of the block."""
         usual = self.environment
         self.environment = {**usual, **variables}
         try:
@@ -104,7 +104,7 @@ class Cluster:
         return "\n".join(path.read_text() for path in paths)
 
     def situation(self):
-        """What to know where something did not happen."""
+        """What helps to explain why something did not happen."""
         status = self.launch("status").stdout
         return f"{status}\n{self.call('scontrol', 'show', 'job')}\n{self.output()}"
 
@@ -116,13 +116,13 @@ class Cluster:
             return list(csv.DictReader(file))
 
     def losses(self, run):
-        """A run's losses as they stand in the file, in which each step must be once, in order."""
+        """A run's losses as written in the file, which must have each step once and in order."""
         rows = self.rows(run)
         assert [int(row["step"]) for row in rows] == list(range(1, len(rows) + 1))
         return [row["loss"] for row in rows]
 
     def clone(self, name, site=""):
-        """A clone with the scripts as they are, and a site file."""
+        """A clone with the unchanged scripts and a site file."""
         clone = self.folder / name
         for folder in ("launch", "slurm"):
             shutil.copytree(ROOT / folder, clone / folder)
@@ -146,7 +146,7 @@ def script(path, text):
 
 
 def start(folder, *size):
-    """A running cluster; skips the test where this machine cannot have one."""
+    """A running cluster; skips the test if this machine cannot run one."""
     cluster = Cluster(folder, *size)
     done = cluster.started
     if done.returncode == 2:

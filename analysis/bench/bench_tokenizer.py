@@ -6,9 +6,9 @@
     .venv/bin/python analysis/bench/bench_tokenizer.py TEXT --gpt2 data/sample-gpt2/tokenizer.json
 
 Trains BPE of --vocab-size tokens on TEXT and encodes TEXT with GPT-2's vocabulary, with one thread
-and with all cores, reading and start-up not counted. The programs take turns for --rounds rounds;
-printed are medians, their range, MB/s, and how many times faster Lockstep is. All must find the
-same number of GPT-2 ids.
+and with all cores, reading and start-up not counted. The programs take turns for --rounds rounds.
+It prints medians, their range, MB/s, and how many times faster Lockstep is. All programs must find
+the same number of GPT-2 ids.
 """
 
 import argparse
@@ -55,11 +55,11 @@ def time_huggingface(args: argparse.Namespace) -> dict:
 
 
 def time_tiktoken(args: argparse.Namespace) -> dict:
-    """Seconds of tiktoken's encoder, its ranks taken from the tokenizer.json: it has no trainer."""
+    """Seconds of tiktoken's encoder, with ranks from the tokenizer.json: it has no trainer."""
     import tiktoken
     from tokenizers.pre_tokenizers import ByteLevel
 
-    # The characters that stand for bytes: printing ones for themselves, the others from U+0100 on.
+    # The characters that represent bytes: printing ones themselves, the others from U+0100 on.
     chars = {byte: chr(byte) for byte in range(256) if chr(byte) in ByteLevel.alphabet()}
     others = [byte for byte in range(256) if byte not in chars]
     chars |= {byte: chr(256 + at) for at, byte in enumerate(others)}
@@ -82,7 +82,7 @@ def time_tiktoken(args: argparse.Namespace) -> dict:
 
 
 def run(program: str, threads: int, args: argparse.Namespace) -> dict:
-    """One measurement in a process of its own, which holds to the number of threads."""
+    """One measurement in a separate process, which is limited to this number of threads."""
     command = [args.example, args.text, str(args.vocab_size)]
     if program != "lockstep":
         command = [sys.executable, __file__, args.text, "--gpt2", args.gpt2]

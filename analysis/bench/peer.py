@@ -1,16 +1,16 @@
-"""The same run in ordinary PyTorch, to compare Lockstep with.
+"""Does the same run in ordinary PyTorch, to compare with Lockstep.
 
-Reads a Lockstep configuration and the data folder that it names, and trains the same model the way
-it is usually written: an nn.Module, logits of the whole batch, F.cross_entropy, torch.optim.AdamW.
-One process, the whole batch at once. train.csv and eval.csv have Lockstep's columns, so
-analysis/plot.py draws both runs in one picture; what PyTorch does not know stays empty.
+Reads a Lockstep configuration and the data folder that it names, and trains the same model as it is
+usually written: an nn.Module, logits of the whole batch, F.cross_entropy, torch.optim.AdamW.
+One process takes the whole batch at once. train.csv and eval.csv have Lockstep's columns, so
+analysis/plot.py can draw both runs in one picture; cells that PyTorch cannot fill stay empty.
 
     .venv/bin/python analysis/bench/peer.py --config configs/wikitext2.yaml --out runs/peer
 
 It needs the data folder that `lockstep prepare` wrote, and all of PyTorch, which `launch/setup
 --cuda` installs, with or without a GPU: the LibTorch for CPUs lacks libraries that Python loads.
 
-Weights, sample order and dropout come from other generators than Lockstep's: alike, not equal.
+Weights, sample order and dropout come from generators other than Lockstep's: alike, not equal.
 B sequences, T positions, C channels, H heads, V tokens in the vocabulary.
 """
 
@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from presets import presets
 
-# torch and yaml are imported late: the reader and the schedule do without.
+# torch and yaml are imported late: the reader and the schedule do not need them.
 # The keys that are read, with Lockstep's defaults.
 # fmt: off
 DEFAULTS = {
@@ -52,7 +52,7 @@ IGNORED = -100  # F.cross_entropy's mark of a target that does not count
 
 
 def parse(text):
-    """YAML; JSON alone needs no library, which a machine may lack."""
+    """Parses YAML. JSON needs no YAML library, which a machine may lack."""
     try:
         return json.loads(text)
     except ValueError:
@@ -87,7 +87,7 @@ class Split:
     """
 
     def __init__(self, path, layout, block_size, tail=False):
-        # Magic, version, token width, tokens, lines, words. All else is for Lockstep to check.
+        # Magic, version, token width, tokens, lines, words. Lockstep checks everything else.
         header = np.fromfile(path, np.dtype("S8,<u4,<u4,<u8,<u8,<u8"), 1).tolist()
         if not header or header[0][:2] != (b"LOCKSTEP", 1):
             sys.exit(f"{path}: not a Lockstep shard of version 1; make it with lockstep prepare")
@@ -103,7 +103,7 @@ class Split:
         offsets = np.fromfile(path, "<u8", n_lines + 1, offset=at).astype(np.int64)
         first, end = offsets[:-1], offsets[1:]
         n_pieces = -(-(end - first) // block_size)
-        line = np.repeat(np.arange(n_lines), n_pieces)  # of each piece, as all that follow
+        line = np.repeat(np.arange(n_lines), n_pieces)  # of each piece, like all that follow
         number_in_line = np.arange(len(line)) - np.repeat(np.cumsum(n_pieces) - n_pieces, n_pieces)
         starts = first[line] + block_size * number_in_line
         lengths = np.minimum(block_size, end[line] - starts) - 1
@@ -121,7 +121,7 @@ class Split:
 
 
 def shuffled(n_samples, batch_size, seed):
-    """Sample numbers of one batch after another, each epoch in an order of its own."""
+    """Sample numbers of one batch after another, in a different order each epoch."""
     generator = np.random.default_rng(seed)
     queue = generator.permutation(n_samples)
     while True:
@@ -132,7 +132,7 @@ def shuffled(n_samples, batch_size, seed):
 
 
 def learning_rate(config, step):
-    """The learning rate of step 1, 2, ..., as Lockstep's train/schedule.rs has it."""
+    """The learning rate of step 1, 2, ..., as in Lockstep's src/optim/schedule.rs."""
     lr, warmup, steps = config["optim.lr"], config["optim.warmup_steps"], config["train.steps"]
     schedule, decay = config["optim.schedule"], config["optim.decay_steps"]
     if step < warmup:
@@ -148,7 +148,7 @@ def learning_rate(config, step):
 
 
 def build_model(config, vocab_size):
-    """The model, with its initial weights. Its classes stand inside because torch comes late."""
+    """The model with its initial weights. Its classes are local because torch is imported late."""
     import torch
     from torch import nn
 
@@ -215,7 +215,7 @@ def build_model(config, vocab_size):
 
 
 def objective(nll, targets, kind):
-    """The loss to go down, from (B, T) of each."""
+    """The loss to minimise, from the negative log-likelihoods (B, T) of all targets."""
     counted = targets != IGNORED
     if kind == "sequence_mean":
         return (nll.sum(dim=1) / counted.sum(dim=1)).mean()
@@ -261,13 +261,13 @@ class Run:
         self.training = Split(folder / "train.bin", *cut)
         self.validation = Split(folder / "valid.bin", *cut, tail=True)
         self.model = build_model(config, meta["vocab_size"]).to(self.device)
-        # Matrices of linear layers decay, all else does not; a tied head is an embedding.
+        # Only matrices of linear layers decay; a tied head counts as an embedding.
         groups = [{"params": [], "weight_decay": d} for d in (0.0, config["optim.weight_decay"])]
         for name, p in self.model.named_parameters():
             groups[p.dim() == 2 and name not in ("wte.weight", "wpe.weight")]["params"].append(p)
         betas, eps = config["optim.betas"], config["optim.eps"]
         self.optimizer = torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
-        # Evaluation, whose batches vary in shape, stays with the model that is not compiled.
+        # Evaluation uses the model that is not compiled, because its batches vary in shape.
         self.forward = torch.compile(self.model) if compile_model else self.model
         out.mkdir(parents=True, exist_ok=True)
         (out / "train.csv").write_text(TRAIN_HEADER)
@@ -279,7 +279,7 @@ class Run:
         return [self.torch.from_numpy(array).to(self.device) for array in arrays]
 
     def now(self):
-        """Seconds, once the device has done what it was told."""
+        """The time in seconds, once the device has finished its work."""
         if self.device == "cuda":
             self.torch.cuda.synchronize()
         return time.perf_counter()
@@ -290,7 +290,7 @@ class Run:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # Linux counts in KiB
 
     def train(self):
-        """All steps with their evaluations; the figures to report, by name."""
+        """Runs all steps with their evaluations; returns the figures to report, by name."""
         config, optimizer, lengths = self.config, self.optimizer, self.training.lengths
         clip, limit = self.torch.nn.utils.clip_grad_norm_, config["optim.grad_clip"] or math.inf
         batches = shuffled(len(lengths), config["data.batch_size"], config["seed"])
@@ -334,7 +334,7 @@ class Run:
         return figures | self.evaluate(config["train.steps"])
 
     def evaluate(self, step):
-        """Token mean over the validation split, to eval.csv; its figures by name."""
+        """Writes the token mean over the validation split to eval.csv; returns figures by name."""
         began, split, size = self.now(), self.validation, self.config["data.batch_size"]
         total, count = 0.0, int(split.lengths.sum())
         self.model.eval()

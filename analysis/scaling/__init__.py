@@ -1,4 +1,4 @@
-"""How far Lockstep scales: the cost of a step, fitted to runs, checked on others, and drawn.
+"""How far Lockstep scales: the cost of a step, fitted to some runs, checked on others, and drawn.
 
 `runs` reads run directories, `cost` is the model of a step, `fit` fits it to runs, `clusters` holds
 published figures of GPUs and links, `draw` makes the pictures, `command` is the command line.

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-# So that this folder is a package beside plot.py, wherever the command is given.
+# Makes this folder a package beside plot.py, from whatever folder the command is run.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scaling.command import main

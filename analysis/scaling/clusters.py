@@ -1,7 +1,7 @@
 """GPU clusters on paper: cost.py with published figures of GPUs and links, not fitted ones.
 
-Nothing here was measured by Lockstep. Each figure is published, and its source stands beside it, or
-is an assumption, and is listed in ASSUMPTIONS.
+Nothing here was measured by Lockstep. Each figure is either published, with its source beside it,
+or an assumption listed in ASSUMPTIONS.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .cost import (
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of GPU, in nodes of eight, and its links. Rates are a GPU's, in one direction."""
+    """A kind of GPU, in nodes of eight, and its links. Rates are per GPU, in one direction."""
 
     name: str
     # Dense bf16, without sparsity.
@@ -34,7 +34,7 @@ class Kind:
     memory_bytes: float
     # NVLink as NCCL counts it: links times what one carries in practice (src/graph/topo.h).
     nvlink_bytes: float
-    # The network adapters of the node, as published, divided by its GPUs.
+    # The published rate of the node's network adapters, divided by its GPUs.
     network_bytes: float
     source: str
 
@@ -153,7 +153,7 @@ def machine(kind: Kind, model: Model, algorithm: str = "best") -> Machine:
 
 
 def setting(n: int, batch_size: int, overlap: bool, zero1: bool, gradient_bytes: int) -> Setting:
-    """N ranks with an equal share each, in micro-batches as `auto` chooses them."""
+    """N ranks with equal shares, in the micro-batches that `auto` chooses."""
     share = batch_size // n
     return Setting(
         world_size=n,
@@ -175,9 +175,9 @@ def sweep(
     zero1: bool = False,
     gradient_bytes: int = 4,
 ) -> pd.DataFrame:
-    """Steps on 8 to 16,384 GPUs: with as many sequences for each (`weak`), or for all (`strong`).
+    """Steps on 8 to 16,384 GPUs, with a fixed batch for each GPU (`weak`) or for all (`strong`).
 
-    Efficiency is the throughput of a GPU, as a share of one that works alone on as many sequences
+    Efficiency is the throughput of a GPU, as a share of that of a GPU alone with as many sequences
     (`weak`), or of one of the first eight (`strong`).
     """
     costs = machine(kind, model, algorithm)
@@ -214,9 +214,9 @@ def sweep(
 
 
 def loses_most(costs: Machine, model: Model, split: Setting, scaling: str) -> str:
-    """What takes the most from the efficiency: what is gained by doing without each cost in turn.
+    """What costs the most efficiency, found by leaving out each cost in turn.
 
-    A GPU alone launches kernels and updates weights, too: in weak scaling they cost nothing.
+    A single GPU also launches kernels and updates weights, so in weak scaling these cost nothing.
     """
     link = costs.link
     at_once = tuple((name, 0.0, 0.0, 0.0, share) for name, *_, share in link.protocols)
@@ -233,7 +233,7 @@ def loses_most(costs: Machine, model: Model, split: Setting, scaling: str) -> st
 
 
 def failures(model: Model, n: int) -> dict[str, float]:
-    """The checkpoint interval that loses least, and the share of time that is then kept."""
+    """The checkpoint interval that loses least, and the share of time that it keeps."""
     # Weights and two moments, fp32, written by rank 0.
     pause = 12 * model.parameters / ASSUMPTIONS["bytes per second into storage, from one rank"]
     mtbf = 3600 * GPU_HOURS_BETWEEN_FAILURES / n
@@ -249,7 +249,7 @@ def failures(model: Model, n: int) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Study:
-    """What the model says of one preset: a table of sweep's for each curve, by label."""
+    """The model's predictions for one preset: a table from `sweep` for each curve, by label."""
 
     preset: str
     ways: dict[str, pd.DataFrame]
@@ -258,7 +258,7 @@ class Study:
     zero1: pd.DataFrame
 
     def parts(self) -> dict[str, dict[str, pd.DataFrame]]:
-        """The curves by title, a picture each."""
+        """The curves of each picture, by title."""
         h100 = REFERENCE.name
         return {
             f"{self.preset} on {h100}, {EACH} sequences a GPU": self.ways,
@@ -295,7 +295,7 @@ def study(name: str, gradient_bytes: int) -> Study:
 
 
 def bends(table: pd.DataFrame) -> str:
-    """Where a curve falls below nine tenths and below a half, and why, in words."""
+    """Where a curve falls below nine tenths and below a half, and why, as text."""
     found = []
     for share in (0.9, 0.5):
         low = table[table["efficiency"] < share]

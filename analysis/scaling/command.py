@@ -151,7 +151,7 @@ def count(text: str) -> int:
 
 
 def parse(given: list[str] | None) -> argparse.Namespace:
-    """The command line: what was given, or the process's own."""
+    """Parses the given command line, by default the process's own."""
     parser = argparse.ArgumentParser(
         prog="analysis/scaling",
         description="Measures, models and predicts how Lockstep scales.",

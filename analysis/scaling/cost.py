@@ -3,11 +3,11 @@
 A step is data loading, compute, communication that compute did not hide, and the update:
 
 - compute is linear in the sequences of a rank, plus a fixed part;
-- gradients travel in buckets of the flat buffer, which lies in the order in which the backward pass
+- gradients travel in buckets of the flat buffer, which has the order in which the backward pass
   finishes: head, final norm, blocks from last to first, positions, token embedding. A bucket is
-  ready once its last gradient is, and the link serves one bucket after another; what is left when
-  the compute ends is exposed. Gradients of several micro-steps are summed first: only the last one
-  overlaps;
+  ready once its last gradient is, and the link serves one bucket after another. What is left when
+  the compute ends is exposed. Gradients of several micro-steps are summed first, so only the last
+  micro-step overlaps;
 - under ZeRO-1 the gradients are scattered, each rank updates its part, the weights are gathered;
 - on CPUs the communication thread takes time from the compute, in proportion to its bytes.
 
@@ -30,7 +30,7 @@ MPI_MESSAGE_BYTES = 16 * MIB
 
 @dataclass(frozen=True)
 class Model:
-    """A GPT's shape: what its gradients weigh, and when each is ready."""
+    """A GPT's shape: how large its gradients are, and when each is ready."""
 
     n_layer: int
     n_embd: int
@@ -44,8 +44,8 @@ class Model:
     def segments(self) -> list[tuple[str, int, float, float]]:
         """(name, parameters, forward FLOP a token, backward FLOP a token), in the buffer's order.
 
-        The head's forward pass counts as backward: head and loss are one function that leaves the
-        gradients behind, so its whole time lies after the last block's forward pass.
+        The head's forward pass counts as backward: head and loss are one function that also
+        computes the gradients, so its whole time comes after the last block's forward pass.
         """
         c, bias = self.n_embd, int(self.bias)
         head = self.vocab_size * c
@@ -152,8 +152,8 @@ class MpiLink:
 class NcclLink:
     """NCCL on nodes of several GPUs: the better of ring and tree, or the one that is named.
 
-    `protocols` has a row for each way that NCCL can go: algorithm, seconds to start, seconds for
-    each hop within a node, seconds for each hop between nodes, share of the bandwidth. The
+    `protocols` has a row for each way that NCCL can choose: algorithm, seconds to start, seconds
+    for each hop within a node, seconds for each hop between nodes, share of the bandwidth. The
     bandwidth is that of a GPU's links within the node, or of all network adapters of a node
     together, since NCCL builds a ring for each of them.
     """
@@ -175,7 +175,7 @@ class NcclLink:
         return min(times)
 
     def half(self, size: float, n: int) -> float:
-        """Reduce-scatter or all-gather of `size` bytes, for which NCCL has rings only."""
+        """Reduce-scatter or all-gather of `size` bytes, for which NCCL has only rings."""
         if n == 1:
             return 0.0
         return min(self._ring(size, n, row, 1) for row in self.protocols if row[0] == "ring")
@@ -216,14 +216,14 @@ class Machine:
     optimizer_per_parameter: float = 0.0
     data_fixed: float = 0.0
     data_per_sequence: float = 0.0
-    # Of the collective that ends a step, for each doubling of the ranks.
+    # Seconds of the collective that ends a step, for each doubling of the ranks.
     sync: float = 0.0
     # Compute lost to the communication thread for each byte that it sends meanwhile.
     slow_down_per_byte: float = 0.0
-    # Standard deviation of a rank's compute, as a share of it: all wait for the slowest.
+    # Standard deviation of a rank's compute, as a share of it; all ranks wait for the slowest.
     jitter: float = 0.0
-    # Where all ranks share one machine: how many run at once, and by what share each is then
-    # slower than alone.
+    # If all ranks share one machine: how many run at once, and how much slower each is then, as a
+    # share of its time alone.
     ranks_at_once: float = math.inf
     crowding: float = 0.0
 
@@ -251,7 +251,7 @@ class Step:
 
 
 def finish(ready: np.ndarray, durations: np.ndarray) -> float:
-    """When a link that serves one bucket after another is done with the last one."""
+    """When a link that serves one bucket after another finishes the last one."""
     end = 0.0
     for start, duration in np.column_stack([ready, durations]):
         end = max(end, start) + duration
@@ -312,7 +312,7 @@ def step(model: Model, setting: Setting, machine: Machine) -> Step:
 
 
 def young(pause: float, mtbf: float) -> float:
-    """The interval between checkpoints that loses least, to first order (Young 1974)."""
+    """The checkpoint interval that loses least, to first order (Young 1974)."""
     return math.sqrt(2 * pause * mtbf)
 
 
@@ -327,9 +327,9 @@ def daly(pause: float, mtbf: float) -> float:
 def useful_share(interval: float, pause: float, mtbf: float, restart: float) -> float:
     """The share of wall time that goes into training that is kept (Daly 2006).
 
-    A checkpoint of `pause` seconds follows each `interval` of training. Failures strike at random,
-    one in `mtbf` seconds on average, in checkpoints and restarts, too; `restart` is from a failure
-    to the first step after it.
+    A checkpoint of `pause` seconds follows each `interval` of training. Failures occur at random,
+    one in `mtbf` seconds on average, also during checkpoints and restarts. `restart` is the time
+    from a failure to the first step after it.
     """
     lost = mtbf * math.exp(restart / mtbf) * math.expm1((interval + pause) / mtbf)
     return interval / lost

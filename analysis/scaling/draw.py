@@ -16,14 +16,14 @@ from .cost import Model, useful_share
 
 
 def adorn(axes: Axes, **legend) -> None:
-    """What all of them have: a legend and a grid, and no frame."""
+    """Gives a picture what they all have: a legend, a grid, and no frame."""
     axes.legend(frameon=False, **legend)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def adorn_shares(axes: Axes, title: str, x: str, y: str) -> None:
-    """For one picture of several, whose curves are shares of a whole."""
+    """For one of several pictures, whose curves are shares of a whole."""
     axes.set_title(title, loc="left", fontsize=10)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.set_ylim(0, 1.03)
@@ -67,7 +67,7 @@ def buckets(measured: pd.DataFrame, path: Path) -> None:
 
 
 def clusters(study: Study, path: Path) -> None:
-    """Draws what the model says of GPU clusters."""
+    """Draws what the model predicts for GPU clusters."""
     figure, axes = plt.subplots(2, 2, figsize=(13, 9.5), layout="constrained")
     figure.suptitle(
         f"Modelled, not measured: data parallel training of {study.preset} from published figures, "
@@ -96,7 +96,7 @@ def clusters(study: Study, path: Path) -> None:
 def efficiency(axes: Axes, tables: dict[str, pd.DataFrame], title: str) -> None:
     """Efficiency by number of GPUs, with a mark where a curve falls below nine tenths."""
     for index, (label, table) in enumerate(tables.items()):
-        # Thinner and thinner, so that curves that coincide can be told apart.
+        # Ever thinner, so that curves that coincide stay distinguishable.
         style = {"color": COLORS[index], "linewidth": 3.2 - 0.6 * index}
         low = table[table["efficiency"] < 0.9]
         if not low.empty:

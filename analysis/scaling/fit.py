@@ -1,4 +1,4 @@
-"""Fits the parameters of cost.py to measured runs, and says how far a prediction is off."""
+"""Fits the parameters of cost.py to measured runs, and tells how far off a prediction is."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import numpy as np
 from .cost import Machine, MpiLink, Step, step
 from .runs import PARTS, Run
 
-# A prediction holds if step_ms and comm_exposed_ms are as near to the measurement as this share of
-# it. Where little is exposed, its error counts as a share of a tenth of the step: a median cannot
-# be told from its noise more closely than that.
+# A prediction holds if step_ms and comm_exposed_ms are within this share of the measurement. If
+# little is exposed, its error counts as a share of a tenth of the step: the noise of a median does
+# not allow more precision.
 BOUND = 0.10
 LEAST_EXPOSED = 0.10
 
@@ -57,7 +57,7 @@ def errors(predicted: dict[str, float], measured: dict[str, float]) -> dict[str,
 
 
 def residuals(runs: list[Run], values: dict[str, float], ranks_at_once: float) -> np.ndarray:
-    """What a fit makes small: the judged errors, and those of the other parts, as shares."""
+    """What a fit minimises: the judged errors, and those of the other parts, as shares."""
     found = []
     for run in runs:
         predicted = milliseconds(step(run.model, run.setting, machine(values, ranks_at_once)))
@@ -70,9 +70,9 @@ def residuals(runs: list[Run], values: dict[str, float], ranks_at_once: float) -
 def fit(runs: list[Run], ranks_at_once: float) -> tuple[dict[str, float], dict[str, float]]:
     """The parameters that predict `runs` best, and each one's standard error as a share of it.
 
-    Least squares by Levenberg's and Marquardt's method, in the parameters' logarithms, so that none
+    Least squares by Levenberg's and Marquardt's method, in the parameters' logarithms, so none
     becomes negative. The times of links differ by orders of magnitude, and buckets that overlap
-    hide them in part, so that the search begins at several places.
+    hide them in part, so the search begins at several places.
     """
     best = None
     for latency in (1e-4, 1e-2):
@@ -99,7 +99,7 @@ def descend(runs: list[Run], start: dict[str, float], ranks_at_once: float) -> t
 
     def evaluate(at: np.ndarray) -> np.ndarray:
         values = dict(zip(PARAMETERS, np.exp(np.clip(at, -40, 10))))  # noqa: B905  # Python 3.9
-        # A weak pull to the start settles what these runs say nothing about.
+        # A weak pull to the start fixes what these runs do not determine.
         return np.append(residuals(runs, values, ranks_at_once), 1e-4 * (at - origin))
 
     def slopes_at(at: np.ndarray, here: np.ndarray) -> np.ndarray:

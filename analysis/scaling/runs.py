@@ -18,7 +18,7 @@ PARTS = ["data_ms", "compute_ms", "comm_exposed_ms", "optimizer_ms"]
 
 COLUMNS = ["step", "step_ms", *PARTS, "world_size"]
 
-# Rows after the warm-up that a median needs.
+# A median needs this many rows after the warm-up.
 LEAST_ROWS = 5
 
 
@@ -37,7 +37,7 @@ class Run:
 
 
 def read_run(folder: Path, warm_up: int, vocab_size: int | None) -> Run:
-    """Reads a run directory. Raises Unusable where it is not one, or has too few rows."""
+    """Reads a run directory. Raises Unusable if it is not one or has too few rows."""
     if not folder.is_dir():
         raise Unusable(f"{folder} is not a folder; name a run directory, such as runs/sample")
     path = folder / "train.csv"
@@ -73,9 +73,9 @@ def read_run(folder: Path, warm_up: int, vocab_size: int | None) -> Run:
 
 
 def read_config(folder: Path, world_size: int, vocab_size: int | None) -> tuple[Model, Setting]:
-    """What config.yaml says of the model and of how its step was split.
+    """The model, and how its step was split, from config.yaml.
 
-    A run from before there were buckets summed the whole gradient after the backward pass.
+    A run from before buckets existed summed the whole gradient after the backward pass.
     """
     path = folder / "config.yaml"
     try:
@@ -136,7 +136,7 @@ def read_vocab_size(folder: Path) -> int:
 
 
 def read_runs(folders: list[Path], warm_up: int, vocab_size: int | None) -> list[Run]:
-    """Reads runs that one fit can hold: no run twice, all of one model."""
+    """Reads runs for one fit: no run twice, and all of the same model."""
     runs = [read_run(folder, warm_up, vocab_size) for folder in folders]
     for index, run in enumerate(runs):
         for other in runs[:index]:

@@ -1,4 +1,4 @@
-"""Gives command lines to the programs here."""
+"""Runs the command lines of the programs here."""
 
 import contextlib
 import io
@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 
 def call(main, *arguments):
-    """Runs a program's `main` in this process, which is faster than to start another one."""
+    """Runs a program's `main` in this process, which is faster than starting another one."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -19,6 +19,6 @@ def call(main, *arguments):
 
 
 def started(program, *arguments, cwd=None):
-    """Runs it as users do."""
+    """Runs a program as users do."""
     command = [sys.executable, program, *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)

@@ -35,7 +35,7 @@ def h100(algorithm="best"):
 
 
 def test_the_layout_is_gpt2s():
-    # The published number of parameters, and the head ends the buffer only where it is tied.
+    # The published number of parameters; the head ends the buffer only if it is tied.
     assert GPT2.parameters == 124_439_808
     untied = replace(GPT2, tied_head=False)
     assert untied.parameters == 124_439_808 + 50257 * 768
@@ -47,7 +47,7 @@ def test_the_layout_is_gpt2s():
 
 
 def test_the_flop_of_a_token_are_those_of_train_csv():
-    # 6 N + 12 L C T, where N leaves out the embeddings' tables but not the head; final norm aside.
+    # 6 N + 12 L C T, with N without the embedding tables but with the head; final norm aside.
     n = GPT2.parameters - 1024 * 768 - 2 * 768
     assert GPT2.flop_per_token == pytest.approx(6 * n + 12 * 12 * 768 * 1024, rel=1e-9)
     assert replace(GPT2, recompute=True).flop_per_token == GPT2.flop_per_token
@@ -125,7 +125,7 @@ def test_properties_of_a_step(setting):
     # More bandwidth and less latency never make it slower.
     for better in (replace(LINK, byte_s=LINK.byte_s / 2), replace(LINK, latency=1e-3)):
         assert step(NANO, setting, replace(MACHINE, link=better)).total <= whole.total
-    # Overlap never makes it slower, where the communication thread takes no time from the compute.
+    # Overlap never makes it slower if the communication thread takes no time from the compute.
     if setting.overlap:
         after = step(NANO, replace(setting, overlap=False), MACHINE)
         assert whole.total <= after.total + 1e-12
@@ -143,8 +143,8 @@ def test_properties_of_a_step(setting):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_last_buckets_cannot_be_hidden(tied):
-    # However long the compute, what the backward pass finishes last comes after it: the first
-    # block, and the embedding.
+    # However long the compute takes, the gradients that the backward pass finishes last are sent
+    # after it: those of the first block and the embedding.
     model = replace(NANO, tied_head=tied)
     sizes = cost.bucket_sizes(model.parameters, 0.1)
     early = model.ready()[-4][0]
@@ -159,7 +159,7 @@ def test_only_the_last_micro_step_hides_communication():
     settings = [Setting(2, 24, accumulation, bucket_mib=0.1) for accumulation in (1, 2, 1000)]
     hidden = [step(NANO, setting, MACHINE).hidden for setting in settings]
     assert hidden[0] > hidden[1] > hidden[2]
-    # In a thousandth of the compute there is time for next to nothing.
+    # A thousandth of the compute leaves time for next to nothing.
     assert hidden[2] < 0.01 * hidden[0]
 
 
@@ -174,7 +174,7 @@ def test_zero1_divides_the_optimizer_and_gathers_the_weights():
         for zero1 in (False, True)
     )
     assert parts.optimizer == pytest.approx(whole.optimizer / 4)
-    # The weights are gathered bucket by bucket, too: two halves of an all-reduce.
+    # The weights are also gathered bucket by bucket: two halves of an all-reduce.
     assert parts.exposed == pytest.approx(whole.exposed)
 
 
@@ -202,7 +202,7 @@ def test_a_pause_beyond_reason_does_not_break_the_formulas():
 
 
 def simulated_share(interval, pause, mtbf, restart, seed, segments=4000):
-    """The share of wall time kept, by playing out failures."""
+    """The share of wall time kept, from simulated failures."""
     rng = np.random.default_rng(seed)
     wall, next_failure = 0.0, rng.exponential(mtbf)
     for _ in range(segments):
@@ -226,7 +226,7 @@ def test_the_checkpoint_interval_against_a_simulation(pause, mtbf, restart):
     best = cost.daly(pause, mtbf)
     expected = cost.useful_share(best, pause, mtbf, restart)
     assert simulated_share(best, pause, mtbf, restart, seed=7) == pytest.approx(expected, rel=0.02)
-    # By brute force, no interval keeps noticeably more; half and twice as long keep less.
+    # By brute force, no interval keeps noticeably more, and half or twice as long keeps less.
     shares = {
         interval: np.mean(
             [simulated_share(interval, pause, mtbf, restart, seed) for seed in range(8)]
@@ -236,7 +236,7 @@ def test_the_checkpoint_interval_against_a_simulation(pause, mtbf, restart):
     assert max(shares, key=shares.get) == pytest.approx(best, rel=0.45)
     assert shares[best] > 1.005 * shares[best * 0.4]
     assert shares[best] > 1.005 * shares[best * 2.5]
-    # And the formula's own optimum is where Daly's series says, to a part in a hundred.
+    # The formula's own optimum agrees with Daly's series to one percent.
     grid = best * np.linspace(0.5, 2, 3001)
     found = max(grid, key=lambda each: cost.useful_share(each, pause, mtbf, restart))
     assert best == pytest.approx(found, rel=0.01)

@@ -69,7 +69,7 @@ def test_an_epoch_sees_every_sample_once():
     assert next(peer.shuffled(10, 4, seed=1)).tolist() == drawn[:4].tolist()
 
 
-# The same points as in src/train/schedule.rs.
+# The same points as in src/optim/schedule.rs.
 @pytest.mark.parametrize(
     ("schedule", "decay_steps", "points"),
     [

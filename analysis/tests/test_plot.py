@@ -51,7 +51,7 @@ def is_png(path):
 
 
 def refused(*arguments):
-    """What plot.py says of CSVs that it cannot draw: one line, and exit code 3."""
+    """What plot.py prints about CSVs that it cannot draw: one line, with exit code 3."""
     result = draw(*arguments)
     assert result.returncode == 3, result.stderr
     assert result.stderr.count("\n") == 1, result.stderr
@@ -68,7 +68,7 @@ def test_one_run_is_drawn_into_its_own_folder(run):
 
 
 def test_several_runs_are_drawn_into_the_working_folder(run, tmp_path, monkeypatch):
-    # Of the same name, in another folder.
+    # The same name in another folder.
     other = make_run(tmp_path / "other/sample")
     monkeypatch.chdir(tmp_path)
     result = draw(run, other)

@@ -49,7 +49,7 @@ HELD_OUT = [(2, 24, 2, True), (2, 36, 25, True), (3, 24, 2, False), (3, 36, 2, T
 
 
 def config(batch=24, bucket=25, overlap=True, zero1=False, **changes):
-    """A resolved configuration, as `lockstep train` writes it, in part."""
+    """Part of a resolved configuration, as `lockstep train` writes it."""
     resolved = {
         "name": "synthetic",
         "data": {"block_size": 64, "batch_size": batch, "micro_batch": "auto"},
@@ -96,7 +96,7 @@ def scaling(*arguments):
 
 
 def refused(*arguments):
-    """What it says of runs that it cannot use: one line, and exit code 3."""
+    """What it prints about runs that it cannot use: one line, with exit code 3."""
     result = scaling(*arguments)
     assert result.returncode == 3, result.stderr
     assert result.stderr.count("\n") == 1, result.stderr
@@ -106,7 +106,7 @@ def refused(*arguments):
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """A folder with a fit, and runs that it has not seen."""
+    """A folder with a fit, and runs that the fit has not seen."""
     folder = tmp_path_factory.mktemp("cluster")
     seen = [synthetic(folder / f"seen-{i}", *case) for i, case in enumerate(FITTED)]
     for i, case in enumerate(HELD_OUT):
@@ -128,11 +128,11 @@ def test_a_fit_finds_the_machine(cluster):
         assert found[name] == pytest.approx(TRUTH[name], rel=0.06), name
     for name in ("compute_fixed", "crowding", "crowd_latency", "slow_down_per_byte", "byte_s"):
         assert found[name] == pytest.approx(TRUTH[name], rel=0.25), name
-    # What two ranks need for a byte is known better than its two causes.
+    # The time for a byte between two ranks is known better than its two causes.
     between_two = [each["byte_s"] + each["work_per_byte"] for each in (found, TRUTH)]
     assert between_two[0] == pytest.approx(between_two[1], rel=0.06)
     assert record["bandwidth_gbit_s"] == pytest.approx(1, rel=0.25)
-    # Paths of the machine that fitted are no part of what is known of a run.
+    # The fit's record of a run holds no paths of the machine.
     assert len(record["runs"]) == len(FITTED)
 
 
@@ -154,7 +154,8 @@ def test_what_the_runs_do_not_say_is_told(tmp_path):
     result = scaling("fit", *runs)
     assert result.returncode == 0, result.stderr
     unknown = json.loads(result.stdout)["not_determined"]
-    # Without overlap nothing slows the compute; on a cluster of its own no rank waits for a core.
+    # Without overlap nothing slows the compute; if each rank has its own machine, none waits for a
+    # core.
     assert {"slow_down_per_byte", "crowd_latency", "crowding"} <= set(unknown)
     assert not {"latency", "compute_per_sequence", "optimizer_per_parameter"} & set(unknown)
     assert "these runs do not determine" in result.stderr

@@ -1,11 +1,11 @@
-//! Whether two runs have done the same, bit for bit. All tests that compare runs do it here.
+//! Whether two runs did the same, bit for bit. All tests that compare runs use this.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::{rows, snapshot};
 
-/// The columns of each log that do not tell the time.
+/// The columns of each log that do not depend on time.
 const CURVES: [(&str, &[&str]); 2] = [
     ("train.csv", &["step", "tokens", "loss", "ppl", "lr", "grad_norm", "world_size"]),
     ("eval.csv", &["step", "split", "loss", "ppl", "word_ppl", "tokens"]),
@@ -35,14 +35,14 @@ pub fn assert_learnt_alike(found: &Path, expected: &Path) {
     assert_equal(&found, &expected);
 }
 
-/// Asserts that nothing but times tells two runs apart: as [`assert_learnt_alike`], and every checkpoint and sample.
+/// Asserts that two runs differ only in times: as [`assert_learnt_alike`], but also every checkpoint and sample.
 #[track_caller]
 pub fn assert_alike(found: &Path, expected: &Path) {
     assert_learnt_alike(found, expected);
     assert_equal(&outcome(found), &outcome(expected));
 }
 
-/// The files of a run that do not tell the time.
+/// The files of a run that do not depend on time.
 fn outcome(run: &Path) -> BTreeMap<String, Vec<u8>> {
     let mut files = snapshot(run);
     files.retain(|name, _| name == "best.json" || name.starts_with("samples/") || name.ends_with(".safetensors"));

@@ -1,4 +1,4 @@
-//! The documents for users, as `tests/quick/documents.rs` and `tests/full/documents.rs` read them.
+//! The documents for users, for `tests/quick/documents.rs` and `tests/full/documents.rs`.
 
 use std::fs;
 use std::path::Path;
@@ -8,7 +8,7 @@ pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// Their names, from the clone: README.md first, since the others' commands go on from its own, and then the guide.
+/// Their paths in the clone: README.md first, since the others' commands build on its commands, then the guide.
 pub fn documents() -> Vec<String> {
     let mut pages: Vec<String> = fs::read_dir(root().join("docs"))
         .unwrap()

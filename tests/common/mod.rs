@@ -1,4 +1,4 @@
-//! A folder of its own for a test, with a small data folder and a fast configuration in it, and the binary run there.
+//! A test's own folder, with a small data folder and a fast configuration, and ways to run the binary in it.
 #![allow(dead_code)] // each test program uses its own part
 
 use std::collections::BTreeMap;
@@ -27,7 +27,7 @@ pub struct Workspace {
     folder: TempDir,
 }
 
-/// What a command said and how it ended.
+/// What a command printed and how it ended.
 pub struct Output {
     pub code: i32,
     pub stdout: String,
@@ -39,7 +39,7 @@ impl Workspace {
         Self::in_folder(tempfile::tempdir().unwrap())
     }
 
-    /// As [`in_memory`].
+    /// A workspace in an [`in_memory`] folder.
     pub fn in_memory() -> Self {
         Self::in_folder(in_memory())
     }
@@ -78,13 +78,13 @@ impl Workspace {
         self.path(name)
     }
 
-    /// Runs `lockstep` with these arguments, spaces between them, in the folder.
+    /// Runs `lockstep` in the folder with these space-separated arguments.
     #[track_caller]
     pub fn lockstep(&self, arguments: &str) -> Output {
         self.run(&arguments.split_whitespace().collect::<Vec<_>>())
     }
 
-    /// As [`Self::lockstep`], for arguments with spaces.
+    /// Like [`Self::lockstep`], for arguments that contain spaces.
     #[track_caller]
     pub fn run(&self, arguments: &[impl AsRef<OsStr>]) -> Output {
         finish(self.command(arguments))
@@ -96,7 +96,7 @@ impl Workspace {
         self.lockstep(&format!("train --config tiny.yaml --run-dir {run} {more}"))
     }
 
-    /// The command that runs `lockstep` in the folder; one that hangs is stopped and fails.
+    /// The command that runs `lockstep` in the folder. If it hangs, it is stopped and fails.
     pub fn command(&self, arguments: &[impl AsRef<OsStr>]) -> Command {
         let mut command = Command::new("timeout");
         command.arg("600").arg(binary()).args(arguments);
@@ -104,8 +104,8 @@ impl Workspace {
         command
     }
 
-    /// Runs a shell script in the folder, with a mount namespace of its own: mounts end with it.
-    /// `$lockstep` is the binary. `None` where this machine does not permit it, which is said.
+    /// Runs a shell script in the folder, in its own mount namespace: its mounts end with it.
+    /// `$lockstep` is the binary. Returns `None`, and says so, if this machine does not permit it.
     pub fn with_mounts(&self, script: &str) -> Option<Output> {
         let unshare = |script: &str| {
             let mut command = Command::new("timeout");
@@ -136,14 +136,14 @@ impl Output {
         self
     }
 
-    /// Asserts an exit code and what the message must name.
+    /// Asserts the exit code and what the message must contain.
     #[track_caller]
     pub fn fails(self, code: i32, parts: &[&str]) -> Self {
         assert_eq!(self.code, code, "{}", self.stderr);
         self.says(parts)
     }
 
-    /// Asserts that stdout has all of these.
+    /// Asserts that stdout contains all of these.
     #[track_caller]
     pub fn reports(&self, parts: &[&str]) {
         for part in parts {
@@ -151,7 +151,7 @@ impl Output {
         }
     }
 
-    /// Asserts that stderr has all of these.
+    /// Asserts that stderr contains all of these.
     #[track_caller]
     pub fn says(self, parts: &[&str]) -> Self {
         for part in parts {
@@ -165,7 +165,7 @@ pub fn binary() -> &'static str {
     env!("CARGO_BIN_EXE_lockstep")
 }
 
-/// Runs a command to its end. Nothing may ever end in a panic, or with a stack printed.
+/// Runs a command to its end. No command may ever panic or print a stack.
 #[track_caller]
 pub fn finish(mut command: Command) -> Output {
     let output = command.output().unwrap();
@@ -177,13 +177,13 @@ pub fn finish(mut command: Command) -> Output {
     Output { code: output.status.code().unwrap_or(-1), stdout, stderr }
 }
 
-/// Says that a test did not run, past the test program's capture.
+/// Reports that a test did not run, bypassing the test program's capture.
 pub fn not_run(reason: &str) {
     let name = std::thread::current().name().unwrap_or("a test").to_owned();
     let _ = writeln!(std::io::stderr(), "NOT RUN: {name}: {reason}");
 }
 
-/// A folder that the tests of this process share, made by the first that asks for it. Copy what is to be changed.
+/// A folder that the tests of this process share, made by the first that asks for it. Copy what you want to change.
 fn shared(name: &'static str, make: impl FnOnce(&Path)) -> PathBuf {
     static MADE: Mutex<BTreeMap<&str, Arc<OnceLock<PathBuf>>>> = Mutex::new(BTreeMap::new());
     let made = MADE.lock().unwrap_or_else(PoisonError::into_inner).entry(name).or_default().clone();
@@ -197,7 +197,7 @@ fn shared(name: &'static str, make: impl FnOnce(&Path)) -> PathBuf {
     made.get_or_init(make).clone()
 }
 
-/// This process's folder for [`shared`] ones. Nothing runs at the end of a test program, so the next one removes it.
+/// This process's folder for [`shared`] folders. Nothing runs at the end of a test program, so the next one removes it.
 fn session() -> PathBuf {
     let all = Path::new(env!("CARGO_TARGET_TMPDIR")).join("sessions");
     for entry in fs::read_dir(&all).into_iter().flatten().flatten() {
@@ -208,7 +208,7 @@ fn session() -> PathBuf {
     all.join(std::process::id().to_string())
 }
 
-/// A folder in memory, if the machine has one: for what may not wait for a disk, which may stop for seconds.
+/// A folder in memory, if the machine has one, for what must not wait for a disk: a disk may stall for seconds.
 pub fn in_memory() -> TempDir {
     TempDir::new_in("/dev/shm").or_else(|_| TempDir::new()).unwrap()
 }
@@ -239,7 +239,7 @@ pub fn copy_folder(from: &Path, to: &Path) {
     }
 }
 
-/// Every file below a folder with its content, by its path from there, but for what every start touches: logs, heartbeats.
+/// The content of every file below a folder by its relative path, except what every start touches: logs, heartbeats.
 pub fn snapshot(folder: &Path) -> BTreeMap<String, Vec<u8>> {
     let mut files = BTreeMap::new();
     let mut folders = vec![folder.to_owned()];

@@ -9,24 +9,24 @@ use std::time::{Duration, Instant};
 
 use super::{binary, sample};
 
-/// Steps of milliseconds, and no end in sight.
+/// Steps of milliseconds, and far too many to finish.
 pub const ENDLESS: &str =
     "device: cpu\ndata: {block_size: 32, batch_size: 8}\nmodel: {n_layer: 2, n_head: 2, n_embd: 32}\n\
     train: {steps: 1000000, eval_every: 0, save_every: 0}\n";
 
-/// Dropout, accumulation, an epoch's end inside the run, and evaluation, saving and sampling at steps of their own.
+/// Dropout, accumulation, an epoch's end inside the run, and evaluation, saving and sampling at different steps.
 pub const VARIED: &str = "seed: 11\ndata: {layout: packed, block_size: 32, batch_size: 32, micro_batch: MICRO}\n\
     model: {n_layer: 2, n_head: 2, n_embd: 32, dropout: 0.1}\n\
     optim: {lr: 1.0e-3, schedule: cosine, warmup_steps: 10}\n\
     train: {steps: 100, eval_every: 14, save_every: 6, sample_every: 9, keep_last: 3, prompts: [' A', ' The']}\n";
 
-/// Longer than anything here takes on any machine: only what hangs fails by it.
+/// Longer than anything here takes on any machine, so only what hangs fails.
 const PATIENCE: Duration = Duration::from_secs(600);
 
-/// More steps than any test waits for. A run that was begun with them may end earlier: its learning rate does not know.
+/// More steps than any test waits for. A run begun with them may end earlier: they do not affect its learning rate.
 pub const NO_END: [&str; 4] = ["--set", "optim.schedule=constant", "--set", "train.steps=1000000"];
 
-/// A training run in a folder of its own.
+/// A training run in its own folder.
 pub struct Run {
     pub config: PathBuf,
     pub dir: PathBuf,
@@ -51,7 +51,7 @@ impl Run {
         command
     }
 
-    /// A verb on the run's ranks; one rank needs no launcher.
+    /// The command for a verb on the run's ranks; one rank needs no launcher.
     pub fn verb(&self, verb: &str) -> Command {
         let mut command = if self.ranks == 1 {
             Command::new(binary())
@@ -73,14 +73,14 @@ impl Run {
         self.command(more).stderr(Stdio::null()).status().unwrap()
     }
 
-    /// Starts the run and, once train.csv holds the row of `step`, kills every process of it. It must not end before.
+    /// Starts the run and, once train.csv has the row of `step`, kills all of its processes. It must not end first.
     pub fn kill_at(&self, step: usize, more: &[&str]) -> ExitStatus {
         // Every process of the run, mpirun too, has the run directory at the end of its command line.
         let pattern = format!("{}$", self.dir.display());
         self.strike_at(step, more, |_| Command::new("pkill").args(["-KILL", "-f", &pattern]).status())
     }
 
-    /// Starts the run and, once train.csv holds the row of `step`, asks it to stop as Slurm or a person would.
+    /// Starts the run and, once train.csv has the row of `step`, asks it to stop as Slurm or a person would.
     pub fn stop_at(&self, step: usize, more: &[&str], signal: &str) -> ExitStatus {
         self.strike_at(step, more, |pid| kill(signal, pid))
     }
@@ -117,7 +117,7 @@ pub fn last_step(dir: &Path) -> usize {
     whole.lines().next_back().and_then(|line| line.split(',').next()?.parse().ok()).unwrap_or(0)
 }
 
-/// A run under way, whose processes end with it.
+/// A run under way. Dropping it ends its processes.
 pub struct Going<'a> {
     pub run: &'a Run,
     pub child: Child,
@@ -135,7 +135,7 @@ impl<'a> Going<'a> {
         fs::read_to_string(&self.stderr).unwrap()
     }
 
-    /// Waits for its end; the exit code and what was said.
+    /// Waits for its end; returns the exit code and what it printed.
     #[track_caller]
     pub fn ends(mut self) -> (Option<i32>, String) {
         let begun = Instant::now();
@@ -152,7 +152,7 @@ impl<'a> Going<'a> {
         }
     }
 
-    /// Waits for an event, and returns what it brings.
+    /// Waits until `event` returns something, and returns that.
     #[track_caller]
     pub fn until<T>(&mut self, what: &str, event: impl Fn() -> Option<T>) -> T {
         let begun = Instant::now();
@@ -186,7 +186,7 @@ impl Drop for Going<'_> {
     }
 }
 
-/// A number of a rank's heartbeat, and the rank's node.
+/// A number from a rank's heartbeat, and the rank's node.
 fn heartbeat(dir: &Path, rank: usize, field: &str) -> Option<(u64, String)> {
     let text = fs::read(dir.join(format!("heartbeats/rank-{rank:04}.json"))).ok()?;
     let value: serde_json::Value = serde_json::from_slice(&text).ok()?;
@@ -213,12 +213,12 @@ pub fn says(said: &str, parts: &[&str]) {
     }
 }
 
-/// What was said, but for ranks being slow: on a busy machine any rank may be, for a while.
+/// What was printed, without the lines about slow ranks: on a busy machine any rank may be slow for a while.
 pub fn but_for_stragglers(said: &str) -> String {
     said.lines().filter(|line| !line.contains("times as long as the median rank")).collect::<Vec<_>>().join("\n")
 }
 
-/// A pipe in a file's place: whoever opens it to write waits for a reader, as for a file server that is gone.
+/// A pipe in place of a file. Opening it to write waits for a reader, as for a file server that is gone.
 pub fn fifo(path: &Path) {
     fs::create_dir_all(path.parent().unwrap()).unwrap();
     assert!(Command::new("mkfifo").arg(path).status().unwrap().success());

@@ -1,4 +1,4 @@
-//! Ways for the gradients that must not change what is learnt: buckets, overlap, and ZeRO-1's sharded optimizer state.
+//! Ways to handle gradients that must not change what is learnt: buckets, overlap, ZeRO-1's sharded optimizer state.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use super::alike::{assert_alike, assert_learnt_alike};
 use super::runs::Run;
 
-/// 4.5 MiB of gradients, so that there are several buckets of 1 MiB, the last of them odd.
+/// 4.5 MiB of gradients, which make several buckets of 1 MiB, the last of them odd.
 const BUCKETS: &str = "seed: 5\ndata: {layout: packed, block_size: 16, batch_size: 12, micro_batch: MICRO}\n\
     model: {n_layer: 5, n_head: 2, n_embd: 134, dropout: 0.1, tied_head: false}\n\
     optim: {lr: 1.0e-3, grad_clip: 0.5}\ntrain: {steps: 6, eval_every: 3, save_every: 3}\n\
@@ -27,7 +27,7 @@ pub fn optimizer_files(run: &Run, step: usize) -> Vec<PathBuf> {
     files
 }
 
-/// Trains on so many ranks with and without overlap, buckets and ZeRO-1, and asserts that nothing that is learnt differs.
+/// Trains on `ranks` ranks with and without overlap, buckets and ZeRO-1, and asserts that all of them learn the same.
 pub fn assert_ways_alike(ranks: usize) {
     let folder = tempfile::tempdir().unwrap();
     let plain = bucketed(folder.path(), &format!("plain-{ranks}"), ranks);
@@ -50,7 +50,7 @@ pub fn assert_ways_alike(ranks: usize) {
             (0..ranks).map(|rank| format!("optimizer.rank-{rank:04}-of-{ranks:04}.safetensors")).collect();
         assert_eq!(names, expected);
         for part in &parts {
-            // A unit of 16 KiB more for each bucket and moment, at most, and the header.
+            // At most a unit of 16 KiB more for each bucket and moment, and the header.
             let most = size(&whole[0]) / ranks as u64 + 5 * 2 * 16384 + 4096;
             assert!(size(part) < most, "{} has {} bytes of {}", part.display(), size(part), size(&whole[0]));
         }

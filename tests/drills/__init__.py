@@ -1,4 +1,4 @@
-"""Disturbances of real runs, which launch/faults makes: what is done, and what must be seen."""
+"""The disturbances of real runs that launch/faults makes: what is done, and what must be seen."""
 
 from drills import cluster, ranks, storage
 

@@ -1,4 +1,4 @@
-"""All drills, and the table of them: what launch/faults prints."""
+"""Runs the drills and prints their table, for launch/faults."""
 
 import argparse
 import csv

@@ -1,6 +1,6 @@
-"""Drills on a real Slurm of several nodes on this machine, through slurm/train.sbatch as it is.
+"""Drills on a real Slurm of several nodes on this machine, with the unchanged slurm/train.sbatch.
 
-No job is submitted twice: whatever befalls it, it has to queue itself again, or Slurm does.
+No job is submitted twice: whatever happens to it, the job must requeue itself, or Slurm does.
 """
 
 import csv
@@ -20,7 +20,7 @@ from virtual_cluster import Cluster
 
 from drills.lab import BINARY, GONE_S, ROOT, Drill, Lab
 
-# The nodes send so slowly that a step takes a third of a second and yet hardly any of the cores.
+# The nodes send so slowly that a step takes a third of a second but hardly any CPU time.
 SLOW = "4mbit"
 # Before the first start.
 NONE = (-1, 0)
@@ -28,7 +28,7 @@ TRAIN = {"steps": 1200, "save_every": 10, "eval_every": 50, "sample_every": 70}
 
 
 class Site:
-    """A cluster, and a lab in the folder that jobs are submitted from."""
+    """A cluster, and a lab in the folder from which jobs are submitted."""
 
     def __init__(self, folder, nodes):
         self.cluster = Cluster(folder, nodes)
@@ -40,7 +40,7 @@ class Site:
         return Job(self, run, self.cluster.submit(*options, arguments=arguments))
 
     def slurmd(self, node, signal_number):
-        """Sends a signal to a node's slurmd; what it has started does not notice."""
+        """Sends a signal to a node's slurmd; the processes that it started do not notice."""
         daemon = f"slurmd -D -N n{node} -f {self.cluster.state}/etc/slurm.conf".split()
         for entry in Path("/proc").glob("[0-9]*/cmdline"):
             with suppress(OSError):
@@ -50,7 +50,7 @@ class Site:
 
 @contextmanager
 def site(nodes):
-    """A cluster in a folder that its nodes see, too, which is kept where something broke."""
+    """A cluster in a folder that its nodes see too. The folder is kept if something broke."""
     if not (ROOT / "launch/cluster").exists() or not shutil.which("slurmctld"):
         raise NotRun("there is no Slurm here")
     (ROOT / "target").mkdir(exist_ok=True)
@@ -74,7 +74,7 @@ def site(nodes):
 
 
 class Job:
-    """A job that trains a run, and is started again and again under one number."""
+    """A job that trains a run and is restarted again and again under one number."""
 
     def __init__(self, place, run, number):
         self.site, self.cluster, self.run, self.number = place, place.cluster, run, number
@@ -89,13 +89,13 @@ class Job:
         return self.cluster.output(self.number)
 
     def starts(self):
-        """{start: {rank: process id}} of all that lives, on all nodes.
+        """{start: {rank: process id}} of all living ranks, on all nodes.
 
-        A start is how often Slurm had queued the job again, and the step's number within the job.
+        A start is how often Slurm had requeued the job, and the step's number within the job.
         """
         found = {}
         for pid, known in self.site.lab.processes.running(BINARY):
-            # The job script asks the program, too; that is no rank.
+            # The job script also runs the program; that process is not a rank.
             if known.get("SLURM_JOB_ID") == self.number and "SLURM_STEP_ID" in known:
                 start = int(known.get("SLURM_RESTART_COUNT", 0)), int(known["SLURM_STEP_ID"])
                 found.setdefault(start, {})[int(known["SLURM_PROCID"])] = pid
@@ -106,34 +106,34 @@ class Job:
         return self.starts().get(start, {})
 
     def newest(self):
-        """The latest start that lives."""
+        """The latest start that is still alive."""
         return max(self.starts(), default=NONE)
 
     def nodes(self):
-        """The numbers of the nodes that it has."""
+        """The numbers of the job's nodes."""
         names = self.cluster.call("scontrol", "show", "hostnames", self.facts()["NodeList"])
         return [int(name[1:]) for name in names.split()]
 
     def until(self, what, condition, within=600):
-        """Waits for something while the job goes on; returns what came out true."""
+        """Waits until `condition` is true while the job goes on; returns its value."""
         if not (found := until(condition, within, every=0.02)):
             raise Failed(f"waited {within} s for {what}\n{self.cluster.situation()[-4000:]}")
         return found
 
     def until_going_on(self, after=NONE):
-        """Waits for a start after another, until it trains; returns it."""
+        """Waits until a start after `after` trains; returns that start."""
 
         def found():
             start, ranks = max(self.starts().items(), default=(NONE, {}))
             beat = self.beat(0)
-            # A start before may have left the beat.
+            # The heartbeat may be left over from an earlier start.
             mine = beat and 0 in ranks and beat["pid"] == _pid_on_its_node(ranks[0])
             return mine and start > after and beat["phase"] != "start-up" and start
 
         return self.until("a new start and its first step", found)
 
     def beat(self, rank):
-        """What a rank says that it is doing; None where it says nothing."""
+        """A rank's heartbeat, which tells what it is doing; None if it has none."""
         with suppress(OSError, ValueError):
             return json.loads((self.run.dir / f"heartbeats/rank-{rank:04}.json").read_text())
         return None
@@ -150,7 +150,7 @@ class Job:
             raise Failed(f"the job ended as {self.facts()['JobState']}: {self.said()[-3000:]}")
 
     def same_as(self, expected):
-        """Lets the job end, at full speed; its result must be that of a run left in peace."""
+        """Lets the job finish at full speed; its result must equal that of an undisturbed run."""
         self.cluster.launch("shape", "off")
         self.ends()
         self.run.verify()
@@ -158,7 +158,7 @@ class Job:
 
 
 def _pid_on_its_node(pid):
-    """What a process calls itself: each node counts its own."""
+    """A process's id on its own node: each node numbers its own processes."""
     with suppress(OSError):
         status = Path(f"/proc/{pid}/status").read_text()
         return int(status.split("NSpid:")[1].split("\n")[0].split()[-1])
@@ -166,11 +166,11 @@ def _pid_on_its_node(pid):
 
 
 def kill_in_each_phase(_, times):
-    """Kills each rank in each phase; Slurm and the others end the start, and the job goes on."""
+    """Kills each rank in each phase; Slurm and the other ranks end the start; the job goes on."""
     slowest = 0.0
     with site(2) as here:
         # At full speed, or ranks would do nothing but exchange.
-        # And no deadline that would end who is to be ended by Slurm.
+        # The deadline is too long to end ranks that Slurm should end.
         sections = {"train": TRAIN | {"eval_every": 5}, "fault": {"step_deadline_s": 2 * GONE_S}}
         expected = here.lab.undisturbed(2, **sections)
         run = here.lab.run("killed", 2, **sections)
@@ -201,7 +201,7 @@ def kill_in_each_phase(_, times):
 
 
 def await_phase(job, start, rank, phase):
-    """Waits until a rank of a start is in a phase; its process id."""
+    """Waits until a rank of a start is in a phase; returns its process id."""
 
     def process():
         return job.ranks(start).get(rank)
@@ -210,11 +210,11 @@ def await_phase(job, start, rank, phase):
         return job.until("a rank", process)
     pid = process()
     if phase == "save":
-        # Rank 0 writes meanwhile.
+        # Rank 0 is writing at this moment.
         job.until("a save", lambda: any((job.run.dir / "checkpoints").glob("step-*.tmp")))
         return pid
     if phase == "exchange":
-        # For certain: the other rank stands still.
+        # Stopping the other rank makes sure of it.
         other = job.ranks(start)[1 - rank]
         os.kill(other, signal.SIGSTOP)
         job.until(phase, lambda: job.beat(rank)["phase"] == phase)
@@ -225,11 +225,11 @@ def await_phase(job, start, rank, phase):
 
 
 def requeue_while_the_old_dies(_, times):
-    """The job is started anew while its old start dies slowly, or lives where Slurm lost sight."""
+    """The job restarts while its old start dies slowly, or lives on a node that Slurm lost."""
     with site(2) as here:
-        # On one node: where Slurm loses all of several nodes at once, it may hold the job.
+        # On one node: if Slurm loses all of several nodes at once, it may hold the job.
         train = {"steps": 3000, "save_every": 50, "eval_every": 500, "sample_every": 500}
-        # Where Slurm has lost sight, only a deadline ends a rank that waits for the other's save.
+        # On a node that Slurm lost, only a deadline ends a rank that waits for the other's save.
         sections = {"train": train, "fault": {"save_deadline_s": 20}}
         expected = here.lab.undisturbed(2, **sections)
         for number in range(times):
@@ -245,7 +245,7 @@ def requeue_while_the_old_dies(_, times):
             if kind == "stopped":
                 here.cluster.call("scontrol", "requeue", job.number)
             else:
-                # The node does not answer, and Slurm starts the job on the other.
+                # The node does not answer, and Slurm starts the job on the other node.
                 here.slurmd(node, signal.SIGSTOP)
             job.until_going_on(start)
             if kind != "stopped" and not takes_over(job):
@@ -271,7 +271,7 @@ def takes_over(job):
 def two_jobs_in_one_place(_, times):
     """The second job is refused, with the number of the first, which does not notice."""
     with site(2) as here:
-        # Some seconds for each other job that comes meanwhile, on a fast machine, too.
+        # Long enough, even on a fast machine, for some seconds for each other job that comes.
         train = TRAIN | {"steps": 2500 * times, "save_every": 50}
         expected = here.lab.undisturbed(train=train)
         run = here.lab.run("shared", train=train)
@@ -290,7 +290,7 @@ def two_jobs_in_one_place(_, times):
 
 
 def preemptions_and_a_dead_node(_, times):
-    """Each time five preemptions of all kinds, and a node that dies between them."""
+    """Each time, five preemptions of all kinds, and a node that dies between them."""
     with site(3) as here:
         expected = here.lab.undisturbed(2, train=TRAIN)
         for number in range(times):
@@ -320,7 +320,7 @@ def requeue(job):
 
 
 def time_limit(job):
-    """The limit comes near, and is lifted again once the job has saved and ended."""
+    """Brings the time limit near, and lifts it again once the job has saved and ended."""
     before = job.restarts()
     job.cluster.call("scontrol", "update", f"JobId={job.number}", "TimeLimit=1")
     job.until("the limit to strike", lambda: job.restarts() > before)
@@ -328,7 +328,7 @@ def time_limit(job):
 
 
 def dead_node(job):
-    """A node of the job's dies, and is there again after a while, when the job has others."""
+    """Kills one of the job's nodes, and brings it back once the job has been requeued."""
     before = job.restarts()
     node = job.site.lab.random.choice(job.nodes())
     job.cluster.launch("kill", node)
@@ -342,13 +342,13 @@ def kill_a_rank(job):
 
 
 def stop_a_rank(job):
-    """A rank stands still, for longer than the others bear it."""
+    """Stops a rank for longer than the others tolerate."""
     ranks = job.ranks(job.newest())
     os.kill(ranks[job.site.lab.random.choice(sorted(ranks))], signal.SIGSTOP)
 
 
 def damage(job):
-    """A byte of the newest checkpoint is another one, which shows once it is needed."""
+    """Changes a byte of the newest checkpoint, which is noticed once that checkpoint is needed."""
     job.until("an older checkpoint", lambda: len(job.run.checkpoints()) > 1)
     while True:
         with suppress(OSError):  # it may just be cleared away
@@ -365,23 +365,24 @@ def damage(job):
 
 
 # Seconds from a start of the soak to its next fault, on average. A fault costs some seconds, mostly
-# for what is done again and for deadlines; where hours lie between faults, next to nothing is lost.
+# for repeated steps and deadlines. If faults are hours apart, next to nothing is lost.
 BETWEEN_S = 105
 
 
 def soak(_, times):
-    """Faults of all kinds at random, in one job that nobody helps.
+    """Random faults of all kinds in one job that nobody helps.
 
-    Useful is the time of the steps that stand in train.csv in the end, each once; the whole is the
-    time in which the job had its nodes. So what is lost are starts, steps done again, the finding
-    of the dead, and also evaluations, samples and saves.
+    The useful time is that of the steps in the final train.csv, each counted once. The whole is the
+    time in which the job had its nodes. So starts, repeated steps and the detection of dead ranks
+    count as lost, and also evaluations, samples and saves.
     """
     kinds = [kill_a_rank, usr1, term, stop_a_rank, requeue, dead_node, damage]
     with site(3) as here:
         train = {"steps": times * BETWEEN_S * 4, "save_every": 4}
         train |= {"eval_every": 500, "sample_every": 500}
         sections = {"train": train, "fault": {"step_deadline_s": 5}}
-        # First: it ends when no process of the lab is left, and a revived node's daemon is one.
+        # This runs first: it waits until no process of the lab is left, and the daemon of a revived
+        # node would be one.
         expected = here.lab.undisturbed(2, **sections)
         run = here.lab.run("soaked", 2, **sections)
         here.cluster.launch("shape", SLOW, "0ms")
@@ -410,7 +411,7 @@ def soak(_, times):
 
 
 def useful_s(run):
-    """Seconds of the steps in a run's log, whose last row may be on its way."""
+    """Seconds of the steps in a run's log, whose last row may still be being written."""
     whole = (run.dir / "train.csv").read_text().rpartition("\n")[0]
     return sum(float(row["step_ms"]) for row in csv.DictReader(whole.splitlines())) / 1000
 
@@ -433,11 +434,11 @@ class Clock:
     def count(self):
         before, state = time.monotonic(), ""
         while not self.over.wait(0.3):
-            with suppress(AssertionError):  # Slurm does not answer; the job is as it was
+            with suppress(AssertionError):  # Slurm does not answer; keep the last state
                 asked = self.job.cluster.call("squeue", "-h", "-o", "%T", "-j", self.job.number)
                 state = asked.strip()
             now = time.monotonic()
-            # The time in which Slurm ends a start counts, too.
+            # The time in which Slurm ends a start counts too.
             self.seconds += (now - before) * (state in ("RUNNING", "COMPLETING"))
             before = now
 

@@ -1,8 +1,8 @@
 """Runs of the real binary to be disturbed, and the table of what was seen, for launch/faults.
 
-A drill is a function that disturbs runs some number of times and returns what was seen, in a line.
-It raises Failed if anything but what is promised was seen, and NotRun if this machine cannot show
-it.
+A drill is a function that disturbs runs a number of times and returns what it saw, in one line.
+It raises Failed if it saw anything other than what is promised, and NotRun if this machine cannot
+show it.
 """
 
 import json
@@ -21,7 +21,7 @@ from report import Failed, NotRun, aligned
 ROOT = Path(__file__).resolve().parents[2]
 BINARY = Path(os.environ.get("LOCKSTEP_BIN", ROOT / "target/release/lockstep")).absolute()
 
-# Small, with all that a resumed run has to take up: dropout, micro-steps, evaluations, samples.
+# Small, with all that a resumed run has to continue: dropout, micro-steps, evaluations, samples.
 CONFIG = {
     "seed": 11,
     "device": "cpu",
@@ -31,8 +31,8 @@ CONFIG = {
     "train": {"steps": 60, "eval_every": 14, "save_every": 6, "sample_every": 9, "keep_last": 3},
     "fault": {"step_deadline_s": 20},
 }
-# Seconds in which all of a run must be gone: far more than it takes, since a killed process that
-# waits for a disk is gone only then. The seconds that it took are reported.
+# All processes of a run must be gone within so many seconds. That is far more than needed, since a
+# killed process that waits for a disk ends only after the wait. The time it took is reported.
 GONE_S = 60
 
 
@@ -51,7 +51,7 @@ class Row:
 class Drill:
     """A disturbance, and how often it is made in the short form, for pytest, and in the long one.
 
-    The short form leaves out (0) what another test shows.
+    The short form leaves out (0) what another test already shows.
     """
 
     fault: str
@@ -60,7 +60,7 @@ class Drill:
     disturb: object  # a function of (lab, times) that returns what was seen
 
     def row(self, folder, times):
-        """Does the drill in a folder of its own, which is kept where it shows what broke."""
+        """Runs the drill in its own folder, which is kept if the drill fails."""
         start, result = time.monotonic(), "PASS"
         folder.mkdir(parents=True)
         lab = Lab(folder)
@@ -78,7 +78,7 @@ class Drill:
 
 
 class Lab:
-    """A folder with data, in which runs are made; all their processes can be found and ended."""
+    """A folder with data for runs, all of whose processes can be found and ended."""
 
     def __init__(self, folder, seed=1):
         self.folder, self.random = folder, random.Random(seed)
@@ -106,7 +106,7 @@ class Lab:
         return done.stdout + done.stderr
 
     def run(self, name, ranks=1, **sections):
-        """A run that has not begun; `sections` change those of the configuration."""
+        """A run that has not begun; `sections` override those of the configuration."""
         if not (self.folder / "data").exists():
             self.say(
                 "-q", "prepare", "--source", "sample", "--tokenizer", "bpe:512", "--out", "data"
@@ -126,7 +126,7 @@ class Lab:
         return self.processes.rank(BINARY, number)
 
     def undisturbed(self, ranks=1, **sections):
-        """A run that was left in peace; made once."""
+        """An undisturbed run; made once."""
         key = json.dumps([ranks, sections], sort_keys=True)
         if key not in self.references:
             run = self.run(f"undisturbed-{len(self.references)}", ranks, **sections)
@@ -145,7 +145,7 @@ class Run:
         self.log = lab.folder / f"{name}.log"
 
     def start(self, *more, under=(), **environment):
-        """Starts or resumes it, `under` another program if wanted."""
+        """Starts or resumes it, `under` another program if one is given."""
         command = [str(BINARY)]
         if self.ranks > 1:
             command = [str(ROOT / "launch/local"), str(self.ranks)]
@@ -155,11 +155,11 @@ class Run:
         return self
 
     def said(self):
-        """What the last start said so far."""
+        """What the last start has printed so far."""
         return self.log.read_text(errors="replace")
 
     def ends(self, *codes, within=600):
-        """Waits for its end, after which no process of it may be left; returns the exit code."""
+        """Waits until it and all its processes have ended; returns the exit code."""
         begun = time.monotonic()
         try:
             code = self.process.wait(within)
@@ -179,15 +179,15 @@ class Run:
         self.process.wait()
 
     def step(self):
-        """The last step in its log; 0 where there is none."""
+        """The last step in its log; 0 if there is none."""
         return runs.last_step(self.dir / "train.csv")
 
     def reaches(self, step, within=600):
-        """Waits for a step; False where the run ended before."""
+        """Waits for a step; False if the run ends first."""
         return bool(self.shows(f"step {step}", lambda: self.step() >= step, within))
 
     def shows(self, what, sign, within=600):
-        """Waits until `sign` gives something, and returns it; None if the run ended before."""
+        """Waits until `sign` returns something, and returns it; None if the run ends first."""
         found = until(sign, within, self.process)
         if not found and self.process.poll() is None:
             raise Failed(f"{self.name} did not come to {what}: {self.said()[-2000:]}")
@@ -207,13 +207,13 @@ class Run:
         return sorted(int(path.parent.name[5:]) for path in complete)
 
     def verify(self):
-        """Every checkpoint must be what was written; how many there are."""
+        """Fails unless every checkpoint is what was written; returns their number."""
         if self.checkpoints():
             self.lab.say("checkpoint", "verify", "--run-dir", self.name)
         return len(self.checkpoints())
 
     def same_as(self, other, checkpoints="step-*"):
-        """Its logs, samples and tensors must be those of a run left in peace, bit by bit."""
+        """Fails unless its logs, samples and tensors equal another run's, bit for bit."""
         runs.same(self.dir, other.dir, checkpoints)
 
 

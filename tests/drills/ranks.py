@@ -18,7 +18,8 @@ from runs import CURVE
 
 from drills.lab import GONE_S, Drill, Run
 
-# Steps long enough to be struck in, and no deadline that would end who is to be ended by others.
+# Steps are long enough to kill a rank in one. The deadline is too long to end ranks that others
+# should end.
 SLOWER = {
     "data": {"batch_size": 64},
     "train": {"steps": 100},
@@ -29,7 +30,7 @@ ASKING = (signal.SIGUSR1, signal.SIGTERM)
 
 
 def kill_at_random(lab, times):
-    """Kills a run at random times until it is done; it must end as one left in peace."""
+    """Kills a run at random times until it is done; it must end like an undisturbed run."""
     expected = lab.undisturbed()
     kills = 0
     run = lab.run("killed")
@@ -49,7 +50,7 @@ def kill_at_random(lab, times):
 
 
 def phase(run, rank):
-    """What a rank does by its last heartbeat."""
+    """What a rank is doing, by its last heartbeat."""
     with suppress(OSError, ValueError):
         return json.loads((run.dir / f"heartbeats/rank-{rank:04}.json").read_text())["phase"]
     return None
@@ -63,7 +64,7 @@ def evaluated(run):
 
 
 def strike(lab, run, where, rank):
-    """Kills a rank in a phase. Returns the moment; None where the run was done before."""
+    """Kills a rank in a phase. Returns the time; None if the run finished first."""
     victim = run.shows("a rank", lambda: lab.rank(rank))
     done, every = run.step(), lab.random.randint(1, 3)
     if where == "start":
@@ -73,7 +74,7 @@ def strike(lab, run, where, rank):
             return None
         time.sleep(lab.random.uniform(0, 0.02))
     elif where == "all-reduce":
-        # Its peer is held, so that it comes there and stays there.
+        # Its peer is stopped, so the rank reaches the exchange and stays there.
         if not run.reaches(done + every):
             return None
         peer = lab.rank((rank + 1) % run.ranks)
@@ -112,7 +113,7 @@ def kill_each_rank(lab, times):
         begun = strike(lab, run.start(), where, rank)
         code = run.ends(within=GONE_S if begun else 600)
         if code == 0:
-            # It was done first: another time.
+            # It finished first; try again.
             run.same_as(expected)
             runs += 1
             run = lab.run(f"bereft-{runs}", 2, **SLOWER)
@@ -136,10 +137,10 @@ def counted(counter):
 
 
 def stop_a_rank(lab, times):
-    """A rank that stands still, each in turn, is named, and the job ends with 6."""
+    """Stops each rank in turn; it must be named, and the job must exit with 6."""
     deadline, longest = 3, 0.0
     for number in range(times):
-        # Nothing but steps: whoever waits for a save has its deadline.
+        # Nothing but steps: a rank that waits for a save has a different deadline.
         train = {"steps": 100000, "eval_every": 0, "save_every": 0, "sample_every": 0}
         fault = {"step_deadline_s": deadline}
         run = lab.run(f"stopped-{number}", 2, train=train, fault=fault).start()
@@ -157,7 +158,7 @@ def stop_a_rank(lab, times):
 
 
 def wait_for_quiet():
-    """What is measured in time wants a machine that has nothing else to do."""
+    """Waits for an otherwise idle machine, which a measurement of time needs."""
     until = time.monotonic() + 90
     while (load := os.getloadavg()[0]) > os.cpu_count():
         if time.monotonic() > until:
@@ -167,7 +168,7 @@ def wait_for_quiet():
 
 @contextmanager
 def half_speed(pid):
-    """The process runs half of the time."""
+    """Lets the process run only half of the time."""
     end = threading.Event()
 
     def slow():
@@ -210,7 +211,7 @@ def slow_a_rank(lab, times):
 
 
 def leave_in_peace(lab, times):
-    """Ranks that nothing slows are never named as slow."""
+    """Ranks that run at full speed are never named as slow."""
     wait_for_quiet()
     for number in range(times):
         steps = {"steps": 1000, "eval_every": 0, "save_every": 0}
@@ -234,7 +235,7 @@ def tensors(path):
 
 
 def overwrite(pid, found, replaced):
-    """Replaces bytes in a process's memory; how often they were there."""
+    """Replaces bytes in a process's memory; returns how often it found them."""
     count = 0
     with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "r+b", 0) as memory:
         for line in maps:
@@ -256,7 +257,7 @@ def poison_a_rank(lab, times):
     """Writes NaN into the weights in one rank's memory."""
     for number in range(times):
         rank = number % 2
-        # Weights that do not change are found by their bytes.
+        # Weights that do not change can be found by their bytes.
         still = {"optim": {"lr": 1e-30}, "train": {"steps": 100000, "sample_every": 0}}
         run = lab.run(f"poisoned-{number}", 2, **still).start()
         run.reaches(lab.random.randint(7, 20))
@@ -303,14 +304,14 @@ def listens(pid, number):
 
 
 def stops(run):
-    """After which steps each rank was stopped on request, by its log."""
+    """The steps after which each rank stopped on request, by its log."""
     said = re.compile(r"stopped on request after step (\d+)")
     logs = [run.dir / f"logs/rank-{rank:04}.log" for rank in range(run.ranks)]
     return [said.findall(log.read_text()) if log.exists() else [] for log in logs]
 
 
 def signal_at_random(lab, times):
-    """USR1 or TERM to the launcher or to a rank; all ranks must save the same step, once."""
+    """Sends USR1 or TERM to the launcher or to a rank; all ranks must save the same step, once."""
     begun = time.monotonic()
     expected, seen, runs = lab.undisturbed(2), Counter(), 0
     whole = time.monotonic() - begun
@@ -357,12 +358,12 @@ def signal_at_random(lab, times):
 
 
 def insist(lab, times):
-    """A second TERM or INT ends a job at once that cannot come to a step's end."""
+    """A second TERM or INT ends a job at once if it cannot finish its step."""
     ways = [(None, signal.SIGTERM), (1, signal.SIGTERM), (None, signal.SIGINT), (0, signal.SIGINT)]
     expected, longest = lab.undisturbed(2), 0.0
     for number in range(times):
         run = lab.run(f"insisted-{number}", 2)
-        # Whoever opens this waits for a reader, so rank 0 hangs in step 9.
+        # Opening this waits for a reader, so rank 0 hangs in step 9.
         fifo = run.dir / "samples/step-00000009.txt.tmp"
         fifo.parent.mkdir(parents=True)
         os.mkfifo(fifo)
@@ -384,14 +385,14 @@ def insist(lab, times):
 
 
 def twin(run, name):
-    """Another job with the directory of this run."""
+    """Another job with the same run directory."""
     other = Run(run.lab, run.name, run.ranks)
     other.log = run.lab.folder / f"{name}.log"
     return other
 
 
 def two_jobs(lab, times):
-    """A second job is refused; one that was queued again takes over from one that may be dying."""
+    """A second job is refused; a requeued job takes over from a start that may be dying."""
     long = {
         "data": {"batch_size": 128, "micro_batch": 16},
         "train": {"steps": 100000, "save_every": 20, "sample_every": 20},
@@ -413,7 +414,7 @@ def two_jobs(lab, times):
 
         old = lab.run(f"queued-{number}", **long)
         old.start(SLURM_JOB_ID="77", SLURM_RESTART_COUNT="0").reaches(5)
-        # Further than the earlier start will come.
+        # Further than the earlier start will get.
         until = ("--set", f"train.steps={old.step() + 200}")
         new = twin(old, "new").start(*until, SLURM_JOB_ID="77", SLURM_RESTART_COUNT="1")
         time.sleep(lab.random.uniform(0, 1))

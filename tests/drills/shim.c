@@ -1,12 +1,12 @@
 /* Kills a process, or fails its calls, at the N-th call that changes files in a folder.
  *
  * Compiled and preloaded by tests/drills/storage.py. The environment says what is done:
- *   FAULT_PATH   the folder's name and a slash; a call counts where its path, or its descriptor's, has it
+ *   FAULT_PATH   the folder's name and a slash; a call counts if its path, or its descriptor's, contains it
  *   FAULT_TRACE  a file that gets a line for each call struck: its kind, and the path from FAULT_PATH on
- *   FAULT_KIND   only calls of this kind count: open (for writing), write, sync, rename, mkdir, ...; all, where unset
- *   FAULT_AT     N; 0: none is struck, and FAULT_TRACE has all that count
- *   FAULT_ERRNO  the error; where unset, the process is killed
- * An EIO comes once, as of a sector; any other error stays, as of a full disk.
+ *   FAULT_KIND   only calls of this kind count: open (for writing), write, sync, rename, mkdir, ...; if unset, all
+ *   FAULT_AT     N; if 0, no call is struck, and FAULT_TRACE gets all that count
+ *   FAULT_ERRNO  the error; if unset, the process is killed
+ * EIO occurs once, like a bad sector; any other error persists, like a full disk.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -31,7 +31,7 @@ static long number(const char *name) {
     return text ? atol(text) : 0;
 }
 
-/* Counts a call on `path` in the folder `fd`, or on what `fd` is; whether it is the one. */
+/* Counts a call on `path` in the folder `fd`, or on `fd` itself; returns whether it is the N-th. */
 static int reached(const char *kind, int fd, const char *path) {
     static atomic_long calls;
     char link[64], full[8192] = "";

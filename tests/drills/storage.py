@@ -1,7 +1,7 @@
-"""Drills on storage: runs killed amid their saves, and disks that fail, at random and at each call.
+"""Drills on storage: runs killed during saves, and disks that fail, at random and at each call.
 
-shim.c does it to one call of the C library; what the kernel gets, and in which order, strace
-tells. What is promised of every checkpoint is checked here by its manifest, without the binary.
+shim.c disturbs one call of the C library; strace shows what the kernel gets, and in which order.
+The promise about every checkpoint is checked here by its manifest, without the binary.
 """
 
 import errno
@@ -21,7 +21,8 @@ from runs import CURVE, EVALUATION
 from drills.lab import Drill
 
 SHIM = Path(__file__).with_name("shim.c")
-# All that a run writes, in as few steps as that takes: the last save purges the first.
+# Writes everything that a run can write, in as few steps as possible: the last save purges the
+# first.
 BRIEF = {"train": {"steps": 5, "save_every": 2, "eval_every": 3, "sample_every": 3, "keep_last": 1}}
 # Saves of some milliseconds, and almost nothing between them.
 SAVING = {
@@ -29,7 +30,7 @@ SAVING = {
     "model": {"n_embd": 128},
     "train": {"steps": 60, "save_every": 1, "eval_every": 20, "sample_every": 20},
 }
-# The reason and the remedy that a message must have.
+# The reason and the remedy that a message must contain.
 ERRORS = {
     errno.ENOSPC: ("No space left", "free space"),
     errno.EDQUOT: ("quota exceeded", "larger quota"),
@@ -37,7 +38,7 @@ ERRORS = {
     errno.EROFS: ("Read-only file system", "name a folder that you may write to"),
 }
 FAILING = ("open", "write", "sync", "rename", "mkdir")
-# What is for people or for a takeover only; a run goes on without it.
+# Files only for people or for a takeover; a run goes on without them.
 SPARED = ("/logs/", "/heartbeats/", "/lease.json")
 SPARED_NAMES = ("heartbeats", "lease.json")
 
@@ -73,13 +74,13 @@ def calls(lab):
 
 
 def spread(points, times):
-    """As many of the points as are wanted, evenly."""
+    """As many of the points as asked for, evenly spread."""
     times = min(times, len(points))
     return [points[index * len(points) // times] for index in range(times)]
 
 
 def intact(run):
-    """The step of the newest checkpoint, 0 where there is none; all must be whole."""
+    """The step of the newest checkpoint, or 0 if there is none; all must be whole."""
     for step in run.checkpoints():
         folder = run.dir / f"checkpoints/step-{step:08}"
         for name, entry in json.loads((folder / "MANIFEST.json").read_text())["files"].items():
@@ -90,7 +91,7 @@ def intact(run):
 
 
 def goes_on(run, newest):
-    """A run that was killed or failed must take up its newest checkpoint, and end well."""
+    """A run that was killed or failed must resume from its newest checkpoint and succeed."""
     run.start().ends(0)
     resumed = re.search(r"resuming from \S+ after (\d+) steps", run.said())
     if (int(resumed[1]) if resumed else 0) != newest or "passing over" in run.said():
@@ -98,8 +99,8 @@ def goes_on(run, newest):
 
 
 def lost(run, save_every):
-    """The steps that have to be done again, which must be no more than two saves lie apart: the
-    first may still be on its way when the second is due."""
+    """The number of steps to repeat, which must be at most those between two saves: the first save
+    may still be in progress when the second is due."""
     steps = run.step() - intact(run)
     if steps > 2 * save_every:
         raise Failed(f"{run.name} lost {steps} steps, saved every {save_every}")
@@ -107,7 +108,7 @@ def lost(run, save_every):
 
 
 def kill_amid_saves(lab, times):
-    """Kills a run that does nothing but save; every time, it goes on from an intact checkpoint."""
+    """Kills a run that only saves; each time it must go on from an intact checkpoint."""
     expected = lab.undisturbed(**SAVING)
     kills = amid = most = runs = 0
     run = lab.run("killed-0", **SAVING)
@@ -139,14 +140,14 @@ def kill_amid_saves(lab, times):
 
 
 def kill_at_each_call(lab, times):
-    """Kills a run at each call that changes its folder: before it, and amid each write."""
+    """Kills a run at each call that changes its folder: before it, and in the middle of a write."""
     shim(lab)
     expected, every = lab.undisturbed(**BRIEF), calls(lab)
     kills = most = 0
     for at in spread(range(1, len(every) + 1), times):
         run = lab.run(f"call-{at}", **BRIEF)
         struck(lab, run, at)
-        # The order of calls is the threads'; the last may come earlier.
+        # The order of calls depends on the threads, so a run may end before the last of them.
         kills += run.process.returncode < 0
         most = max(most, lost(run, BRIEF["train"]["save_every"]))
         goes_on(run, intact(run))
@@ -160,7 +161,7 @@ def kill_at_each_call(lab, times):
 
 
 def fail_at_each_call(lab, times):
-    """Fails the calls of a run from each on that changes its folder, as disks fail."""
+    """From each call that changes a run's folder on, makes its calls fail as disks do."""
     shim(lab)
     expected = lab.undisturbed(**BRIEF)
     kinds = [kind for kind, _ in calls(lab)]
@@ -193,10 +194,10 @@ def fail_at_each_call(lab, times):
 
 
 def refuses(run, paths, error, what):
-    """A run must have ended with 4, naming one of the files, and what it has must be whole."""
+    """A run must have exited with 4 and named one of the files, and its files must be whole."""
     run.ends(4)
     said = "".join(line for line in run.said().splitlines() if line.startswith("lockstep: "))
-    # A file on its way has a name of its own.
+    # A file has another name while it is being written.
     names = [re.sub(r"/\.tmp\w+$|(?<=/lease.json)\.\w+$|\.tmp", "", path) for path in paths]
     if not any(name in said.replace(".tmp", "") for name in names):
         raise Failed(f"{what}: none of {names} is named: {said}")
@@ -209,7 +210,7 @@ def refuses(run, paths, error, what):
 
 
 def read_only(lab, times):
-    """Makes the disk below a run read-only: it ends with 4, and goes on once it can write again."""
+    """Makes a run's disk read-only: it exits with 4, and goes on once it can write again."""
     unshare, nsenter = shutil.which("unshare"), shutil.which("nsenter")
     if os.geteuid() or not unshare or not nsenter:
         raise NotRun("needs root, unshare and nsenter")
@@ -220,7 +221,7 @@ def read_only(lab, times):
         run = lab.run(f"read-only-{number}", **SAVING)
         run.start(under=[unshare, "-m"])
         run.reaches(lab.random.randint(2, 20))
-        # Read-only elsewhere first: the folder itself is busy with a save.
+        # Made read-only elsewhere first: the folder itself is busy with a save.
         folder, aside = run.dir / "checkpoints", lab.folder / f"aside-{number}"
         aside.mkdir()
         again = f'mount --bind "{folder}" "{aside}" && mount -o remount,bind,ro "{aside}" && '
@@ -275,12 +276,12 @@ def system_calls(lab, run):
 
 
 def order_of_calls(lab, times):
-    """What makes a file or a checkpoint durable must be done before anything relies on it."""
+    """A file or a checkpoint must be made durable before anything relies on it."""
     return in_order(system_calls(lab, lab.run("traced", **BRIEF)))
 
 
 def in_order(calls):
-    """Judges the calls of a whole run."""
+    """Checks the order of the calls of a whole run."""
     files = checkpoints = 0
     for index, (what, *paths) in enumerate(calls):
         if what != "rename":
@@ -296,7 +297,7 @@ def in_order(calls):
         else:
             durable(before, source)
             files += 1
-        # Nothing else is given its name before this one is kept.
+        # Nothing else may be renamed before this rename is durable.
         following = [call for call in after if call == ("sync", folder) or call[0] == "rename"]
         following = [call for call in following if not str(call[-1]).startswith(SPARED_NAMES)]
         if not following or following[0][0] != "sync":
@@ -318,7 +319,7 @@ def in_order(calls):
 
 
 def durable(before, path):
-    """The place of the sync of a file, after its last write."""
+    """The index of the sync of a file, which must follow its last write."""
     changes = ("create", "write", "rename")
     written = [n for n, call in enumerate(before) if call[0] in changes and call[-1] == path]
     synced = [n for n, call in enumerate(before) if call == ("sync", path)]

@@ -1,4 +1,4 @@
-// Preloaded into a program, makes its wall clock wrong by DRILL_CLOCK seconds; the monotonic clock stays right.
+// Preloaded into a program, this shifts its wall clock by DRILL_CLOCK seconds; the monotonic clock stays right.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stdlib.h>

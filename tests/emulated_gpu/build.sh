@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds the emulated GPU's three libraries into the folder $1, from the sources beside this script, with the LibTorch of
-# LIBTORCH. Does nothing if they are newer than their sources.
+# Builds the emulated GPU's three libraries into the folder $1, from the sources beside this script, against the
+# LibTorch that LIBTORCH names. Does nothing if they are newer than their sources.
 
 set -euo pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)

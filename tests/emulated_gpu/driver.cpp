@@ -1,4 +1,4 @@
-// An emulated libcuda.so: devices, streams and events, and the clock that finds races.
+// An emulated libcuda.so: devices, streams, events, and the clock that finds races.
 
 #include "gpu.h"
 
@@ -30,7 +30,7 @@ void join(Clock& mine, const Clock& other) {
   for (auto& [party, n] : other) mine[party] = std::max(mine[party], n);
 }
 
-// Something that a stream's thread will have done.
+// A point in a stream that its thread will reach.
 struct Ticket {
   enum State { PENDING, BROKEN, DONE } state = PENDING;
   Time when{};
@@ -59,11 +59,11 @@ const char* variable(const char* name) {
 }  // namespace
 
 struct Stream {
-  std::string name, last;  // and what was launched on it last
+  std::string name, last;  // last: what was launched on it last
   explicit Stream(std::string name) : name(std::move(name)) {}
   Clock clock;
   Tickets waits;             // default stream: what the next launch has to wait for
-  // A made stream: what its thread has yet to do, and the tickets among that, in their order.
+  // Made stream: what its thread still has to do, and the tickets in that, in order.
   std::deque<std::function<bool()>> work;
   std::deque<std::shared_ptr<Ticket>> tickets;
   std::thread thread;
@@ -113,7 +113,7 @@ void check(Stream* stream, const std::string& what, const Range& range) {
   if (place != accesses.begin() && std::prev(place)->second.end > start) --place;
   for (; place != accesses.end() && place->first < end; ++place) {
     auto& last = place->second;
-    // What a broken stream still had to do is never done.
+    // A broken stream never does its remaining work.
     if (last.by != stream && stream->clock[last.by] < last.at && !last.by->broken)
       fail("RACE: %s on the %s touches %zu bytes at %p, of which %zu at %p were last touched by %s on the %s, and nothing "
            "orders the two", what.c_str(), stream->name.c_str(), range.length, range.start, size_t(last.end - place->first),
@@ -135,7 +135,7 @@ void clear(const Range& range) {
   }
 }
 
-// The host learns that a stream came as far as this. A wait that leaves the stream with nothing to do is what costs.
+// The host learns how far a stream has got. Only a wait that leaves the stream with nothing to do costs time.
 void learn(Stream* stream, const Clock& clock) {
   auto at = clock.find(stream);
   if (at != clock.end() && at->second == stream->now() && host[stream] < at->second) count("waits after " + stream->last);
@@ -143,7 +143,7 @@ void learn(Stream* stream, const Clock& clock) {
 }
 
 void wait_until_done(std::unique_lock<std::recursive_mutex>& lock, const Tickets& tickets) {
-  // A broken collective never ends, and a real GPU's host would not wait for it here.
+  // A broken collective never ends, but the host of a real GPU would not wait for it here.
   changed.wait(lock, [&] {
     for (auto& ticket : tickets)
       if (ticket->state == Ticket::PENDING) return false;
@@ -166,7 +166,7 @@ void fail(const char* format, ...) {
 
 namespace {
 
-// This process's rank, as its launcher says it; 0 without one.
+// This process's rank from its launcher; 0 without one.
 std::string rank() {
   for (auto name : {"OMPI_COMM_WORLD_RANK", "PMIX_RANK", "SLURM_PROCID"})
     if (*variable(name)) return variable(name);
@@ -197,7 +197,7 @@ std::vector<Fault>& faults() {
   return all;
 }
 
-// Written when rank 0's process ends in the ordinary way.
+// Written when rank 0's process exits normally.
 struct Figures {
   std::map<std::string, int64_t> all;
   ~Figures() {
@@ -243,7 +243,7 @@ const std::vector<int>& visible() {
     }
     std::istringstream words(variable("CUDA_VISIBLE_DEVICES"));
     std::string word;
-    // As CUDA does, which sees none from the first number on that is not a device's.
+    // Like CUDA, ignores everything from the first number on that is not a device's.
     while (std::getline(words, word, ',')) {
       if (word.empty() || word.find_first_not_of("0123456789") != std::string::npos || stoi(word) >= there) break;
       all.push_back(stoi(word));
@@ -306,7 +306,7 @@ void wait_for(Stream* stream) {
 
 void freed(Stream* stream, const Range& range) {
   std::lock_guard lock(mutex);
-  // Whoever gets these bytes next is launched after this.
+  // The next user of these bytes is launched after this.
   join(stream->clock, host);
   check(stream, "freeing a buffer", range);
   clear(range);
@@ -334,7 +334,7 @@ namespace {
 
 std::vector<Stream*> made;
 
-// A ticket for the point that a made stream has come to.
+// A ticket for the current end of a made stream's work.
 std::shared_ptr<Ticket> ticket_of(Stream* stream) {
   auto ticket = std::make_shared<Ticket>();
   if (stream->broken) ticket->state = Ticket::BROKEN;
@@ -356,7 +356,7 @@ void synchronize() {
   std::unique_lock lock(mutex);
   for (auto* stream : made) {
     auto ticket = ticket_of(stream);
-    // As on a GPU, for ever if a collective hangs.
+    // As on a GPU, this waits for ever if a collective hangs.
     changed.wait(lock, [&] { return ticket->state == Ticket::DONE; });
     join(host, stream->clock);
   }
@@ -431,7 +431,7 @@ int cuStreamCreate(void** handle, unsigned flags) { return cuStreamCreateWithPri
 int cuStreamDestroy_v2(void* handle) {
   std::lock_guard lock(mutex);
   auto* stream = static_cast<Stream*>(handle);
-  stream->ended = true;  // its thread leaves; the clocks may still name it
+  stream->ended = true;  // its thread exits; the clocks may still name it
   made.erase(std::remove(made.begin(), made.end(), stream), made.end());
   changed.notify_all();
   return SUCCESS;
@@ -488,7 +488,7 @@ int cuStreamWaitEvent(void* on, void* handle, unsigned) {
   std::lock_guard lock(mutex);
   auto* stream = stream_of(on);
   auto& event = *static_cast<Event*>(handle);
-  // The mutations that order nothing.
+  // These mutations leave out the ordering.
   if (fault_is_set(on ? "ignore-waits-of-nccl" : "ignore-waits-of-libtorch")) return SUCCESS;
   join(stream->clock, event.clock);
   if (!on) {
@@ -509,8 +509,8 @@ int cuStreamSynchronize(void* on) {
   return cuEventSynchronize(&event);
 }
 
-// Kernels of the program's own, compiled for the CPU: an image is the path of a shared library, in which a kernel is a
-// function (grid, block, parameters) of its name that does the work of the whole grid.
+// The program's own kernels, compiled for the CPU. An image is the path of a shared library, in which a kernel is a
+// function of its name, with arguments (grid, block, parameters), that does the work of the whole grid.
 int cuModuleLoadData(void** module, const void* image) {
   *module = dlopen(static_cast<const char*>(image), RTLD_NOW | RTLD_LOCAL);
   return *module ? SUCCESS : FILE_NOT_FOUND;

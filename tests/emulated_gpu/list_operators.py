@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Prints the operators that have a kernel of their own for CUDA in the PyTorch that runs this.
+"""Prints the operators that have their own CUDA kernel in the PyTorch that runs this.
 
-operators.txt is what it printed with PyTorch 2.11.0+cu130; it takes no GPU.
+operators.txt is its output with PyTorch 2.11.0+cu130. It needs no GPU.
 """
 
 import torch

@@ -1,8 +1,8 @@
-// An emulated libnccl.so: collectives among processes of this machine, through shared memory, added in the order of the
-// ranks, on the thread of the stream that they were given.
+// An emulated libnccl.so: collectives among processes of this machine, through shared memory. They add in the order of
+// the ranks, on the thread of the stream that they were given.
 //
-// The communicator is non-blocking as NCCL documents it: a call is taken only after ncclCommGetAsyncError was asked for a
-// while, and until then no other call may be made, and nothing is on the stream.
+// The communicator is non-blocking as NCCL documents it: a call is accepted only after ncclCommGetAsyncError has been
+// polled for a while. Until then no other call may be made, and nothing is on the stream.
 
 #include "gpu.h"
 
@@ -31,13 +31,13 @@ enum Type { INT32 = 2, INT64 = 4, FLOAT16 = 6, FLOAT32 = 7, FLOAT64 = 8, BFLOAT1
 
 constexpr int MOST_RANKS = 64;
 constexpr size_t CHUNK = 1 << 20;  // bytes that a rank shows the others at a time
-constexpr int POLLS = 3;           // how often a call is in progress
+constexpr int POLLS = 3;           // for how many polls a call is in progress
 
 struct Id {
   char name[128];
 };
 
-// What the ranks share. A rank's number of arrivals is the number of barriers that it has come to.
+// What the ranks share. A rank's number of arrivals is the number of barriers that it has reached.
 struct Shared {
   std::atomic<int> joined;
   std::atomic<uint64_t> arrivals[MOST_RANKS];
@@ -52,7 +52,7 @@ struct Operation {
   std::vector<gpu::Range> ranges;
 };
 
-// What a call has begun and not yet put on the stream.
+// What a call has begun but not yet put on the stream.
 struct Pending {
   gpu::Stream* stream;
   std::vector<Operation> operations;
@@ -71,8 +71,8 @@ struct Comm {
   std::mutex mutex;
   std::atomic<bool> joining{false};
 
-  // Waits until every rank is here; false if the communicator was aborted meanwhile. A rank that is gone is never here, as
-  // between GPUs, where nobody says so.
+  // Waits until every rank is here; false if the communicator was aborted meanwhile. A rank that is gone never arrives,
+  // and nobody is told, as between GPUs.
   bool barrier() {
     shared->arrivals[rank] = ++arrivals;
     for (int other = 0; other < size; other++)
@@ -208,7 +208,7 @@ Result refuse(Comm* comm, Result result, const std::string& why) {
   return result;
 }
 
-// Makes what was begun wait for the polls that come.
+// Makes what was begun wait for the polls to come.
 Result begin(Comm* comm, Pending pending) {
   comm->pending.push_back(std::move(pending));
   comm->polls = POLLS;

@@ -1,7 +1,7 @@
-// An emulated libtorch_cuda.so: LibTorch's device CUDA, on the CPU and over the host's memory.
+// An emulated libtorch_cuda.so: LibTorch's CUDA device on the CPU, with the host's memory.
 //
 // NVIDIA's library of this name registers its kernels for the dispatch key CUDA. In a process without it the key is free,
-// and one kernel for all operators takes it: it shows the CPU's kernel the same memory under another name.
+// and one kernel for all operators takes it. That kernel passes the same memory to the CPU's kernel, as a CPU tensor.
 
 #include "gpu.h"
 
@@ -77,11 +77,11 @@ c10::DataPtr Allocator::allocate(size_t n) {
   if (gpu::fault("oom"))
     TORCH_CHECK_WITH(OutOfMemoryError, false, "CUDA out of memory. Tried to allocate ", n >> 20, " MiB. GPU ", int(device),
                      " has a total capacity of 16.00 GiB of which 0 bytes is free.");
-  // As CUDA's allocator rounds.
+  // Rounds like CUDA's allocator.
   auto size = (n + 511) / 512 * 512;
   void* memory = std::aligned_alloc(512, size);
   TORCH_CHECK(memory, "the emulated GPU has no ", size, " bytes");
-  memset(memory, 0xff, size);  // NaN, so that nobody takes fresh memory for zeros
+  memset(memory, 0xff, size);  // NaN, so that nothing can rely on fresh memory being zero
   std::lock_guard lock(mutex);
   blocks[memory] = {size, device};
   stats[device].allocated_bytes[0].increase(size);
@@ -172,7 +172,7 @@ struct EmulatedHooks final : at::CUDAHooksInterface {
   bool isPinnedPtr(const void* memory) const override { return pinned.holds(memory); }
   at::Allocator* getPinnedMemoryAllocator() const override { return &pinned; }
   long versionCUDART() const override { return 13000; }
-  // LibTorch seeds it, and nobody draws from it: the CPU's kernels draw from the CPU's, so that dropout is the CPU's.
+  // LibTorch seeds it, but nothing draws from it: the CPU's kernels draw from the CPU's, so dropout is the CPU's.
   const at::Generator& getDefaultGenerator(DeviceIndex) const override {
     static auto generator = at::detail::createCPUGenerator();
     return generator;
@@ -198,14 +198,14 @@ Tensor device_empty(at::IntArrayRef size, at::IntArrayRef stride, at::ScalarType
   return at::detail::empty_strided_generic(size, stride, &allocator, c10::DispatchKeySet(c10::DispatchKey::CUDA), type);
 }
 
-// A device's memory as a tensor of the CPU's.
+// A device's memory as a CPU tensor.
 Tensor on_host(const Tensor& tensor) {
   if (!tensor.defined() || !tensor.is_cuda()) return tensor;
   auto options = at::TensorOptions().dtype(tensor.dtype()).device(at::kCPU);
   return at::from_blob(tensor.mutable_data_ptr(), tensor.sizes(), tensor.strides(), [tensor](void*) {}, options);
 }
 
-// Operators that have a kernel in NVIDIA's library; operators.txt lies beside this library.
+// Whether NVIDIA's library has a kernel for an operator; operators.txt is beside this library.
 bool has_kernel(const std::string& name) {
   static const auto names = [] {
     Dl_info info;
@@ -220,8 +220,8 @@ bool has_kernel(const std::string& name) {
   return names.count(name) > 0;
 }
 
-// What LibTorch refuses under deterministic algorithms; by its documentation of torch.use_deterministic_algorithms, but for
-// the gradients of image operators.
+// Refuses what LibTorch refuses under deterministic algorithms, by its documentation of
+// torch.use_deterministic_algorithms, except for the gradients of image operators.
 void check_determinism(const std::string& name, const std::vector<IValue>& arguments) {
   auto& context = at::globalContext();
   if (!context.deterministicAlgorithms()) return;
@@ -239,7 +239,7 @@ void check_determinism(const std::string& name, const std::vector<IValue>& argum
               "CUBLAS_WORKSPACE_CONFIG=:4096:8 before it is loaded");
 }
 
-// Runs an operator of the device's with the CPU's kernel.
+// Runs one of the device's operators with the CPU's kernel.
 struct Call {
   Call(const c10::OperatorHandle& op, torch::jit::Stack* stack) : op(op), stack(stack), name(c10::toString(op.operator_name())) {}
   const c10::OperatorHandle& op;
@@ -252,7 +252,7 @@ struct Call {
   Tensor argument(const Tensor& tensor, bool writes) {
     if (!tensor.defined()) return tensor;
     if (!tensor.is_cuda()) {
-      // A number may come from the CPU; anything else LibTorch refuses, and so do indices of an assignment not.
+      // A scalar may come from the CPU, and so may indices of an assignment. LibTorch refuses anything else.
       TORCH_CHECK(tensor.dim() == 0 || name.find("index") != std::string::npos,
                   "Expected all tensors to be on the same device, but ", name, " was given one on the CPU");
       return tensor;
@@ -261,7 +261,7 @@ struct Call {
                 " was given ones on two GPUs");
     device = tensor.device().index();
     touched.push_back(range(tensor));
-    // One that is to be resized.
+    // An empty result is one that will be resized.
     auto host = writes && !tensor.numel() ? at::empty({0}, tensor.options().device(at::kCPU)) : on_host(tensor);
     if (writes) written.emplace_back(tensor, host);
     return host;
@@ -361,7 +361,7 @@ at::Scalar item(const Tensor& tensor) {
   return on_host(tensor).item();
 }
 
-// Computes attention by plain mathematics, and counts which kernel a Hopper GPU would have chosen.
+// Computes attention with plain mathematics, and counts which kernel a Hopper GPU would have chosen.
 int64_t choose_attention(const Tensor& query, const Tensor&, const Tensor&, const std::optional<Tensor>&, double dropout,
                          bool, std::optional<double>, bool) {
   auto& context = at::globalContext();

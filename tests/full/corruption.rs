@@ -1,4 +1,4 @@
-//! Damage and traps in a run's files: each truncation of the small ones, bits that flip anywhere, links that lead elsewhere.
+//! Damage and traps in a run's files: every truncation of small files, bits flipped anywhere, links to elsewhere.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -19,17 +19,17 @@ const NEWEST: &str = "run/checkpoints/step-00000012";
 const FILES: [&str; 4] = ["MANIFEST.json", "state.json", "model.safetensors", "optimizer.safetensors"];
 const PASSED_OVER: &str = "passing over a checkpoint";
 
-/// The newest checkpoint must be refused with the name of the damaged file, and the one before be taken.
+/// Asserts that the newest checkpoint is refused, naming the damaged file, and that the previous one is used.
 #[track_caller]
 fn falls_back(work: &Workspace, name: &str, what: &str) {
     let error = checkpoint::verify(&work.path(NEWEST)).expect_err(what).to_string();
-    // A changed manifest may accuse another file.
+    // A changed manifest may blame another file.
     assert!(error.contains(NEWEST) && (name == FILES[0] || error.contains(name)), "{what}: {error}");
     let taken = checkpoint::latest(&work.path("run/checkpoints")).unwrap().unwrap();
     assert!(taken.ends_with("step-00000008"), "{what}: {}", taken.display());
 }
 
-/// Every beginning of a file that lacks more than the last end of a line.
+/// Checks every truncation of a file that removes more than its final newline.
 fn beginnings(path: &Path, mut check: impl FnMut(&str)) {
     let whole = fs::read(path).unwrap();
     let needed = whole.trim_ascii_end().len();
@@ -100,7 +100,7 @@ fn a_thousand_flipped_bits_of_a_shard_are_caught() {
     let whole = fs::read(&path).unwrap();
     let flipped = work.path("flipped.bin");
     for flip in 0..1000 {
-        // Half of them in the header, which is small.
+        // Half of the flips are in the header, which is small.
         let bytes = if flip % 2 == 0 { 128 } else { whole.len() };
         let bit = mix(flip, 2) as usize % (bytes * 8);
         let mut bytes = whole.clone();
@@ -112,7 +112,7 @@ fn a_thousand_flipped_bits_of_a_shard_are_caught() {
     }
 }
 
-/// The names in a manifest have no checksum of their own; under ZeRO-1 one flipped bit makes a rank's file another's.
+/// The names in a manifest have no checksum. Under ZeRO-1 one flipped bit turns a rank's file name into another rank's.
 #[test]
 fn every_flipped_bit_of_a_manifest_of_two_ranks_is_caught() {
     let folder = tempfile::tempdir().unwrap();
@@ -135,7 +135,7 @@ fn every_flipped_bit_of_a_manifest_of_two_ranks_is_caught() {
         format!("{{\n  \"format_version\": 1,\n  \"files\": {{\n{}\n  }}\n}}\n", entries.join(",\n")).into_bytes();
     fs::write(&path, &whole).unwrap();
     checkpoint::verify(folder.path()).unwrap();
-    // The last byte ends the line and says nothing.
+    // The last byte is only a newline.
     for bit in 0..(whole.len() - 1) * 8 {
         let mut bytes = whole.clone();
         bytes[bit / 8] ^= 1 << (bit % 8);
@@ -157,7 +157,7 @@ fn nothing_is_written_through_links_in_a_run_directory() {
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         symlink(outside.join(to), path).unwrap();
     };
-    // To a file and, in another run, to one that a write would make.
+    // Links to an existing file and, in another run, to one that a write would create.
     for (run, to) in [("one", "file"), ("two", "new")] {
         let files = ["train.csv", "eval.csv", "best.json", "restarts.json", "config.yaml", "tokenizer.json"];
         for file in files.into_iter().chain(["samples/step-00000006.txt"]) {
@@ -174,7 +174,7 @@ fn nothing_is_written_through_links_in_a_run_directory() {
         work.lockstep(&format!("checkpoint verify --run-dir {run}")).ok();
         assert_eq!(snapshot(&outside), before, "{run}");
     }
-    // A log that is a link, with the right content: rows would be appended to it.
+    // A log that is a link to a file with the right content: rows would be appended to that file.
     let row_of = |run: &str| fs::read(work.path(run).join("train.csv")).unwrap();
     fs::write(outside.join("train.csv"), row_of("one")).unwrap();
     fs::remove_file(work.path("one/train.csv")).unwrap();
@@ -190,7 +190,7 @@ fn nothing_is_written_through_links_in_a_run_directory() {
         said.fails(4, &[&format!("three-{folder}/{folder} is a link"), "link the whole run directory instead"]);
         assert_eq!(snapshot(&outside), before, "{folder}");
     }
-    // A link to the whole run directory is the user's own.
+    // A link to the whole run directory is the user's own choice.
     fs::create_dir(work.path("disk")).unwrap();
     symlink(work.path("disk"), work.path("four")).unwrap();
     work.train("four", "").ok();

@@ -1,10 +1,10 @@
-//! Every command in the documents is run, in order, in a folder that looks like a clone, and leaves nothing that git does
-//! not ignore.
+//! Runs every command in the documents, in order, in a folder that looks like a clone. Git must ignore all that they
+//! leave.
 //!
-//! Commands are in blocks marked `sh`. Those marked `bash` need a cluster, a GPU or hours; `tests/test_slurm.py` runs their
-//! like on a cluster.
+//! Commands are in blocks marked `sh`. Those marked `bash` need a cluster, a GPU or hours; `tests/test_slurm.py` runs
+//! similar ones on a cluster.
 //!
-//! To be fast and to need no network, a command is run with the substitutions of [`substituted`].
+//! To be fast and need no network, commands run with the substitutions of [`substituted`].
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -15,7 +15,7 @@ use std::time::Instant;
 use crate::common::binary;
 use crate::common::documents::{documents, root};
 
-/// Commands that are not run: how they begin, and why.
+/// Commands that are not run: how they begin, and why they are left out.
 const NOT_RUN: [(&str, &str); 4] = [
     ("launch/quickstart", "it builds, and trains for minutes"),
     ("launch/test", "it runs this test"),
@@ -54,7 +54,7 @@ fn commands() -> Vec<String> {
 #[test]
 fn every_command_runs() {
     let clone = tempfile::tempdir().unwrap();
-    // Git does not follow a link to this.
+    // Copied, because git does not follow a link to it.
     fs::copy(root().join(".gitignore"), clone.path().join(".gitignore")).unwrap();
     for name in ["analysis", "configs", "launch", ".venv"] {
         let place = root().join(name);
@@ -97,8 +97,8 @@ fn shell(folder: &Path, command: &str) -> Result<String, String> {
     }
 }
 
-/// Every corpus is the sample, a training has two steps, or four if it says how many, and there is no GPU: what needs one is
-/// made small enough for the CPU.
+/// Makes every corpus the sample. A training has two steps, or four if it gives a number. There is no GPU: commands
+/// that need one are made small enough for the CPU.
 fn substituted(command: &str) -> String {
     let sample = format!("--source '{}' ", root().join("src/data/sample").display());
     let mut run = command

@@ -1,4 +1,4 @@
-//! Mistakes of which there are so many kinds that trying them takes long. `quick/errors.rs` and `quick/faults.rs` have others.
+//! Mistakes of so many kinds that trying them all takes long. `quick/errors.rs` and `quick/faults.rs` have others.
 
 use std::fs;
 use std::process::Stdio;
@@ -58,7 +58,7 @@ fn text_that_cannot_be_prepared_is_refused() {
     let said = work.train("run", "--set data.dir=made");
     said.fails(3, &["the validation split", "the split has 1", "more text"]);
 
-    // A byte order mark is no text.
+    // A byte order mark is not text.
     fs::write(work.path("marked"), "\u{feff}one\n").unwrap();
     let said = work.lockstep("tokenize --tokenizer gpt2 marked").ok().says(&["marked begins with a byte order mark"]);
     assert_eq!(said.stdout, "505\n");
@@ -96,7 +96,7 @@ fn a_model_meets_only_the_vocabulary_it_was_trained_with() {
     let parts = ["other data than mine", "SHA-256", "--allow-config-change data.dir"];
     work.train("run", resume).fails(2, &parts);
     assert!(snapshot(&work.path("run")) == before, "a refused command changed the run");
-    // The run speaks without its data, and takes up the right data where the text is tokenized as it says.
+    // The run generates text without its data, and accepts the right data if it is tokenized in the same way.
     work.lockstep("generate --run-dir run --prompt A --tokens 2").ok();
     work.lockstep("-q prepare --source sample --tokenizer run/tokenizer.json --out mine").ok();
     work.lockstep("eval --run-dir run").ok();
@@ -116,7 +116,7 @@ fn a_run_directory_of_another_configuration_is_left_alone() {
     let half = format!("{other} --allow-config-change optim.lr");
     let said = work.train("run", &half).fails(2, &["model.dropout was"]);
     assert!(!said.stderr.contains("optim.lr was"), "{}", said.stderr);
-    // Allowed, but no checkpoint of this model.
+    // Allowed, but the checkpoint is not of this model.
     let wider = "--set model.n_embd=64 --allow-config-change model.n_embd";
     work.train("run", wider).fails(4, &["model.safetensors", "[32]", "[64]", "another model"]);
     work.train("run", "--resume never").fails(2, &["run holds checkpoints", "--resume never", "--run-dir"]);

@@ -1,4 +1,4 @@
-//! A lease of another machine, waited out by the clock on the wall. `quick/lease.rs` has what needs no wait.
+//! A lease of another machine, waited out in real time. `quick/lease.rs` has what needs no wait.
 
 use std::fs;
 
@@ -8,7 +8,7 @@ use crate::common::{numbers, Workspace};
 fn a_lease_that_stands_still_for_12_s_is_taken() {
     let work = Workspace::in_memory();
     work.trained("run");
-    // Whoever is killed amid a write on a file system without links leaves this.
+    // A process that is killed during a write on a file system without links leaves this.
     fs::write(work.path("run/lease.json"), "{\"cluster\": nu").unwrap();
     let said = work.train("run", "--set train.steps=14").ok();
     let parts =

@@ -1,4 +1,4 @@
-//! What takes minutes, with one rank or several; `launch/test --full` runs it.
+//! Tests that take minutes, with one rank or several; `launch/test --full` runs them.
 
 #[path = "../common/mod.rs"]
 mod common;

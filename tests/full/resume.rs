@@ -1,4 +1,4 @@
-//! Runs that are killed again and again, and end with the bits of one that was not.
+//! Runs that are killed again and again end bit for bit like one that was not.
 
 use crate::common::alike::assert_alike;
 use crate::common::runs::{last_step, Run, NO_END, VARIED};
@@ -11,7 +11,7 @@ fn killed_and_resumed(ranks: usize) {
     let epoch = Shard::open(&sample().join("train.bin")).unwrap().n_tokens() / 32 / 32;
     assert!((30..70).contains(&epoch), "an epoch of {epoch} steps does not end amid the kills");
     let broken = Run::new(folder.path(), "broken", &config, ranks);
-    // Inside an epoch, at an evaluation, a sample, a save, and past an epoch's end.
+    // Inside an epoch, at an evaluation, a sample and a save, and past an epoch's end.
     for step in [3, 14, 18, 24, 27, 40, 56, 77, 90] {
         broken.kill_at(step, &NO_END);
     }

@@ -1,4 +1,4 @@
-//! Ranks that hang in other places than those of `ranks/watchdog.rs`, and what takes long but does not hang.
+//! Ranks that hang in places other than in `ranks/watchdog.rs`, and what takes long but does not hang.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -11,7 +11,7 @@ use std::time::Duration;
 use crate::common::runs::{fifo, last_step, says, signal, Going, Run, ENDLESS};
 use crate::common::{binary, finish, in_memory, rows, sample};
 
-/// Linux's flag for a file that is not waited for.
+/// Linux's flag for opening a file without blocking.
 const O_NONBLOCK: i32 = 0o4000;
 
 #[test]
@@ -24,7 +24,7 @@ fn a_rank_that_hangs_with_work_of_its_own_is_named_by_the_other() {
     let (code, said) = Going::start(&run, &[]).ends();
     assert_eq!(code, Some(6), "{said}");
     says(&said, &["rank 1: exchanging with the other ranks took longer than 8 s", "rank 0 on "]);
-    // By its heartbeats it lives; on a disk that takes a second for each it may seem to have stopped.
+    // Its heartbeats show that it lives. If the disk takes a second for each, it may seem to have stopped.
     assert!(
         [" lives but is not here", " has stopped"]
             .iter()
@@ -49,7 +49,7 @@ fn a_stderr_that_nobody_reads_does_not_keep_a_hanging_rank_alive() {
     let run = Run::new(folder.path(), "deaf", &format!("{ENDLESS}fault: {{step_deadline_s: 1}}\n"), 1);
     let pipe = folder.path().join("pipe");
     fifo(&pipe);
-    // Open, and never read: once it is full, whoever writes a line waits.
+    // Open but never read: once it is full, writing a line blocks.
     let _reader = File::options().read(true).write(true).open(&pipe).unwrap();
     let stderr = File::options().write(true).open(&pipe).unwrap();
     let mut command = run.command(&[]);
@@ -57,7 +57,7 @@ fn a_stderr_that_nobody_reads_does_not_keep_a_hanging_rank_alive() {
     let mut going = Going { run: &run, child: command.spawn().unwrap(), stderr: run.config.clone() };
     drop((command, stderr));
     going.trains(0);
-    // Until it takes no more, by a file description of its own that does not wait.
+    // Fills it up, through a separate file description that does not block.
     let mut full = File::options().write(true).custom_flags(O_NONBLOCK).open(&pipe).unwrap();
     while full.write(&[0]).is_ok() {}
     let (code, _) = going.ends();
@@ -68,7 +68,7 @@ fn a_stderr_that_nobody_reads_does_not_keep_a_hanging_rank_alive() {
 fn a_long_evaluation_makes_progress() {
     let folder = in_memory();
     let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/data/sample/valid.txt")).unwrap();
-    // More and more text, until this machine takes longer for it than the 1 s allowed and the watchdog's 5 s more.
+    // More and more text, until this machine needs longer than the allowed 1 s plus the watchdog's 5 s.
     for doublings in 0.. {
         let data = folder.path().join(format!("data-{doublings}"));
         for split in ["train", "valid", "test"] {
@@ -97,13 +97,13 @@ fn ranks_that_were_all_stopped_for_longer_than_the_deadline_go_on() {
     let run = Run::new(folder.path(), "suspended", &format!("{ENDLESS}fault: {{step_deadline_s: 5}}\n"), 2);
     let mut going = Going::start(&run, &[]);
     let pids = [0, 1].map(|rank| going.trains(rank).0);
-    // As `scontrol suspend`, but so that rank 0 waits for rank 1 at that time.
+    // Like `scontrol suspend`, but while rank 0 waits for rank 1.
     signal("STOP", pids[1]);
     let waits = r#""phase":"exchange""#;
     let beat = run.dir.join("heartbeats/rank-0000.json");
     going.until("rank 0 waits", || fs::read_to_string(&beat).ok()?.contains(waits).then_some(()));
     signal("STOP", pids[0]);
-    // Longer than the watchdog allows, too.
+    // Longer than the watchdog allows.
     sleep(Duration::from_secs(12));
     let stopped_at = last_step(&run.dir);
     pids.iter().for_each(|&pid| signal("CONT", pid));

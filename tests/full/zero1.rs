@@ -1,4 +1,4 @@
-//! ZeRO-1 on three ranks, and states that another number of ranks takes up.
+//! ZeRO-1 on three ranks, and states that a different number of ranks resumes.
 
 use crate::common::alike::assert_learnt_alike;
 use crate::common::copy_folder;
@@ -19,7 +19,7 @@ fn a_sharded_state_is_taken_up_by_any_number_of_ranks() {
     assert!(whole.start(&["--set", "train.steps=3"]).success());
     assert_learnt_alike(&sharded.dir, &whole.dir);
 
-    // Both states, written in three parts and in one, are the same state: whoever goes on from them learns the same.
+    // Both states, one written in three parts and one in one, are equal: runs that go on from them learn the same.
     for (ranks, zero1) in [(1, "false"), (1, "true"), (2, "true"), (3, "true"), (2, "false")] {
         let setting = format!("optim.zero1={zero1}");
         let go_on = |from: &Run, name: &str| {

@@ -1,15 +1,15 @@
-//! Hostile files: valid ones are changed at random, and whoever reads them must not panic, hang, take more memory than the
-//! file has bytes (times a small factor, plus a constant), or write anywhere.
+//! Hostile files: valid files are changed at random. Their reader must not panic, hang, take more memory than the file
+//! has bytes (times a small factor, plus a constant), or write anywhere.
 //!
-//! Each target runs for a few seconds. Longer, or one input again:
+//! Each target runs for a few seconds. To run longer, or to repeat one input:
 //!
 //! ```text
 //! LOCKSTEP_FUZZ_RUNS=1000000 cargo test --release --test fuzz -- --nocapture
 //! LOCKSTEP_FUZZ_SEED=12345 LOCKSTEP_FUZZ_RUNS=1 cargo test --release --test fuzz shard
 //! ```
 //!
-//! The changes are blind to what they reach (coverage needs a nightly compiler); so each target says how many inputs it
-//! took, and a digest over the changed bytes is corrected in half of them, as someone who means harm would.
+//! The changes do not know what code they reach (coverage needs a nightly compiler). So each target prints how many
+//! inputs were accepted, and half of them get a corrected digest over the changed bytes, as from an attacker.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -39,7 +39,7 @@ mod mutation;
 
 use mutation::{fuzz, Limit};
 
-/// The memory counted is that of the whole process: one target at a time.
+/// Runs one target at a time, because the memory of the whole process is counted.
 fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
@@ -59,7 +59,7 @@ const SMALL: Shape = Shape {
     recompute: false,
 };
 
-/// A checkpoint of a small model, and what it was made of.
+/// A checkpoint of a small model, and that model.
 fn saved(folder: &Path) -> (PathBuf, Gpt) {
     let mut model = Gpt::new(SMALL, Device::Cpu, Kind::Float);
     model.initialize(1);
@@ -80,7 +80,7 @@ fn saved(folder: &Path) -> (PathBuf, Gpt) {
     (saving.publish(None, || Ok(())).unwrap(), model)
 }
 
-/// Nothing but `changed` may have come, gone or become another.
+/// Asserts that no file but `changed` was created, removed or changed.
 fn assert_untouched(folder: &Path, before: &BTreeMap<String, Vec<u8>>, changed: &str) {
     let mut after = common::snapshot(folder);
     after.remove(changed);
@@ -131,7 +131,7 @@ fn safetensors() {
     let numel = model.parameters.numel();
     let names = ["model.safetensors", "optimizer.safetensors"];
     let corpus = names.map(|name| fs::read(checkpoint.join(name)).unwrap());
-    // The header's length as it is now, so that what changed in the header is read.
+    // Corrects the header's length to its new value, so the changed header is read.
     let fit = |bytes: &mut Vec<u8>| {
         if let Some(end) = bytes.windows(2).rposition(|pair| pair == b"}}") {
             let length = (end + 2).saturating_sub(8) as u64;
@@ -312,7 +312,7 @@ fn archive() {
     );
 }
 
-/// A few thousand bytes that are a gigabyte of one letter: as an archive's one line, and as a memory's end.
+/// An archive of a few thousand bytes that unpack to one line of a gigabyte: reading it must not exhaust memory.
 #[test]
 fn archive_of_one_endless_line() {
     let _alone = alone();

@@ -12,7 +12,7 @@ struct Counting;
 #[global_allocator]
 static COUNTING: Counting = Counting;
 
-// SAFETY: every call is the system allocator's, with the arguments as they came; counting touches no memory of it.
+// SAFETY: every call goes to the system allocator with unchanged arguments; counting touches none of its memory.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         count(layout.size());
@@ -27,14 +27,14 @@ unsafe impl GlobalAlloc for Counting {
     }
 }
 
-/// Before it is asked for: a request that is refused is one too many as well.
+/// Counts a request before it is made: a refused request also counts.
 fn count(size: usize) {
     let held = HELD.fetch_add(size, Relaxed) + size;
     MOST.fetch_max(held, Relaxed);
 }
 
-/// What `work` returns, and the most bytes that Rust held at a time meanwhile, beyond those it held before. LibTorch's
-/// own are not counted.
+/// What `work` returns, and the most bytes that Rust held at one time meanwhile, beyond those it held before.
+/// LibTorch's own are not counted.
 pub fn peak<T>(work: impl FnOnce() -> T) -> (T, usize) {
     let before = HELD.load(Relaxed);
     MOST.store(before, Relaxed);

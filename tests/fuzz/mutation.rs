@@ -1,4 +1,4 @@
-//! Random changes of valid inputs, and what a reader of them may take: no panic, little memory, little time.
+//! Random changes of valid inputs, and the limits for their reader: no panic, little memory, little time.
 
 use std::time::{Duration, Instant};
 
@@ -6,7 +6,7 @@ use lockstep::random::mix;
 
 use crate::memory;
 
-/// Random numbers; all of an input follow from its seed.
+/// Random numbers; all those of an input follow from its seed.
 struct Random(u64, u64);
 
 impl Random {
@@ -24,14 +24,14 @@ impl Random {
         start..(start + self.below(longest + 1)).min(bytes.len())
     }
 
-    /// Few repetitions mostly, many now and then.
+    /// Usually few repetitions, sometimes many.
     fn times(&mut self) -> usize {
         let doublings = if self.below(16) == 0 { 18 } else { 9 };
         1 << self.below(doublings)
     }
 }
 
-/// What readers stumble over, in any format.
+/// Text that readers of any format stumble over.
 const WORDS: [&str; 30] = [
     "",
     "0",
@@ -119,7 +119,7 @@ pub struct Limit {
     pub constant: usize,
 }
 
-/// Changes inputs of the corpus, `repair`s half of them, and hands each to `read`, which says whether it took it.
+/// Changes inputs of the corpus, `repair`s half of them, and gives each to `read`, which tells whether it accepted it.
 pub fn fuzz(
     corpus: &[Vec<u8>],
     runs: u64,
@@ -157,7 +157,7 @@ pub fn fuzz(
     assert!(runs < 100 || (0 < taken && taken < runs), "the changes are all too small or all too large");
 }
 
-/// Says how to run an input again when it fails.
+/// Prints how to run an input again if it fails.
 struct Again<'a> {
     name: &'a str,
     seed: u64,

@@ -11,10 +11,10 @@ use crate::common::{binary, finish, not_run, numbers, table, Workspace};
 
 const COLUMNS: &str = "device,world_size,steps,total_s,step_ms_median,tokens_per_s,final_loss,speedup\n";
 
-/// A tight comparison of `tiny.yaml`.
+/// A short comparison of `tiny.yaml`.
 const COMPARE: &str = "-q compare --config tiny.yaml --steps 12";
 
-/// The rows of a table, after a look at its header.
+/// The rows of a table, after a check of its header.
 #[track_caller]
 fn measured(text: &str) -> Vec<BTreeMap<String, String>> {
     assert!(text.starts_with(COLUMNS), "{text:?}");
@@ -26,7 +26,7 @@ fn number(row: &BTreeMap<String, String>, column: &str) -> f64 {
     row[column].parse().unwrap_or_else(|e| panic!("{column} {:?}: {e}", row[column]))
 }
 
-/// What lies in the folder beside the workspace's own two.
+/// What is in the folder besides the workspace's own two.
 fn left(work: &Workspace) -> Vec<String> {
     let names = fs::read_dir(work.path("")).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
     let mut names: Vec<String> = names.filter(|name| !["data", "tiny.yaml"].contains(&name.as_str())).collect();
@@ -71,7 +71,7 @@ fn a_gpu_that_is_not_there_is_an_error_after_the_cpus_row() {
         command.env("CUDA_VISIBLE_DEVICES", ""); // where there is a GPU, it is hidden
         let said = ["device: cuda was asked for", "comparing on cuda", "exit code 2", "--devices cpu"];
         let output = finish(command).fails(2, &said);
-        // It failed before it had anything to leave.
+        // It failed before it had written anything.
         assert_eq!(left(&work), ["table.csv"]);
         let file = fs::read_to_string(work.path("table.csv")).unwrap();
         assert_eq!(output.stdout, file);
@@ -104,7 +104,7 @@ fn a_gpu_is_compared_with_the_first_device() {
 fn it_is_a_world_of_one_wherever_it_starts() {
     let work = Workspace::new();
     let arguments: Vec<String> = format!("{COMPARE} --devices cpu").split(' ').map(String::from).collect();
-    // One task of srun, and one rank of mpirun, whose server the run must not look for.
+    // One task of srun, and one rank of mpirun: the run must not look for their server.
     let place = [("PMIX_RANK", "0"), ("PMIX_NAMESPACE", "gone"), ("SLURM_PROCID", "0"), ("SLURM_STEP_NUM_TASKS", "1")];
     for more in [("PMI_RANK", "0"), ("OMPI_COMM_WORLD_SIZE", "1")] {
         let mut command = work.command(&arguments);
@@ -153,7 +153,7 @@ fn a_run_that_fails_is_kept_and_its_exit_code_stands() {
     fs::create_dir(work.path("compare.csv.run-1")).unwrap();
     let parts = ["step 2: the loss is NaN", "comparing on cpu", "compare.csv.run-2, is kept", "exit code 5"];
     work.lockstep(&format!("{COMPARE} --devices cpu,cuda --set optim.lr=1e30")).fails(5, &parts);
-    // Neither a table from before nor a folder that another run left is touched.
+    // Neither an older table nor a folder that another run left is touched.
     assert_eq!(left(&work), ["compare.csv", "compare.csv.run-1", "compare.csv.run-2"]);
     assert_eq!(fs::read_to_string(work.path("compare.csv")).unwrap(), older);
     assert_eq!(numbers(&work.path("compare.csv.run-2/train.csv"), "step"), [1.0]);

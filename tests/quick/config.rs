@@ -1,4 +1,4 @@
-//! `lockstep config`: job scripts take its word for what a configuration says, whatever spelling of YAML it is in.
+//! `lockstep config`: job scripts rely on it to read a configuration, in whatever style of YAML.
 
 use std::fs;
 
@@ -33,7 +33,7 @@ fn the_run_directory_is_the_one_that_train_takes_in_any_spelling() {
     }
     let of_tiny = ["--print", "run_dir", "--config", "tiny.yaml", "--set", "name='via set'"];
     assert_eq!(printed(&work, &of_tiny), "runs/via set\n");
-    // A job hands over whatever it hands to `train`.
+    // A job passes the same arguments as to `train`.
     let more = ["--run-dir=else where", "--resume", "never", "--allow-config-change", "seed", "-q"];
     assert_eq!(printed(&work, &[&of_tiny[..], &more].concat()), "else where\n");
 
@@ -109,7 +109,7 @@ fn the_work_of_one_process_is_refused_to_several() {
         }
     }
     assert!(!work.path("new").exists());
-    // A batch shell and a job with one task are no ranks, whatever else the job's variables say.
+    // A batch shell and a job with one task are not ranks, whatever the job's other variables say.
     let mut command = work.command(&["config"]);
     command.envs([("SLURM_STEP_NUM_TASKS", "1"), ("SLURM_NTASKS", "3"), ("SLURM_PROCID", "0")]);
     finish(command).ok();

@@ -1,4 +1,4 @@
-//! The same run in bf16, and on a GPU, if there is one, which is said; and the threads that compute.
+//! The same run in bf16, and on a GPU, or a note that there is none; and the threads that compute.
 
 use std::fs;
 use std::io::Write;
@@ -39,7 +39,7 @@ fn bf16_learns_what_fp32_learns() {
 #[test]
 fn a_gpu_learns_what_a_cpu_learns() {
     if !lockstep::torch::has_driver() {
-        // Past the capture of the test runner, so that nobody takes this for a check.
+        // Bypasses the test runner's capture, so nobody mistakes this for a check.
         let _ =
             writeln!(std::io::stderr(), "NOT RUN: a_gpu_learns_what_a_cpu_learns: this machine has no NVIDIA driver");
         return;
@@ -53,7 +53,7 @@ fn a_gpu_learns_what_a_cpu_learns() {
     assert_near(&bf16, &expected, 0.02);
 }
 
-/// Trains `tiny.yaml` with these variables, and says what OpenMP has read, start after start.
+/// Trains `tiny.yaml` with these variables; also returns what OpenMP read, start after start.
 fn trained_with(work: &Workspace, run: &str, more: &str, variables: &[(&str, &str)]) -> (String, Vec<String>) {
     let arguments = format!("train --config tiny.yaml --run-dir {run} --set train.steps=2 {more}");
     train_and_ask(work.command(&arguments.split_whitespace().collect::<Vec<_>>()), variables)
@@ -77,14 +77,14 @@ fn threads_wait_for_a_bounded_time_unless_the_user_decides() {
     let work = Workspace::new();
     let (_, spins) = trained_with(&work, "plain", "", &[("OMP_NUM_THREADS", "2")]);
     assert_eq!(spins.last().map(String::as_str), Some("10000"), "{spins:?}");
-    // By the configuration, too.
+    // The configuration works too.
     let (_, spins) = trained_with(&work, "key", "--set threads=2", &[]);
     assert_eq!(spins.last().map(String::as_str), Some("10000"), "{spins:?}");
     for (name, value) in [("GOMP_SPINCOUNT", "77"), ("OMP_WAIT_POLICY", "passive"), ("KMP_BLOCKTIME", "1")] {
         let (_, spins) = trained_with(&work, name, "", &[("OMP_NUM_THREADS", "2"), (name, value)]);
         assert!(spins.len() == 1 && spins[0] != "10000", "{name}: {spins:?}");
     }
-    // One thread waits for nobody.
+    // A single thread never waits.
     let (_, spins) = trained_with(&work, "alone", "", &[]);
     assert_eq!(spins.len(), 1, "{spins:?}");
     // A launcher's rank need not start twice.

@@ -1,8 +1,8 @@
-//! The documents keep their word: the reference's tables are made from the program's own types, the troubleshooting page
-//! quotes messages that exist, links lead somewhere, and every configuration is listed. `tests/full/documents.rs` runs the
-//! commands.
+//! The documents are true: the reference's tables are made from the program's own types, the troubleshooting page
+//! quotes messages that exist, links lead somewhere, and every configuration is listed. `tests/full/documents.rs` runs
+//! the commands.
 //!
-//! `LOCKSTEP_BLESS=1 cargo test --release --test quick documents` writes the reference's tables anew.
+//! `LOCKSTEP_BLESS=1 cargo test --release --test quick documents` rewrites the reference's tables.
 
 use std::fmt::Write;
 use std::fs;
@@ -29,7 +29,7 @@ fn readme_is_short() {
     assert!(lines <= 150, "README.md has {lines} lines; move the rest to docs/");
 }
 
-/// A table of the reference, between its two marks.
+/// The reference's tables, each between its two marks, are those that the program makes.
 #[test]
 fn the_references_tables_are_the_programs() {
     let mut text = read("docs/reference.md");
@@ -143,14 +143,14 @@ fn options<'a>(head: &str, arguments: impl Iterator<Item = &'a Arg>) -> String {
     text
 }
 
-/// Each heading of the troubleshooting page is part of a message that the program or a script has.
+/// Each quoted heading of the troubleshooting page is part of a message of the program or a script.
 #[test]
 fn the_messages_quoted_exist() {
     let mut files: Vec<PathBuf> = Vec::new();
     for folder in ["src", "launch", "slurm"] {
         files_below(&root().join(folder), &mut files);
     }
-    // A text that goes on in the next line, as Rust and shells write it. Comments say nothing to users.
+    // Joins text that continues on the next line in Rust or shell. Users do not see comments.
     let joined = |text: String| {
         let lines = text.replace("\" \\\n", "\\\n");
         let said = lines.lines().map(str::trim_start).filter(|line| !line.starts_with("//") && !line.starts_with("# "));
@@ -176,7 +176,7 @@ fn files_below(folder: &Path, found: &mut Vec<PathBuf>) {
     }
 }
 
-/// A link leads to a file that is there, and to a heading that it has.
+/// A link leads to a file that exists, and to a heading in it.
 #[test]
 fn links_lead_somewhere() {
     for name in documents() {

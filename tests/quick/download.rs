@@ -20,7 +20,7 @@ use zip::ZipWriter;
 /// How the server answers one request.
 #[derive(Clone, Copy)]
 struct Reply {
-    /// The status of an answer without a body; None answers as a web server does.
+    /// The status of an answer without a body; with None it answers like a web server.
     status: Option<u16>,
     /// Whether a range is heeded.
     ranges: bool,
@@ -44,7 +44,7 @@ struct Server {
 }
 
 impl Server {
-    /// Answers one connection for each reply and then closes; ends by itself after some minutes.
+    /// Answers one connection for each reply, then closes. It ends by itself after some minutes.
     fn start(body: &[u8], replies: &[Reply]) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         listener.set_nonblocking(true).unwrap();
@@ -117,7 +117,7 @@ fn zip_of(entries: &[(&str, &str)]) -> Vec<u8> {
 
 const TEXT: &str = " = A title = \n \n Some words , and more of them . \n";
 
-/// A small archive of WikiText-2's layout.
+/// A small archive with WikiText-2's layout.
 fn corpus() -> Vec<u8> {
     let train = TEXT.repeat(50);
     zip_of(&[
@@ -149,7 +149,7 @@ fn a_whole_file_takes_one_request() {
     fetch(&server.url, &sha256(&body), &to).unwrap();
     assert_eq!(fs::read(&to).unwrap(), body);
     assert!(!part.exists());
-    // A second call finds it and asks nobody.
+    // A second call finds it and sends no request.
     fetch(&server.url, &sha256(&body), &to).unwrap();
     let requests = server.requests();
     assert_eq!(requests.len(), 1);
@@ -210,7 +210,7 @@ fn a_wrong_checksum_is_refused_and_not_resumed() {
     let (folder, body) = (TempDir::new().unwrap(), corpus());
     let (to, part) = target(&folder);
     fs::create_dir(part.parent().unwrap()).unwrap();
-    // What is here is another file's beginning.
+    // The partial file is the beginning of another file.
     fs::write(&part, [0; 90]).unwrap();
     let server = Server::start(&body, &[WHOLE, WHOLE]);
     let sum = sha256(&body);
@@ -306,7 +306,7 @@ fn an_archive_that_is_not_what_it_says_is_refused() {
     ]);
     fails(prepare_from(&empty, &out), 3, &["wikitext-2/wiki.valid.tokens", "not a single word"]);
 
-    // The declared size stands 24 bytes into an entry of the central directory, the CRC 16.
+    // The declared size is 24 bytes into an entry of the central directory, and the CRC 16.
     let start = body.windows(4).position(|four| four == b"PK\x01\x02").unwrap();
     for (at, new, reason) in [(24, 10u32, "declared"), (24, u32::MAX - 1, "expected at most"), (16, 7, "checksum")] {
         let mut lying = body.clone();

@@ -1,12 +1,12 @@
-//! What is said of a driver that does not start, has no GPU, or is too old: by `doctor`, and by a training that wants a GPU
-//! or can do without. The driver is a library of a few lines.
+//! What `doctor` and training report about a driver that does not start, has no GPU, or is too old. The training may
+//! require a GPU or not. The driver is a library of a few lines.
 
 use std::fs;
 use std::process::Command;
 
 use crate::common::{finish, Output, Workspace};
 
-/// Answers with the numbers in FAKE_INIT, FAKE_COUNT and FAKE_VERSION; says which variables the libraries would see.
+/// Answers with the numbers in FAKE_INIT, FAKE_COUNT and FAKE_VERSION; prints which variables the libraries would see.
 const DRIVER: &str = r#"
 #include <stdio.h>
 #include <stdlib.h>
@@ -23,7 +23,7 @@ int cuGetExportTable(const void **table, const void *id) { return 801; }
 int cuGetErrorName(int error, const char **name) { *name = error == 802 ? "CUDA_ERROR_SYSTEM_NOT_READY" : "?"; return 0; }
 "#;
 
-/// A folder with the driver in it.
+/// A folder that contains the driver.
 fn with_driver() -> Workspace {
     let work = Workspace::new();
     fs::write(work.path("driver.c"), DRIVER).unwrap();
@@ -55,7 +55,7 @@ fn a_driver_that_does_not_start_is_named_with_its_error() {
     let reason = "the NVIDIA driver is installed, but does not start: CUDA_ERROR_SYSTEM_NOT_READY";
     run(&work, &format!("{TRAIN}cuda"), broken).fails(2, &[reason, "nvidia-smi", "--set device=cpu"]);
     run(&work, &format!("{TRAIN}auto"), broken).ok().says(&["computing on the CPU", reason]);
-    // doctor says what training does.
+    // doctor reports what training does.
     let said = run(&work, "doctor", broken).ok();
     said.reports(&[
         "warning:    rank 0 on ",
@@ -99,7 +99,7 @@ fn deterministic_kernels_do_not_cost_a_filling_of_new_memory() {
 #[ignore = "a process of the test above: the choice of kernels is the whole process's"]
 fn new_memory_is_as_it_is() {
     lockstep::torch::use_deterministic_kernels();
-    // LibTorch would fill it with what is no number.
+    // LibTorch would fill it with NaN.
     let fresh = tch::Tensor::empty([1 << 20], (tch::Kind::Float, tch::Device::Cpu));
     assert!(!bool::try_from(fresh.isnan().all()).unwrap());
 }

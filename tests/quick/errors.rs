@@ -1,5 +1,5 @@
-//! What goes wrong for a user: the exit code, and a message that says what was expected, what was found, where, and
-//! what to do. Storage has its own file, `faults.rs`.
+//! Mistakes of users: the exit code, and a message with what was expected, what was found, where, and what to do.
+//! Storage has its own file, `faults.rs`.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -10,7 +10,7 @@ use lockstep::error::exit_code;
 
 use crate::common::{copy_folder, not_run, numbers, table, Workspace, TINY};
 
-/// Asserts that `tiny.yaml` with these overrides cannot be run by so many ranks: the error that `train` ends with.
+/// Asserts that `tiny.yaml` with these overrides cannot run on `world_size` ranks, with `train`'s error.
 #[track_caller]
 fn unplanned(overrides: &[&str], world_size: usize, parts: &[&str]) {
     let overrides: Vec<String> = overrides.iter().map(ToString::to_string).collect();
@@ -40,7 +40,7 @@ fn a_key_or_value_that_cannot_be_is_named() {
         ("model.weight_decay=1", &["did you mean `optim.weight_decay`?"]),
         ("eval_evry=1", &["did you mean `train.eval_every`?"]),
         ("data.zzz=1", &["unknown key `data.zzz`: keys here: dir, layout"]),
-        // Spellings that YAML does not take as they were meant.
+        // Spellings that YAML does not read as intended.
         ("optim.lr=", &["--set optim.lr=: the value is missing"]),
         ("name=2024", &["name: expected text, found `2024`", "--set 'name=\"2024\"'"]),
         ("seed=010", &["seed: expected a whole number from 0, found \"010\"", "--set 'seed=10'"]),
@@ -81,7 +81,7 @@ fn a_key_or_value_that_cannot_be_is_named() {
 #[test]
 fn a_configuration_that_cannot_be_run_is_refused_before_anything_is_made() {
     let work = Workspace::new();
-    // What is wrong on the command line is not looked for in the file.
+    // A mistake on the command line is not blamed on the file.
     let set = |set: &str, parts: &[&str]| {
         let place = format!("in --set {set}: ");
         let said =
@@ -204,7 +204,7 @@ fn weights_do_not_meet_ids_of_another_vocabulary_of_the_same_size() {
     }
     assert!(!work.path("new").exists());
 
-    // Nothing tells whose ids a checkpoint on its own was trained on, unless it was these.
+    // A checkpoint on its own does not tell which ids it was trained on, unless they are those of the given data.
     copy_folder(&work.path("run/checkpoints/step-00000008"), &work.path("alone"));
     let doubt = "alone does not lie in a run directory with its tokenizer.json: make sure that it was trained with";
     work.train("new", "--set data.dir=other --set train.init_from=alone").ok().says(&[doubt, "other/tokenizer.json"]);
@@ -222,7 +222,7 @@ fn a_schedule_that_jumps_is_said_with_both_rates_and_the_step() {
     let said = work.train("longer", &format!("{cosine} --set train.steps=24")).ok();
     said.says(&[&format!("{jump}: it is 4.9e-4 there, and would have been 1.0e-4 (train.steps was 12 and is 24)")])
         .says(&["--set optim.decay_steps=12 keeps to the old course"]);
-    // The remedy holds, and needs no leave: the decay ends where it did.
+    // The remedy works without --allow-config-change: the decay ends at the same step as before.
     let said = work.train("run", &format!("{cosine} --set train.steps=24 --set optim.decay_steps=12")).ok();
     assert!(!said.stderr.contains("jumps"), "{}", said.stderr);
     assert_eq!(numbers(&work.path("run/train.csv"), "lr")[11..], [1e-4; 13]);
@@ -256,7 +256,7 @@ fn a_prompt_outside_the_vocabulary_is_refused() {
     let arguments = ["generate", "--run-dir", "run", "--prompt"].map(OsStr::new);
     work.run(&[&arguments[..], &[OsStr::from_bytes(b"caf\xe9")]].concat()).fails(2, &["UTF-8", "--prompt"]);
 
-    // A tokenizer that lacks a byte could meet a text that it cannot encode: it is refused wherever it is named.
+    // A tokenizer that lacks a byte might meet text that it cannot encode, so it is refused wherever it is named.
     let text = fs::read_to_string(work.path("data/tokenizer.json")).unwrap();
     let mut json: serde_json::Value = serde_json::from_str(&text).unwrap();
     let vocabulary = json["model"]["vocab"].as_object_mut().unwrap();

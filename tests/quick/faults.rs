@@ -1,4 +1,4 @@
-//! Storage that fails: full disks, read-only folders, damaged checkpoints, output that nobody takes.
+//! Storage that fails: full disks, read-only folders, damaged checkpoints, output that nobody reads.
 
 use std::fs;
 use std::process::Stdio;
@@ -44,12 +44,12 @@ fn without_a_good_checkpoint_nothing_begins() {
     work.lockstep("eval --run-dir run --checkpoint latest").fails(4, &all);
     work.lockstep("checkpoint verify --run-dir run").fails(4, &["3 of 3", &model(4), &model(8), &model(12)]);
     assert!(snapshot(&work.path("run")) == before);
-    // Nor does another run begin with damaged weights.
+    // Another run does not start from damaged weights either.
     let from = "run/checkpoints/step-00000008";
     work.train("new", &format!("--set train.init_from={from}")).fails(4, &[&model(8), "SHA-256"]);
     work.train("new", &format!("--resume {from}")).fails(4, &[&model(8), "SHA-256"]);
 
-    // Checkpoints that are gone are not mistaken for a run that has not begun.
+    // A run without its checkpoints is not mistaken for one that has not begun.
     fs::remove_dir_all(work.path("run/checkpoints")).unwrap();
     let parts = ["run has the log of 12 steps but no checkpoint", "another --run-dir"];
     work.train("run", "--set train.steps=14").fails(4, &parts);
@@ -67,7 +67,7 @@ fn a_full_disk_keeps_what_was_there() {
     work.lockstep("checkpoint verify --run-dir out").ok();
     let steps: Vec<usize> = checkpoint::list(&work.path("out/checkpoints")).iter().map(|found| found.0).collect();
     assert_eq!(steps, [4, 8]);
-    // What the failed save had written is gone, and makes room.
+    // What the failed save had written is removed, which frees the space.
     assert!(snapshot(&work.path("out")).keys().all(|name| !name.contains("tmp")));
     assert_eq!(numbers(&work.path("out/train.csv"), "step").len(), 12);
     assert_eq!(numbers(&work.path("out/eval.csv"), "step"), [4.0, 8.0, 12.0]);
@@ -82,7 +82,7 @@ fn a_full_disk_keeps_what_was_there() {
 fn a_disk_full_between_checkpoints_leaves_whole_rows() {
     let work = Workspace::new();
     work.trained("run");
-    // The disk is filled, then six pages are freed: the log of steps is the first to need more.
+    // The disk is filled, then six pages are freed: the log of steps is the first file to need more.
     let script = "mount -t tmpfs -o size=4m none mnt
         cp -r run mnt/run; cat /dev/zero >mnt/rest 2>/dev/null; truncate -s -24K mnt/rest
         more='--set train.steps=100000 --set train.eval_every=0 --set train.save_every=0 --set train.sample_every=0'
@@ -96,7 +96,7 @@ fn a_disk_full_between_checkpoints_leaves_whole_rows() {
     work.train("out", "--set train.steps=14").ok().says(&["after 12 steps"]);
     assert_eq!(numbers(&work.path("out/train.csv"), "step").len(), 14);
 
-    // With no room at all even the start fails, and changes nothing.
+    // With no room at all, even the start fails, and changes nothing.
     let script = "mount -t tmpfs -o size=4m none mnt; cp -r run mnt/run; cat /dev/zero >mnt/rest 2>/dev/null
         $lockstep train --config tiny.yaml --run-dir mnt/run --set train.steps=14; code=$?; cp -r mnt/run full; exit $code";
     let Some(said) = work.with_mounts(script) else { return };
@@ -135,7 +135,7 @@ fn a_read_only_folder_is_a_storage_error() {
         let said = said.fails(4, &["cannot write", place, "Read-only file system", remedy]);
         assert_eq!(said.stdout, "run\n");
     }
-    // Reading needs no more than reading.
+    // Verbs that only read work on a read-only disk.
     let script = "mount -t tmpfs none mnt; cp -r run mnt/run; mount -o remount,bind,ro mnt
         $lockstep eval --run-dir mnt/run && $lockstep checkpoint verify --run-dir mnt/run";
     work.with_mounts(script).unwrap().ok();
@@ -180,7 +180,7 @@ fn a_reader_that_has_seen_enough_is_no_error() {
         let said = crate::common::finish(command).ok();
         assert!(!said.stderr.contains("standard output"), "{verb}: {}", said.stderr);
     }
-    // What a verb is for is done all the same, and its verdict counts.
+    // Each verb still does its work, and its verdict still decides the exit code.
     assert!(work.path("made/train.bin").is_file() && work.path("compare.csv").is_file());
     flip(&work.path(&model(8)), 100_000);
     let mut command = work.command(&["checkpoint", "verify", "--run-dir", "run"]);
@@ -193,7 +193,7 @@ fn a_reader_that_has_seen_enough_is_no_error() {
 #[test]
 fn a_file_beyond_the_systems_limit_is_an_error() {
     let work = Workspace::new();
-    // In blocks of 512 bytes or a kilobyte: no checkpoint fits.
+    // The limit is in blocks of 512 bytes or a kilobyte; either way no checkpoint fits.
     let limited = |arguments: &str| {
         let mut command = std::process::Command::new("sh");
         let script = format!("ulimit -f 100; exec {} {arguments}", crate::common::binary());
@@ -266,7 +266,7 @@ fn rows_that_are_missing_are_named() {
     let parts = ["run/train.csv has no row of steps 1 to 12", "run/eval.csv has no row of steps 1 to 11"];
     work.train("run", "--set train.steps=14").ok().says(&parts);
     assert_eq!(numbers(&path, "step"), [13.0, 14.0]);
-    // The best evaluation is not forgotten with its row.
+    // The best evaluation is remembered even without its row.
     let noted: serde_json::Value = serde_json::from_slice(&best).unwrap();
     let now: serde_json::Value = serde_json::from_slice(&fs::read(work.path("run/best.json")).unwrap()).unwrap();
     assert!(now["loss"].as_f64() <= noted["loss"].as_f64(), "{now}, was {noted}");

@@ -1,6 +1,6 @@
 //! The model against PyTorch: golden values, made by `tests/golden/model/make.py` from an independent implementation.
 //!
-//! Compared per tensor, in norm: single elements move when sums are reordered, norms hardly do.
+//! Tensors are compared in norm: single elements change if sums are reordered, norms hardly do.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -154,7 +154,7 @@ fn check_gradients(case: &str, golden: &Golden, model: &Gpt, times: f64) {
     }
 }
 
-/// Clips, updates, and returns the gradient's norm before that.
+/// Clips and updates; returns the gradient's norm before clipping.
 fn update(model: &mut Gpt, optimizer: &mut AdamW, optim: &Optim, step: usize) -> f64 {
     let norm = adamw::norm(&squares(&model.parameters, &optimizer.ranges));
     optimizer.step(&mut model.parameters, step, optim.lr, &norm);
@@ -186,7 +186,7 @@ fn one_and_ten_adamw_steps() {
             }
             if step == 1 || step == 10 {
                 for spec in &model.parameters.specs {
-                    // Adam turns the key bias' rounding noise into steps of full size.
+                    // Adam turns the key bias's rounding noise into full-size steps.
                     let (from, length) = if spec.name.ends_with("c_attn.bias") {
                         (2 * golden.config().n_embd, golden.config().n_embd)
                     } else {

@@ -1,5 +1,5 @@
-//! The rules of `docs/design.md` about the sources, held by reading them: which room imports which, where `unsafe` may be,
-//! and how long a file may be.
+//! Checks the rules of `docs/design.md` by reading the sources: which room imports which, where `unsafe` may be, and
+//! how long a file may be.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -18,8 +18,8 @@ const FLOORS: [&[&str]; 6] = [
     &["cli", "main", "lib"],
 ];
 
-/// The only imports within a floor: errors are everybody's, the optimizer updates the model's flat memory, and `main` starts
-/// the command line.
+/// The only imports within a floor: errors are for every room, the optimizer updates the model's flat memory, and
+/// `main` starts the command line.
 const NEIGHBOURS: [(&str, &str); 5] =
     [("files", "error"), ("host", "files"), ("stop", "error"), ("optim", "model"), ("main", "cli")];
 
@@ -57,7 +57,7 @@ fn floor(room: &str) -> Option<usize> {
     FLOORS.iter().position(|rooms| rooms.contains(&room))
 }
 
-/// What a file names of the crate, and whether it holds `unsafe`. Its `#[cfg(test)]` modules may import what they like.
+/// What a file names of the crate, and whether it has `unsafe`. Its `#[cfg(test)]` modules may import anything.
 #[derive(Default)]
 struct Reader {
     rooms: BTreeSet<String>,
@@ -130,7 +130,7 @@ impl<'ast> Visit<'ast> for Reader {
     }
 }
 
-/// What a file imports against the table, as sentences.
+/// A file's imports that violate the table, as sentences.
 fn violations(file: &str, text: &str) -> Vec<String> {
     let home = room(file);
     let Some(own) = floor(home) else { return vec![format!("{file} has no room in the table")] };
@@ -172,7 +172,7 @@ fn unsafe_stays_within_its_fences() {
     }
 }
 
-/// The crate is deprecated: one file knows it, so that it can be replaced there.
+/// The YAML crate is deprecated. Only one file uses it, so it can be replaced there.
 #[test]
 fn one_file_reads_yaml() {
     let names_it = |(file, text): (String, String)| text.contains("serde_yaml::").then_some(file);

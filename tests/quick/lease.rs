@@ -1,4 +1,4 @@
-//! One run directory, one job: who is refused, who takes over and when, and that whoever was replaced writes no more.
+//! One run directory, one job: who is refused, who takes over and when, and that a replaced job writes nothing more.
 
 use std::fs;
 use std::io::Read;
@@ -12,17 +12,17 @@ use serde_json::{json, Value};
 use crate::common::alike::assert_alike;
 use crate::common::{binary, numbers, snapshot, Output, Workspace};
 
-/// Steps of some milliseconds, and more of them than any test waits for.
+/// Steps of some milliseconds, and more than any test waits for.
 const ENDLESS: &str = "--set train.steps=1000000 --set train.eval_every=0 --set train.sample_every=0";
 
-/// For so long a holder trusts its last look at the lease, so that steps of a millisecond do not each ask for it.
+/// A holder trusts its last look at the lease for so long, so millisecond steps do not each look at it.
 const LOOKED_AT: Duration = Duration::from_millis(100);
 
-/// A training that goes on while the test does something else; it is killed if the test ends before it.
+/// A training that runs while the test does something else; it is killed if the test ends first.
 struct Process(Child);
 
 impl Process {
-    /// Trains `tiny.yaml` into `run`, as this start of a job of Slurm's or as none.
+    /// Trains `tiny.yaml` into `run`, as this start of a Slurm job or outside of any job.
     fn train(work: &Workspace, more: &str, job: Option<(u32, u32)>) -> Self {
         let mut command = Command::new(binary());
         command.args(["train", "--config", "tiny.yaml", "--run-dir", "run"]).args(more.split_whitespace());
@@ -88,7 +88,7 @@ fn leases(work: &Workspace) -> Vec<String> {
     names.filter(|name| name.starts_with("lease.json")).collect()
 }
 
-/// The lease of a process on a machine that nobody here can look into.
+/// The lease of a process on a machine that cannot be inspected from here.
 fn elsewhere(counter: u64, since: &str) -> Value {
     json!({
         "cluster": null, "job": "4711", "array": null, "restart_count": 0, "host": "node7", "machine": "another boot",
@@ -96,7 +96,7 @@ fn elsewhere(counter: u64, since: &str) -> Value {
     })
 }
 
-/// Gives `run` another holder, as holders do it.
+/// Gives `run` another holder, in the way that holders do it.
 fn put(work: &Workspace, lease: &str) {
     fs::write(work.path("other"), lease).unwrap();
     fs::rename(work.path("other"), work.path("run/lease.json")).unwrap();
@@ -111,7 +111,7 @@ fn a_second_process_is_refused_with_the_name_of_the_first() {
     let name = format!("job 77 (restart 2), process {} on {} since 20", first.0.id(), host.trim());
     let parts = ["run is in use", &name, "which is alive", "stop it, or use another --run-dir"];
     work.train("run", ENDLESS).fails(2, &parts);
-    // Nor does the same start of the job take over.
+    // The same start of the job does not take over either.
     Process::train(&work, ENDLESS, Some((77, 2))).end().fails(2, &[&name]);
     // A renewal may be in progress.
     let start = Instant::now();
@@ -119,7 +119,7 @@ fn a_second_process_is_refused_with_the_name_of_the_first() {
         assert!(start.elapsed() < Duration::from_secs(600), "left behind: {:?}", leases(&work));
         sleep(Duration::from_millis(5));
     }
-    // The first has not noticed, and its end makes room.
+    // The first has not noticed, and its end frees the run directory.
     first.signal("TERM");
     first.end().fails(75, &["saved in run/checkpoints"]);
     assert_eq!(leases(&work), [""; 0]);
@@ -127,7 +127,7 @@ fn a_second_process_is_refused_with_the_name_of_the_first() {
     let said = work.train("run", &format!("--set train.steps={}", steps + 2)).ok();
     assert!(!said.stderr.contains("taking over"), "{}", said.stderr);
     assert_eq!(leases(&work), [""; 0]);
-    // A start that fails leaves nothing either.
+    // A start that fails leaves no lease either.
     work.train("run", "--resume never").fails(2, &["holds checkpoints"]);
     assert_eq!(leases(&work), [""; 0]);
 }
@@ -141,7 +141,7 @@ fn a_killed_process_is_replaced_at_once_on_its_machine() {
     killed.signal("KILL");
     assert_eq!(killed.end().code, -1);
     assert!(work.path("run/lease.json").exists());
-    // What it may leave if it is killed amid a renewal.
+    // A process that is killed during a renewal may leave this.
     fs::write(work.path("run/lease.json.0123"), "half a le").unwrap();
     let parts = ["taking over run/lease.json from process", &pid.to_string(), "its process no longer exists"];
     let said = work.train("run", "").ok().says(&parts);
@@ -187,13 +187,13 @@ fn a_job_that_is_queued_again_takes_over_from_its_earlier_start() {
     let said = old.end();
     let name = format!("run/lease.json now names job 77 (restart 1), process {new_pid} on");
     said.fails(6, &[&name, "writes nothing more"]);
-    // Past the old one's last row, which the new one begins before.
+    // Past the last row of the old one; the new one starts before that row.
     reach(&work, numbers(&work.path("run/train.csv"), "step").len() + 20);
     new.signal("TERM");
     new.end().fails(75, &["taking over run/lease.json from job 77, process", "queued again", "resuming from"]);
     assert_eq!(leases(&work), [""; 0]);
 
-    // As if nobody had come between.
+    // As if there had been no takeover.
     work.lockstep("checkpoint verify --run-dir run").ok();
     let steps = numbers(&work.path("run/train.csv"), "step").len();
     work.train("straight", &format!("{more} --set train.steps={steps}")).ok();
@@ -202,14 +202,14 @@ fn a_job_that_is_queued_again_takes_over_from_its_earlier_start() {
 
 #[test]
 fn a_stopped_process_that_was_replaced_writes_nothing_when_it_wakes() {
-    // Whether another still trains there, or nobody any more.
+    // Another still trains there, or nobody does any more.
     replaced_while_stopped(Some("run/lease.json now names job 4711, process 1 on node7"));
     replaced_while_stopped(None);
 }
 
 fn replaced_while_stopped(holder: Option<&str>) {
     let work = Workspace::in_memory();
-    // It is not to be stopped amid a save: what was begun before the stop cannot be taken back.
+    // It must not be stopped during a save: what was begun before the stop cannot be undone.
     let asleep = Process::train(&work, &format!("{ENDLESS} --set train.save_every=0"), None);
     reach(&work, 10);
     asleep.stop();
@@ -217,7 +217,7 @@ fn replaced_while_stopped(holder: Option<&str>) {
     if holder.is_some() {
         put(&work, &elsewhere(0, "1970-01-01 00:00:00 UTC").to_string());
     }
-    // It may have been about to renew its own.
+    // It may have been about to renew its own lease.
     let others = || {
         let mut files = snapshot(&work.path("run"));
         files.retain(|name, _| !name.starts_with("lease.json."));

@@ -1,5 +1,5 @@
-//! `lockstep doctor --libraries`: NVIDIA's real libraries, loaded as training on a GPU loads them, on a machine that needs
-//! no GPU, and without LD_LIBRARY_PATH, which would hide what the binary does not find by itself.
+//! `lockstep doctor --libraries`: NVIDIA's real libraries, loaded as training on a GPU loads them. It needs no GPU, and
+//! does not set LD_LIBRARY_PATH, which would hide what the binary does not find by itself.
 
 use std::path::{Path, PathBuf};
 
@@ -54,7 +54,7 @@ fn what_is_missing_is_named_with_the_remedy() {
         Err(reason) => return not_run(&reason),
     };
     let work = Workspace::new();
-    // A library that is empty, and what cannot be done without it.
+    // An empty library, and what cannot be done without it.
     for (library, missing, broken) in [
         ("cu13/lib/libnvrtc-builtins.so.13.0", "libnvrtc-builtins", "cannot compile a kernel for sm_80"),
         ("cudnn/lib/libcudnn_engines_precompiled.so.9", "libcudnn_engines_precompiled", "file too short"),

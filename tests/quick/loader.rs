@@ -9,7 +9,7 @@ use tch::{Device, Kind, Tensor};
 
 const BLOCK: usize = 4;
 
-/// A split of lines of 0 to 10 tokens; token i of the split is i, so that a batch tells where it was read.
+/// A split of lines of 0 to 10 tokens; token i of the split is i, so a batch shows where it was read.
 fn shard(folder: &tempfile::TempDir, lines: u32) -> Shard {
     let path = folder.path().join("split.bin");
     let mut writer = ShardWriter::create(&path, 60_000, [7; 32]).unwrap();
@@ -34,7 +34,7 @@ fn loader(layout: Layout, loss: Loss, batch_size: usize, rank: usize, world_size
 fn one_to_eight_ranks_share_each_batch_and_see_an_epochs_samples_once() {
     for layout in [Layout::Packed, Layout::Paragraphs] {
         for world_size in 1..=8 {
-            // 840 is a multiple of 1 to 8; the epoch is shorter, so batches straddle its ends.
+            // 840 is a multiple of 1 to 8. The epoch is shorter, so batches straddle its ends.
             let ranks: Vec<Loader> =
                 (0..world_size).map(|rank| loader(layout, Loss::TokenMean, 840, rank, world_size)).collect();
             let alone = loader(layout, Loss::TokenMean, 840, 0, 1);
@@ -122,7 +122,7 @@ fn padding_is_end_of_text_and_counts_nothing() {
     let padded = batch.inputs.eq(59_999);
     assert!(padded.sum(Kind::Int64).int64_value(&[]) > 0, "this batch has rows of several lengths");
     assert!(batch.weights.eq(0.0).equal(&padded));
-    // sequence_mean: each row counts alike, its tokens share it.
+    // sequence_mean: each row has equal weight, which its tokens share.
     let rows = batch.weights.sum_dim_intlist([1i64].as_slice(), false, Kind::Float);
     assert!((rows - 1.0 / 12.0).abs().max().double_value(&[]) < 1e-6);
 }
@@ -138,7 +138,7 @@ fn the_layouts_cut_as_they_promise() {
     // Evaluation has every token but the first as a target.
     let evaluated = Samples::for_evaluation(open(), Layout::Packed, BLOCK).unwrap();
     assert_eq!((0..evaluated.len()).map(|sample| evaluated.targets(sample)).sum::<usize>(), tokens - 1);
-    // A line of n tokens: n / 4 pieces of 4, and a rest that counts from two tokens on.
+    // A line of n tokens: n / 4 pieces of 4, and a rest that counts if it has at least two tokens.
     let pieces = Samples::for_training(open(), Layout::Paragraphs, BLOCK).unwrap();
     let expected: Vec<usize> = (0..120usize)
         .flat_map(|line| {

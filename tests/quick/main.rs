@@ -1,4 +1,4 @@
-//! What one process shows, within seconds a test: the library's functions, and the binary as one rank.
+//! Tests of one process: the library's functions, and the binary as one rank. Each takes seconds.
 
 #[path = "../common/mod.rs"]
 mod common;

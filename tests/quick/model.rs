@@ -20,13 +20,13 @@ const SMALL: Shape = Shape {
     recompute: false,
 };
 
-/// LibTorch has one random generator a process: tests that seed it take turns.
+/// LibTorch has one random generator per process, so tests that seed it take turns.
 fn generator() -> std::sync::MutexGuard<'static, ()> {
     static GENERATOR: std::sync::Mutex<()> = std::sync::Mutex::new(());
     GENERATOR.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-/// A model whose weights are large enough that what it says depends on what it read.
+/// A model whose weights are large enough that its output depends on its input.
 fn model(config: Shape) -> Gpt {
     let mut model = Gpt::new(config, Device::Cpu, Kind::Float);
     model.initialize(5);
@@ -96,7 +96,7 @@ fn generation_equals_the_uncached_result_over_and_past_the_block() {
         let alone = generate(&model, std::slice::from_ref(prompt), 40, &greedy, 0);
         assert_eq!(alone, [uncached(&model, prompt, 40)], "prompt {prompt:?}");
     }
-    // A batch continues each prompt as if it were alone, while all fit the block.
+    // A batch continues each prompt as if it were alone, as long as all fit the block.
     let short = &prompts[..2];
     let together = generate(&model, short, 9, &greedy, 0);
     for (prompt, continuation) in short.iter().zip(together) {
@@ -142,7 +142,7 @@ fn padding_changes_neither_loss_nor_gradient() {
     let pad = |tensor: &Tensor, value: f64| tensor.f_pad([0, 3], "constant", value).unwrap();
     let (ids, goals, weights) = (pad(&inputs, 39.0), pad(&targets, 0.0), pad(&weights, 0.0));
     let counted = weights.reshape([-1]).nonzero().reshape([-1]);
-    // Left out of the head, or computed there with a weight of 0.
+    // Padding is left out of the head, or computed there with a weight of 0.
     for counted in [Some(&counted), None] {
         let mut padded = model(SMALL);
         let found = padded.forward_backward(&ids, &goals, &weights, counted, 0, &mut |_, _| ()).double_value(&[0]);
@@ -196,7 +196,7 @@ fn initialisation_has_gpt2s_deviations() {
     }
 }
 
-/// A score of minus infinity for the right token, which alone makes the loss infinite: every gradient that follows from it is
+/// A score of minus infinity for the right token makes the loss infinite, although every gradient computed from it is
 /// finite.
 #[test]
 fn a_loss_that_is_not_finite_makes_the_gradient_so() {

@@ -54,12 +54,12 @@ fn a_run_directory_holds_what_is_documented() {
         let parts = ["data_ms", "compute_ms", "comm_exposed_ms", "optimizer_ms"].map(number);
         assert!(parts.iter().all(|&ms| ms >= 0.0) && parts[1] > 0.0, "{parts:?}");
         assert!((parts.iter().sum::<f64>() - number("step_ms")).abs() < 1e-6, "{row:?}");
-        // Another clock, which the time between steps counts for too.
+        // tokens_per_s uses another clock, which includes the time between steps.
         assert!(256e3 / number("tokens_per_s") > number("step_ms") - 0.01, "{row:?}");
         assert!((number("loss").exp() / number("ppl") - 1.0).abs() < 1e-12);
         assert_eq!((number("lr"), number("world_size")), (5e-4, 1.0));
         assert!(number("grad_norm") > 0.0 && number("tokens_per_s") > 0.0 && number("mfu") > 0.0);
-        // A process with LibTorch in it has tens of MiB, this one far from a GiB.
+        // A process with LibTorch has tens of MiB, and this one far less than a GiB.
         assert!((10.0..1024.0).contains(&number("memory_mib")), "{row:?}");
         assert!(number("elapsed_s") >= elapsed, "{row:?}");
         elapsed = number("elapsed_s");
@@ -86,7 +86,7 @@ fn a_run_directory_holds_what_is_documented() {
 
     let sample = fs::read_to_string(run.join("samples/step-00000012.txt")).unwrap();
     assert!(sample.starts_with(" The river") && sample.len() > 100, "{sample:?}");
-    // The resolved configuration makes the same run.
+    // The resolved configuration gives the same run.
     work.lockstep("train --config run/config.yaml --run-dir again").ok();
     let losses = |run: &str| numbers(&work.path(run).join("train.csv"), "loss");
     assert_eq!(losses("again"), losses("run"));
@@ -106,7 +106,7 @@ fn unknown_is_an_empty_cell_and_rows_follow_log_every() {
 #[test]
 fn eval_prints_the_row_that_the_run_wrote() {
     let work = Workspace::new();
-    // After the first evaluation a rate that throws the weights away, so that it stays the best.
+    // After the first evaluation, a rate that ruins the weights, so that evaluation stays the best.
     work.train("run", "--set train.steps=4").ok();
     work.train("run", "--set optim.lr=30 --allow-config-change optim.lr --set train.keep_last=2").ok();
     let (_, written) = table(&fs::read_to_string(work.path("run/eval.csv")).unwrap());
@@ -154,7 +154,7 @@ fn generated_text_follows_prompt_seed_and_options() {
     assert_eq!(greedy, say(&[" The river"], "--tokens 20 --top-k 1 --seed 9"));
     assert_eq!(greedy, say(&[" The river"], "--tokens 20 --top-p 1e-9 --seed 9"));
 
-    // Several prompts and samples, each prompt's together; an empty prompt is a beginning too.
+    // Several prompts and samples, grouped by prompt; an empty prompt is allowed too.
     let many = say(&[" The river", ""], "--tokens 20 --samples 2");
     let parts: Vec<&str> = many.trim_end_matches('\n').split("\n---\n").collect();
     assert_eq!(parts.len(), 4, "{many:?}");
@@ -162,7 +162,7 @@ fn generated_text_follows_prompt_seed_and_options() {
     assert!(parts[0] != parts[1] && parts[2] != parts[3] && !parts[2].is_empty());
     assert_eq!(format!("{}\n", parts[0]), river);
 
-    // Of a prompt longer than the block of 32 tokens, the end counts, and all of it is printed.
+    // If a prompt is longer than the block of 32 tokens, only its end counts, but all of it is printed.
     let end = "\n In the valley below the town , the mill turned until the last miller left for the coast .";
     let [one, other] = [" A lamp was lit .", " Nobody knew the way to the harbour ."].map(|start| {
         let prompt = format!("{start}{end}");
@@ -186,7 +186,7 @@ fn text_to_ids_and_back() {
         assert!(ids.lines().filter(|line| !line.is_empty()).all(numbers), "{ids:?}");
         fs::write(work.path("ids"), &ids).unwrap();
         assert_eq!(work.lockstep(&format!("tokenize --tokenizer {tokenizer} --decode ids")).ok().stdout, text);
-        // Standard input, where no file is named.
+        // Standard input, if no file is named.
         let mut command = work.command(&["tokenize", "--tokenizer", tokenizer]);
         command.stdin(Stdio::from(fs::File::open(work.path("text")).unwrap()));
         assert_eq!(crate::common::finish(command).ok().stdout, ids);
@@ -200,7 +200,7 @@ fn text_to_ids_and_back() {
 #[test]
 fn checkpoints_are_listed_and_every_byte_of_them_is_verified() {
     let work = Workspace::new();
-    // Small files, to be read some thousand times.
+    // Small files, since they are read some thousand times.
     work.train("run", "--set model.n_layer=1 --set model.n_embd=4").ok();
     let listed = work.lockstep("checkpoint list --run-dir run").ok().stdout;
     let steps: Vec<&str> = listed.lines().map(|line| line.split('\t').next().unwrap()).collect();
@@ -212,7 +212,7 @@ fn checkpoints_are_listed_and_every_byte_of_them_is_verified() {
     for name in ["model.safetensors", "optimizer.safetensors", "state.json", "MANIFEST.json"] {
         let path = checkpoint.join(name);
         let size = fs::metadata(&path).unwrap().len() as usize;
-        // Every byte of the small files; of the large ones header, middle and end.
+        // Every byte of the small files; header, middle and end of the large ones.
         let places: Vec<usize> = if size < 1000 { (0..size).collect() } else { vec![0, 9, size / 2, size - 1] };
         for at in places {
             flip(&path, at);
@@ -237,7 +237,7 @@ fn a_finished_run_is_extended_and_a_complete_one_left_alone() {
     work.trained("straight");
     work.train("run", "--set train.steps=8").ok();
     work.train("run", "--set train.steps=12").ok().says(&["resuming", "after 8 steps"]);
-    // Its first end, after 8 steps, has left a sample of its own.
+    // The first end, after 8 steps, has left an additional sample.
     assert_learnt_alike(&work.path("run"), &work.path("straight"));
 
     let files = snapshot(&work.path("run"));
@@ -254,7 +254,7 @@ fn a_run_may_begin_with_the_weights_of_another() {
     let work = Workspace::new();
     work.trained("first");
     let (_, rows) = table(&fs::read_to_string(work.path("first/eval.csv")).unwrap());
-    // Steps too small to change any weight: what is evaluated is what the run began with.
+    // The steps are too small to change any weight, so the evaluation shows what the run began with.
     for (run, from, row) in [("second", "first", 2), ("third", "first/checkpoints/step-00000004", 0)] {
         let more = "--set optim.lr=1e-30 --set train.steps=1 --set train.eval_every=1";
         let said = work.train(run, &format!("{more} --set train.init_from={from}")).ok();

@@ -16,7 +16,7 @@ use crate::common::{binary, finish, Output};
 
 const TEXT: &str = " = A title = \n \n Some words , and more of them . \n";
 
-/// A folder of three texts under the names that `pattern` gives, a star standing for the split.
+/// A folder of three texts named by `pattern`, with the split's name in place of the star.
 fn corpus(folder: &Path, pattern: &str, texts: [&[u8]; 3]) -> Source {
     let path = folder.join("text");
     fs::create_dir_all(&path).unwrap();
@@ -47,7 +47,7 @@ fn names(folder: &Path) -> Vec<String> {
     names
 }
 
-/// The text that a shard's ids stand for, line by line.
+/// The text of a shard's ids, line by line.
 fn text_of(shard: &Shard, tokenizer: &Tokenizer) -> Vec<u8> {
     let mut text = Vec::new();
     let mut lines = Vec::new();
@@ -85,7 +85,7 @@ fn the_sample_becomes_a_data_folder_that_gives_back_its_text() {
         assert_eq!(said.words, text.split_whitespace().count() as u64);
     }
 
-    // The tokenizer's file, named as one, makes the same shards.
+    // The tokenizer's file, given as the tokenizer, makes the same shards.
     let again = folder.path().join("again");
     prepare(&source, data.tokenizer.to_str().unwrap(), &again).unwrap();
     assert_eq!(fs::read(again.join("valid.bin")).unwrap(), fs::read(out.join("valid.bin")).unwrap());
@@ -108,7 +108,7 @@ fn the_number_of_threads_changes_no_byte() {
 fn folders_are_read_in_every_ending() {
     for pattern in ["wiki.*.tokens", "wiki.*.raw", "wiki.*.txt", "*.txt"] {
         let folder = TempDir::new().unwrap();
-        // Line ends of Windows stay, and a last line needs none.
+        // Windows line ends stay, and a last line needs none.
         let train = format!("{}Caf\u{e9} with no end of line", TEXT.repeat(9).replace('\n', "\r\n"));
         let source = corpus(folder.path(), pattern, [train.as_bytes(), b"a\n", b"b"]);
         let out = folder.path().join("out");
@@ -151,7 +151,7 @@ fn a_file_is_cut_into_splits_at_its_lines() {
     let none = Samples::for_evaluation(data.test, Layout::Packed, 8).err().unwrap();
     fails(Err::<(), _>(none), 3, &["the split is empty", "--test 5%"]);
 
-    // One line cannot be shared out.
+    // A single line cannot be split.
     fs::write(&path, "a single line").unwrap();
     let source = Source::parse(path.to_str().unwrap(), None).unwrap().set_aside(Some(0.5), None).unwrap();
     fails(prepare(&source, "bpe:257", &folder.path().join("out")), 3, &["bytes 13 to 13 of ", "not a single word"]);
@@ -168,10 +168,10 @@ fn a_byte_order_mark_is_no_text() {
     let tokenizer = Tokenizer::from_file(&data.tokenizer).unwrap();
     assert!(text_of(&data.train, &tokenizer) == marked.as_bytes()[3..]);
     assert_eq!((text_of(&data.test, &tokenizer), meta.test.bytes), (b"b".to_vec(), 1));
-    // Nothing but a mark is nothing.
+    // A file with only a mark counts as empty.
     let source = corpus(folder.path(), "*.txt", [TEXT.as_bytes(), "\u{feff}".as_bytes(), TEXT.as_bytes()]);
     fails(prepare(&source, "bpe:260", &out), 3, &["valid.txt", "not a single word"]);
-    // In words, once a file.
+    // The mark is reported once for each file.
     let mut command = std::process::Command::new(binary());
     command.args(["prepare", "--tokenizer", "bpe:260", "--source"]).arg(folder.path().join("text"));
     corpus(folder.path(), "*.txt", [marked.as_bytes(), TEXT.as_bytes(), TEXT.as_bytes()]);
@@ -188,12 +188,12 @@ fn one_process_at_a_time_makes_a_data_folder() {
     let folder = TempDir::new().unwrap();
     let (source, out) = (small(folder.path()), folder.path().join("out"));
     let lock = folder.path().join("out.lockstep-lock");
-    // As another process would hold it, in the middle of its work.
+    // As if another process held it in the middle of its work.
     let held = fs::File::create(&lock).unwrap();
     held.lock().unwrap();
     fails(prepare(&source, "bpe:260", &out), 2, &["--out ", "/out: another `lockstep prepare`", "wait for it"]);
     assert!(lock.exists() && !out.exists());
-    // And has been killed: its lock is gone, whatever lies there.
+    // As if that process was killed: its lock is released, although the file remains.
     drop(held);
     prepare(&source, "bpe:260", &out).unwrap();
     assert_eq!(names(folder.path()), ["out", "text"]);
@@ -243,7 +243,7 @@ fn a_source_or_tokenizer_that_is_none_is_a_usage_error() {
 #[test]
 fn text_that_is_not_utf8_is_named_with_file_and_offset() {
     let folder = TempDir::new().unwrap();
-    // Beyond the first piece, so that the offset counts what went before.
+    // Beyond the first piece, so the offset must count the pieces before.
     let mut bad = TEXT.repeat(350_000).into_bytes();
     let offset = bad.len() - 3;
     bad[offset] = 0xe9;
@@ -297,7 +297,7 @@ fn a_data_folder_is_replaced_only_by_a_whole_one() {
     assert_eq!(DataDir::open(&out).unwrap().meta, first);
     assert_eq!(names(folder.path()), ["out", "text"]);
 
-    // What killed runs left behind goes; a damaged folder is replaced too.
+    // What killed runs left behind is removed; a damaged folder is replaced too.
     fs::create_dir(folder.path().join("out.lockstep-partial")).unwrap();
     fs::create_dir_all(folder.path().join("out.lockstep-replaced/x")).unwrap();
     fs::write(out.join("meta.json"), "").unwrap();
@@ -306,7 +306,7 @@ fn a_data_folder_is_replaced_only_by_a_whole_one() {
     assert_eq!(second.vocab_size, 258);
     assert_eq!(names(folder.path()), ["out", "text"]);
 
-    // A link stays a link to what is replaced.
+    // A link stays a link to the replaced folder.
     let link = folder.path().join("link");
     std::os::unix::fs::symlink(&out, &link).unwrap();
     let third = prepare(&small(folder.path()), "bpe:259", &link).unwrap();
@@ -334,7 +334,7 @@ fn anything_else_in_the_place_is_left_alone() {
     fails(prepare(&source, "bpe:260", &file), 2, &["found a file"]);
     fails(prepare(&source, "bpe:260", &file.join("out")), 4, &["file/out", "name a folder"]);
 
-    // An empty folder is as good as none.
+    // An empty folder counts as none.
     fs::remove_file(out.join("meta.json")).unwrap();
     prepare(&source, "bpe:260", &out).unwrap();
 }

@@ -1,4 +1,4 @@
-//! The embedded sample corpus: WikiText's format, large and varied enough, nothing said twice.
+//! The embedded sample corpus: WikiText's format, large and varied enough, and no repetitions.
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
@@ -22,7 +22,7 @@ fn is_heading(line: &str) -> bool {
     line.starts_with(" = ") && line.ends_with(" = ")
 }
 
-/// The sentences of a paragraph: split where a full stop stands as a token.
+/// The sentences of a paragraph, split at each token that is a full stop.
 fn sentences(line: &str) -> impl Iterator<Item = &str> {
     line.split(" . ").map(str::trim).filter(|sentence| !sentence.is_empty())
 }
@@ -76,7 +76,7 @@ fn it_is_written_as_wikitext_is() {
                 continue;
             }
             for token in line.split(' ').filter(|token| token.len() > 1) {
-                // Marks stand alone, between numbers as @,@ and @.@; abbreviations and titles have a full stop.
+                // Marks are separate tokens, between numbers @,@ and @.@; abbreviations and titles have a full stop.
                 assert!(!token.ends_with([',', ';', '?', '!', ')']), "{place}: {token}");
                 assert!(!token.starts_with(['(', '"']), "{place}: {token}");
             }

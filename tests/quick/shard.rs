@@ -1,4 +1,4 @@
-//! Shards: what is written is read back, and whatever is damaged is said to be.
+//! Shards: what is written is read back, and all damage is reported.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -29,7 +29,7 @@ fn small(folder: &TempDir, vocab_size: usize) -> PathBuf {
     path
 }
 
-/// Corrects the checksum of changed bytes, as someone who means harm would.
+/// Corrects the checksum of changed bytes, as an attacker would.
 fn seal(bytes: &mut [u8]) {
     let mut hash = Sha256::new();
     hash.update(&bytes[HEADER..]);
@@ -134,7 +134,7 @@ fn a_valid_checksum_does_not_excuse_wrong_content() {
     changed(104, &70_000u32.to_le_bytes(), "token width");
     changed(127, &[1], "reserved byte at byte 127");
     for count in [6, u64::MAX, u64::MAX / 2, u64::MAX / 8] {
-        // Six ids have the file's size too; the last line offset tells.
+        // Six ids give the same file size; only the last line offset reveals them.
         let field = if count == 6 { "offset of line 4 at byte 168: expected 6" } else { "count" };
         changed(16, &count.to_le_bytes(), field);
     }
@@ -160,7 +160,7 @@ fn a_file_that_is_cut_while_it_is_in_use_is_named() {
     let shard = Shard::open(&path).unwrap();
     let cut = |length| fs::File::options().write(true).open(&path).unwrap().set_len(length).unwrap();
     let read = || shard.tokens(0..5, &mut Vec::new());
-    // What is still there can be read.
+    // The remaining part can still be read.
     cut(HEADER as u64 + 10);
     read().unwrap();
     cut(HEADER as u64 + 9);
@@ -187,7 +187,7 @@ fn a_writer_that_does_not_finish_leaves_nothing() {
 #[cfg(target_os = "linux")]
 fn a_full_disk_is_a_storage_error() {
     let folder = TempDir::new().unwrap();
-    // Every write to /dev/full fails as on a disk without space.
+    // Every write to /dev/full fails as on a full disk.
     std::os::unix::fs::symlink("/dev/full", folder.path().join("x.bin.tmp")).unwrap();
     let path = folder.path().join("x.bin");
     let mut writer = ShardWriter::create(&path, 300, DIGEST).unwrap();

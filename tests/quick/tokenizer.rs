@@ -35,7 +35,7 @@ fn train_on(text: &str, vocab_size: usize) -> Tokenizer {
     train(&counts, vocab_size).unwrap()
 }
 
-/// The merges as they stand in a tokenizer.json, each as "a b" whichever form it has there.
+/// The merges of a tokenizer.json in order, each as "a b" whatever its form there.
 fn merges_of(file: &Value) -> Vec<String> {
     let form = |merge: &Value| match merge {
         Value::String(text) => text.clone(),
@@ -48,7 +48,7 @@ fn to_value(tokenizer: &Tokenizer) -> Value {
     serde_json::from_str(&tokenizer.to_json()).unwrap()
 }
 
-/// The folder with WikiText-2, which is not part of the project; without it the calling test says
+/// A split of WikiText-2, which is not part of the project; without it the calling test says
 /// so and ends.
 fn wikitext2(split: &str) -> Option<String> {
     match std::env::var_os("LOCKSTEP_WIKITEXT2") {
@@ -113,7 +113,7 @@ fn gpt2_has_its_size_and_its_end_of_text() {
     assert_eq!((GPT2.vocab_size(), GPT2.end_of_text()), (50_257, 50_256));
     assert_eq!(GPT2.decode(&[50_256]).unwrap(), b"<|endoftext|>");
     assert_eq!(GPT2.encode("Hello world"), [15496, 995]);
-    // Every token that is text stands for itself, so none of the merges is lost or misplaced.
+    // Every token that is text encodes to itself, so no merge is lost or misplaced.
     for id in 0..50_256 {
         if let Ok(text) = String::from_utf8(GPT2.decode(&[id]).unwrap()) {
             assert_eq!(GPT2.encode_lines(&[&text])[0], [id], "{text:?}");
@@ -134,8 +134,8 @@ fn every_character_is_cut_as_tiktoken_cuts_it() {
 
 #[test]
 fn long_words_are_merged_like_short_ones() {
-    // The longest word that is merged by scanning, the first that is not, and ones that quadratic
-    // time would choke on.
+    // The longest word that is merged by scanning, the first that is not, and words for which
+    // quadratic time would be too slow.
     for length in [47, 48, 49, 50, 1000, 20_000] {
         for unit in ["a", "ab", "the", "é", "漢字"] {
             let text: String = unit.chars().cycle().take(length).collect();
@@ -193,7 +193,7 @@ fn training_says_what_it_cannot_do() {
     let error = train(&counts, 256).err().unwrap();
     assert_eq!(exit_code(&error), 2);
     assert!(error.to_string().contains("at least 257"), "{error}");
-    // "abc" and " abc" allow ab, abc and " abc".
+    // "abc" and " abc" allow only ab, abc and " abc".
     let error = train(&counts, 8192).err().unwrap();
     assert_eq!(exit_code(&error), 3);
     assert!(error.to_string().contains("at most 260 tokens, and 8192"), "{error}");
@@ -233,8 +233,8 @@ fn read(content: &[u8]) -> anyhow::Result<Tokenizer> {
 
 #[test]
 fn hugging_faces_gpt2_file_is_read_in_both_forms() {
-    // As it has been published since 2019: no model type, empty affixes, merges as strings, a
-    // post-processor; and as today's version writes it, with merges as lists.
+    // As published since 2019: no model type, empty affixes, merges as strings, a post-processor;
+    // and as today's version writes it, with merges as lists.
     let mut file = to_value(&GPT2);
     file["model"].as_object_mut().unwrap().retain(|key, _| ["vocab", "merges"].contains(&key.as_str()));
     for (key, value) in [("dropout", Value::Null), ("unk_token", Value::Null), ("fuse_unk", json!(false))] {
@@ -253,7 +253,7 @@ fn hugging_faces_gpt2_file_is_read_in_both_forms() {
     file["model"]["merges"] = json!(lists);
     assert_eq!(read(file.to_string().as_bytes()).unwrap().digest(), GPT2.digest());
 
-    // The special token only among the added ones.
+    // The special token is only among the added ones.
     file["model"]["vocab"].as_object_mut().unwrap().remove("<|endoftext|>");
     assert_eq!(read(file.to_string().as_bytes()).unwrap().digest(), GPT2.digest());
 }
@@ -344,7 +344,7 @@ fn a_file_that_is_no_tokenizer_is_a_data_error() {
     }
 }
 
-/// Text rich in what pre-tokenization looks at, beside characters of any kind.
+/// Text rich in what pre-tokenization looks at, mixed with characters of any kind.
 fn any_text() -> impl Strategy<Value = String> {
     let piece = prop_oneof![
         any::<String>(),

@@ -1,4 +1,4 @@
-//! The collectives themselves, between one to four real ranks: every size, every kind of tensor, every way of cutting.
+//! The collectives themselves, on one to four real ranks: every size, every kind of tensor, every way of cutting.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -8,7 +8,7 @@ use lockstep::comm::{even_parts, Comm, Deadlines};
 use lockstep::torch;
 use tch::{Device, Kind, Tensor};
 
-/// Odd sizes, none, one, fewer elements than ranks, and more than one exchange carries (4 Mi).
+/// Odd sizes, none, one, fewer elements than ranks, and more than one exchange can carry (4 Mi).
 const SIZES: [i64; 9] = [0, 1, 2, 3, 5, 63, 4097, 1_000_003, (1 << 22) + 7];
 
 /// Starts this test binary again as `ranks` ranks, each of which runs the test `name` below.
@@ -56,7 +56,7 @@ fn what_cannot_be_summed_is_refused_before_it_is_sent() {
     passes(2, "a_rank_refuses_other_types");
 }
 
-/// NCCL's part: runs where there is a GPU, up to four ranks on it.
+/// NCCL's part. It runs if there is a GPU, with up to four ranks on it.
 #[test]
 fn gpus_sum_every_type_for_one_to_four_ranks() {
     if let Err(reason) = torch::select("cuda", 0) {
@@ -82,7 +82,7 @@ fn deadlines(step: u64) -> Deadlines {
     Deadlines { startup: Duration::from_secs(600), step, save: step }
 }
 
-/// Small whole numbers, so that every order of adding gives the same.
+/// Small whole numbers: every order of adding gives the same sum.
 fn numbers(rank: usize, size: i64) -> Tensor {
     (Tensor::arange(size, (Kind::Float, Device::Cpu)).remainder(1000.0) + rank as f64).to_kind(Kind::Float)
 }
@@ -122,7 +122,7 @@ fn a_rank_checks_every_collective() {
         }
     }
 
-    // Several on their way at once, among them empty ones, in slices of one tensor.
+    // Several in flight at once, some of them empty, in slices of one tensor.
     let flat = numbers(rank, 10_000);
     for (start, length) in [(0, 10), (10, 0), (10, 4990), (5000, 0), (5000, 5000)] {
         comm.begin_all_reduce(&flat.narrow(0, start, length)).unwrap();
@@ -141,7 +141,7 @@ fn a_rank_checks_every_collective() {
     comm.barrier(comm.deadlines.step).unwrap();
 }
 
-/// 1 + 2^-24 is 1 in fp32, so the sum tells in which order it was added.
+/// 1 + 2^-24 is 1 in fp32, so the sum shows the order of adding.
 #[test]
 #[ignore = "one rank of a test above"]
 fn a_rank_checks_the_order_of_sums() {
@@ -172,7 +172,7 @@ fn a_rank_gives_up_before_the_other_comes() {
         assert!(error.to_string().contains("longer than 1 s"), "{error}");
         std::fs::write(given_up, "").unwrap();
     }
-    // The other comes late after all, and both leave in order.
+    // The other rank arrives late after all, and both exit normally.
     if comm.rank == 1 {
         comm.barrier(comm.deadlines.startup).unwrap();
     }
@@ -193,14 +193,14 @@ fn a_rank_refuses_other_types() {
         assert!(comm.begin_reduce_scatter(&flat, &bounds).is_err(), "{bounds:?}");
         assert!(comm.begin_all_gather(&flat, &bounds).is_err(), "{bounds:?}");
     }
-    // Nothing was sent: the next collective finds its peers where they should be.
+    // Nothing was sent, so the next collective finds its peers in step.
     assert_eq!(comm.sum(&[1.0]).unwrap(), [2.0]);
 }
 
 #[test]
 #[ignore = "one rank of a test above"]
 fn a_rank_checks_nccl() {
-    // NCCL refuses two ranks on one GPU of one host; each gets a host's name of its own, and they meet over the loopback.
+    // NCCL refuses two ranks on one GPU of one host. Each gets its own host name, and they meet over the loopback.
     std::env::set_var("NCCL_HOSTID", format!("host-{}", std::env::var("OMPI_COMM_WORLD_RANK").unwrap()));
     std::env::set_var("NCCL_NET", "Socket");
     std::env::set_var("NCCL_SOCKET_IFNAME", "lo");

@@ -20,7 +20,7 @@ fn a_shard_that_is_cut_under_a_run_ends_it_with_3_and_is_named() {
         let logs: Vec<String> = (0..ranks)
             .map(|rank| fs::read_to_string(run.dir.join(format!("logs/rank-{rank:04}.log"))).unwrap())
             .collect();
-        // One rank may be ended by the other's error before it reads again.
+        // The other rank's error may end a rank before it reads again.
         for text in [said, logs.concat()] {
             assert!(
                 text.contains("data/train.bin: expected ") && text.contains("found 1000: the file was cut"),

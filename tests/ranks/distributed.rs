@@ -1,4 +1,4 @@
-//! Several CPU ranks through `launch/local`: the same run whatever their number, each computing only its share.
+//! Several CPU ranks through `launch/local`: the run is the same for any number of ranks, and each computes its share.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -34,8 +34,8 @@ fn one_to_four_ranks_learn_the_same() {
     }
 }
 
-/// Reads each rank's log: what it computed must be its share of the run, and the first step's samples disjoint, equally
-/// many, and together the whole batch.
+/// Reads each rank's log. Each must have computed its share of the run. The ranks' samples of the first step must be
+/// disjoint, equal in number, and together the whole batch.
 fn check_shares(run_dir: &Path, ranks: usize) {
     let mut seen = BTreeSet::new();
     for rank in 0..ranks {
@@ -79,7 +79,7 @@ fn wrapper(folder: &Path, first: &str) -> PathBuf {
 fn a_place_that_slurm_and_mpi_see_differently_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let config = "data: {block_size: 16, batch_size: 8}\nmodel: {preset: gpt-nano}\ntrain: {steps: 2, eval_every: 0}\n";
-    // As under srun: Slurm's variables, and PMIx's for MPI; none of mpirun's.
+    // As under srun: Slurm's variables, and PMIx's for MPI, but none of mpirun's.
     let as_slurm = |places: &str| {
         format!("rank=$OMPI_COMM_WORLD_RANK; unset OMPI_COMM_WORLD_SIZE; export SLURM_STEP_NUM_TASKS=2 {places}")
     };
@@ -102,7 +102,7 @@ fn ranks_that_disagree_are_refused_before_they_train() {
     let folder = tempfile::tempdir().unwrap();
     let run =
         Run::new(folder.path(), "disagree", "data: {block_size: 16, batch_size: 8}\nmodel: {preset: gpt-nano}\n", 2);
-    // Rank 1 is given another seed, as a node with an older copy of the configuration would.
+    // Rank 1 gets another seed, as on a node with an older copy of the configuration.
     let script = wrapper(folder.path(), "[ \"$OMPI_COMM_WORLD_RANK$PMI_RANK\" = 1 ] && set -- \"$@\" --set seed=99");
     let done = run.command(&[]).env("LOCKSTEP_BIN", &script).output().unwrap();
     let said = String::from_utf8_lossy(&done.stderr);
@@ -118,7 +118,7 @@ fn ranks_that_disagree_are_refused_before_they_train() {
 fn ranks_that_mpi_does_not_join_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let run = Run::new(folder.path(), "alone", "data: {block_size: 16}\nmodel: {preset: gpt-nano}\n", 1);
-    // As `srun` without PMIx would start it: one of two tasks, and nothing through which MPI could find the other.
+    // As `srun` without PMIx would start it: one of two tasks, with no way for MPI to find the other.
     let mut command = Command::new(env!("CARGO_BIN_EXE_lockstep"));
     command.args(["train", "--config"]).arg(&run.config).arg("--run-dir").arg(&run.dir);
     let done = command.env("SLURM_STEP_NUM_TASKS", "2").env("SLURM_PROCID", "0").stdin(Stdio::null()).output().unwrap();

@@ -1,11 +1,11 @@
-//! `lockstep doctor` on jobs of several ranks, well or with a fault put in: each fault is named, with its remedy.
+//! `lockstep doctor` on jobs of several ranks, healthy or with an injected fault: each fault is named, with its remedy.
 
 use std::fs;
 use std::process::{Command, Stdio};
 
 use crate::common::{binary, finish, not_run, snapshot, Workspace};
 
-/// The command that examines some ranks through `launch/local`, each of which becomes `lockstep` through this script.
+/// The command that examines ranks through `launch/local`; each becomes `lockstep` after running the script `rank`.
 fn ranks(work: &Workspace, ranks: usize, rank: &str) -> Command {
     let rank = format!("rank=\"$OMPI_COMM_WORLD_RANK$PMI_RANK\"\n{rank}\nexec {} \"$@\"", binary());
     let mut command = Command::new("timeout");
@@ -55,7 +55,7 @@ fn another_binary_on_one_rank_is_named() {
 #[test]
 fn a_rank_without_the_shared_folder_is_named() {
     let work = Workspace::new();
-    // As on a node where the path is a folder of its own.
+    // As on a node on which the path is a different folder.
     let rank = "mkdir -p elsewhere/runs runs; [ $rank = 1 ] && cd elsewhere";
     let said = finish(ranks(&work, 2, rank)).fails(6, &["does not see"]);
     let place = work.path("elsewhere/runs").canonicalize().unwrap();
@@ -93,7 +93,7 @@ fn a_wrong_interface_is_named_before_mpi_ends_the_job() {
     let said = finish(command).fails(6, &["OMPI_MCA_btl_tcp_if_include=nosuch0"]);
     said.reports(&["OMPI_MCA_btl_tcp_if_include=nosuch0 names no interface of this node; it has "]);
     said.reports(&["remedy: set OMPI_MCA_btl_tcp_if_include to the interface"]);
-    // Where the ranks share a node's memory, it does no harm.
+    // If the ranks share a node's memory, it does no harm.
     let mut command = ranks(&work, 2, "");
     command.env("OMPI_MCA_btl_tcp_if_include", "nosuch0");
     finish(command).ok().reports(&["warning:    on ", "nosuch0 names no interface", "this job can train"]);

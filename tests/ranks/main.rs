@@ -1,4 +1,4 @@
-//! What several ranks on one machine show, within seconds a test; `launch/local` starts them.
+//! Tests of several ranks on one machine, which `launch/local` starts. Each takes seconds.
 #![cfg(feature = "mpi")]
 
 #[path = "../common/mod.rs"]

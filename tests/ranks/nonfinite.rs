@@ -1,4 +1,4 @@
-//! A loss that is not finite on one rank: named, with its samples; no rank's weights change; and skipped, if so wanted.
+//! A loss that is not finite on one rank is named, with its samples. No rank's weights change. It can be skipped.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,14 +12,14 @@ use sha2::{Digest, Sha256};
 const CONFIG: &str = "seed: 3\ndata: {layout: packed, block_size: 16, batch_size: 32}\n\
     model: {n_layer: 1, n_head: 2, n_embd: 16, tied_head: false}\ntrain: {steps: 30, eval_every: 0, save_every: 0}\n";
 
-/// A checkpoint whose embedding of one rare token is not a number, and that token: every batch with it is bad, on the rank
-/// that reads it.
+/// A checkpoint whose embedding of one rare token is NaN, and that token. Every batch that contains it is bad, on the
+/// rank that reads it.
 fn poisoned(folder: &Path) -> (PathBuf, i64) {
     let run = Run::new(folder, "healthy", CONFIG, 1);
     assert!(run.start(&["--set", "train.steps=1"]).success());
     let shard = Shard::open(&sample().join("train.bin")).unwrap();
     let mut counts = vec![0; 512];
-    // The batches of the 30 steps are a part of the epoch, so take a token that occurs now and then.
+    // The 30 steps read only part of the epoch, so take a token that occurs now and then.
     tokens(&shard).iter().for_each(|&id| counts[id as usize] += 1);
     let token = counts.iter().position(|&count| (12..=20).contains(&count)).unwrap();
 
@@ -133,7 +133,7 @@ fn a_job_that_slurm_restarts_in_vain_comes_to_an_end() {
     }
     let (code, said) = start("71", 3, "optim.lr=1e30");
     assert!(code == Some(4) && said.contains("started this job 3 times again after step 0"), "{said}");
-    // Submitted anew, it may try again.
+    // A new submission may try again.
     let (code, said) = start("72", 0, "optim.lr=1e30");
     assert!(code == Some(5) && said.contains("the loss is"), "{said}");
 }

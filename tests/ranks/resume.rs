@@ -1,4 +1,4 @@
-//! Resume is a promise: a run that was stopped and resumed ends with the bits of one that was not. `full/resume.rs` kills.
+//! Resume is a promise: a stopped and resumed run ends bit for bit like an undisturbed one. `full/resume.rs` kills.
 
 use crate::common::alike::{assert_learnt_alike, columns};
 use crate::common::runs::{but_for_stragglers, last_step, Run, NO_END, VARIED};
@@ -18,7 +18,7 @@ fn stopped_and_resumed(ranks: usize, threads: usize, signal: &str) {
     for run in [&broken, &straight] {
         assert!(run.start(&[&NO_END[..2], &["--set", &steps]].concat()).success());
     }
-    // What a stop left out, an evaluation or a sample that was due, the resumed run has made up for.
+    // The resumed run makes up for an evaluation or a sample that was due at the stop.
     assert_learnt_alike(&broken.dir, &straight.dir);
 }
 
@@ -32,7 +32,7 @@ fn two_ranks_stop_together_on_request_with_75() {
     stopped_and_resumed(2, 1, "TERM");
 }
 
-/// Asked to stop amid a step of many micro-batches, the ranks give it up together, and the state before it is saved.
+/// If asked to stop during a step of many micro-batches, the ranks abandon it together and save the state before it.
 fn given_up_and_resumed(ranks: usize) {
     let folder = tempfile::tempdir().unwrap();
     let config = format!(
@@ -93,7 +93,7 @@ fn another_runs_checkpoint_begins_a_run_and_a_restart_goes_on_with_its_own() {
     let from = first.dir.to_str().unwrap().to_string();
     assert!(second.start(&["--resume", &from]).success());
     assert_eq!(columns(&second.dir.join("train.csv"), &["step"]), [["13"], ["14"], ["15"], ["16"]]);
-    // The same command, as a requeued job would give it, must not begin with the first run's again.
+    // The same command, as from a requeued job, must not start over from the first run's checkpoint.
     assert!(second.start(&["--resume", &from, "--set", "train.steps=18"]).success());
     assert_eq!(columns(&second.dir.join("train.csv"), &["step"]).len(), 6);
     assert!(first.dir.join("checkpoints/step-00000012").exists());
@@ -120,7 +120,7 @@ fn a_configuration_is_proved_to_resume_bit_for_bit() {
     }
     assert!(!folder.path().join("runs/mine-proof").exists());
     assert!(!but_for_stragglers(&said).contains("WARN"), "a good proof has nothing to warn of: {said}");
-    // What is there is not removed.
+    // Existing files are not removed.
     std::fs::create_dir_all(folder.path().join("runs/mine-proof")).unwrap();
     let (code, said) = prove(1, &["--steps", "4"]);
     assert_eq!(code, Some(4), "{said}");

@@ -1,4 +1,4 @@
-//! Ranks that hang, and ranks that are slow: each is named, and nothing waits for ever. `full/watchdog.rs` has more.
+//! Ranks that hang or are slow are named, and nothing waits for ever. `full/watchdog.rs` has more.
 
 use std::fs;
 use std::process::Command;
@@ -38,7 +38,7 @@ fn a_rank_alone_that_hangs_ends_itself() {
     says(&fs::read_to_string(run.dir.join("logs/rank-0000.log")).unwrap(), &parts);
 }
 
-/// Within how many steps, and that nobody else is named, is shown in `watch::stragglers`, where times are given.
+/// `watch::stragglers` tests, with given times, within how many steps this happens and that no other rank is named.
 #[test]
 fn a_slowed_rank_is_named() {
     let folder = in_memory();
@@ -46,7 +46,7 @@ fn a_slowed_rank_is_named() {
     let run = Run::new(folder.path(), "slowed", &config, 2);
     let mut going = Going::start(&run, &[]);
     let (pid, host) = going.trains(1);
-    // It runs a tenth of the time: whatever else the machine does holds up the other rank less.
+    // It runs a tenth of the time: nothing else on the machine slows the other rank as much.
     let slowing = "while kill -STOP $0; do sleep 0.09; kill -CONT $0; sleep 0.01; done 2>/dev/null";
     let mut slower = Command::new("sh").args(["-c", slowing, &pid.to_string()]).spawn().unwrap();
     let slow = going.until("rank 1 is in ranks.csv", || {
