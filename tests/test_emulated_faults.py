@@ -55,8 +55,9 @@ def test_ranks_end_together_and_go_on(gpu, undisturbed, request, fault, code, sa
     assert done.code == code, done.log
     if said:
         rank = fault[-1]
-        line = next(line for line in done.log.splitlines() if said in line)
-        assert f"rank {rank}" in line, done.log
+        # Both ranks may be late at the same time, and then each says what it knows.
+        lines = [line for line in done.log.splitlines() if said in line]
+        assert any(f"rank {rank}" in line for line in lines), done.log
     again = gpu.train(name, settings, 2)
     assert again.code == 0, again.log
     same(again.run, expected.run, f"step-{SETTINGS['train.steps']:08}")
