@@ -111,6 +111,15 @@ impl Error {
         Self::Storage(format!("cannot write {path}: {reason}; {remedy} or name a folder that you may write to")).into()
     }
 
+    /// A usage error (exit 2): the system gives no thread.
+    pub fn thread(reason: impl Display) -> anyhow::Error {
+        Self::Usage(format!(
+            "this machine gives the program no more threads ({reason}); raise the limit on processes (`ulimit -u` shows \
+             it), or use fewer threads (OMP_NUM_THREADS)"
+        ))
+        .into()
+    }
+
     /// The error of a child process that ended with this code: of the same class, so that this process ends with it,
     /// too.
     pub fn with_code(code: i32, message: String) -> anyhow::Error {

@@ -30,14 +30,5 @@ pub fn binary() -> io::Result<(String, String)> {
 /// # Errors
 /// Usage, if the system gives no thread.
 pub fn spawn<T: Send + 'static>(name: &str, work: impl FnOnce() -> T + Send + 'static) -> Result<JoinHandle<T>> {
-    Builder::new().name(name.into()).spawn(work).map_err(|e| no_thread(&e))
-}
-
-/// The error of a thread that the system did not give.
-pub fn no_thread(reason: &io::Error) -> anyhow::Error {
-    Error::Usage(format!(
-        "this machine gives the program no more threads ({reason}); raise the limit on processes (`ulimit -u` shows it), \
-         or use fewer threads (OMP_NUM_THREADS)"
-    ))
-    .into()
+    Builder::new().name(name.into()).spawn(work).map_err(Error::thread)
 }

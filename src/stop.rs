@@ -2,13 +2,13 @@
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::Arc;
+use std::thread;
 
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::flag;
 use signal_hook::iterator::Signals;
 
 use crate::error::{Error, Result};
-use crate::host;
 
 /// Whether this rank was asked to save and stop, and where it is with its work.
 pub struct StopRequest {
@@ -86,7 +86,7 @@ impl StopRequest {
                 place.say();
             }
         };
-        host::spawn("signals", wait).map(drop)
+        thread::Builder::new().name("signals".into()).spawn(wait).map(drop).map_err(Error::thread)
     }
 }
 

@@ -2,14 +2,12 @@
 
 use std::env;
 use std::error::Error as _;
-use std::io;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 use tracing::warn;
 
-use crate::error::Result;
-use crate::host::no_thread;
+use crate::error::{Error, Result};
 
 /// How often a thread of libgomp looks for work before it lets go of its core. On two cores a step of 70 ms took half as
 /// long again beside two busy programs with libgomp's own 300,000 (three milliseconds and more), and no less time on a quiet
@@ -60,7 +58,7 @@ pub fn set_threads(threads: Option<usize>) -> Result<usize> {
     };
     let built = rayon::ThreadPoolBuilder::new().num_threads(threads).start_handler(alone).build_global();
     // A second call finds the pool built; the number of threads is then what the first one set. That error has no source.
-    let reason = built.err().and_then(|e| e.source()?.downcast_ref::<io::Error>().map(no_thread));
+    let reason = built.err().and_then(|e| e.source().map(Error::thread));
     if let Some(error) = reason {
         return Err(error);
     }
