@@ -1,45 +1,21 @@
 """plot.py through its command line, on small CSVs written here."""
 
-import math
 from pathlib import Path
 
 import pandas as pd
 import plot
 import pytest
 from command_line import call, started
+from made_runs import EVAL_HEADER, TRAIN_HEADER, make_run, train_row
+from measurements import read_run, trend
 
 PLOT = Path(__file__).resolve().parent.parent / "plot.py"
-
-TRAIN_HEADER = (
-    "step,tokens,loss,ppl,lr,grad_norm,step_ms,data_ms,compute_ms,comm_exposed_ms,optimizer_ms,"
-    "tokens_per_s,mfu,memory_mib,world_size,elapsed_s"
-)
-EVAL_HEADER = "step,split,loss,ppl,word_ppl,tokens,eval_s"
-
-
-def train_row(step, loss):
-    return f"{step},{step * 512},{loss},{math.exp(loss)},0.001,1.5,9,1,6,1,1,50000,,200,2,{step}"
-
-
-def eval_row(step, split, loss):
-    return f"{step},{split},{loss},{math.exp(loss)},,4000,0.5"
 
 
 @pytest.fixture
 def run(tmp_path):
     """A run of 200 steps with an evaluation every 50."""
     return make_run(tmp_path / "sample")
-
-
-def make_run(folder):
-    folder.mkdir(parents=True)
-    losses = [(step, 4 + 3 / step) for step in range(1, 201)]
-    rows = [train_row(step, loss) for step, loss in losses]
-    (folder / "train.csv").write_text("\n".join([TRAIN_HEADER, *rows, ""]))
-    rows = [eval_row(step, "valid", 4.5 - step / 1000) for step in (50, 100, 150, 200)]
-    rows += [eval_row(200, "test", 1.0)]
-    (folder / "eval.csv").write_text("\n".join([EVAL_HEADER, *rows, ""]))
-    return folder
 
 
 def draw(*arguments):
@@ -100,13 +76,13 @@ def test_unknown_and_infinite_measurements_are_left_out(run):
 
 
 def test_only_the_validation_split_is_drawn(run):
-    assert plot.read_run(run).valid["step"].tolist() == [50, 100, 150, 200]
-    assert plot.best(plot.read_run(run), "loss") == "best validation 4.300 at step 200"
+    assert read_run(run).valid["step"].tolist() == [50, 100, 150, 200]
+    assert plot.best(read_run(run), "loss") == "best validation 4.300 at step 200"
 
 
 def test_the_trend_is_centred(run):
     values = pd.Series(range(1000), dtype=float)
-    smooth = plot.trend(values)
+    smooth = trend(values)
     assert (smooth[100:900] - values[100:900]).abs().max() <= 0.5
     assert len(smooth) == len(values)
 
