@@ -264,7 +264,8 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(unfinished, dpi=180, format=path.suffix[1:])
         unfinished.replace(path)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
+        if unfinished.is_file():
+            unfinished.unlink()
         error.filename = path
         raise
     finally:
