@@ -84,7 +84,8 @@
   // Makes a chart in a box. `lines(chart)` are the lines of text beside the cursor: [colour, text].
   function draw(box, runs, series, values, log, lines) {
     const line = { stroke: color("line"), width: 1 };
-    const axis = { stroke: color("ink"), grid: line, ticks: line };
+    const font = "12px system-ui, sans-serif";
+    const axis = { stroke: color("ink"), grid: line, ticks: line, font, labelFont: font };
     const filter = log ? roundOnes : (chart, values) => values;
     const tip = element("div", { className: "tip", hidden: true });
     tip.setAttribute("role", "status");
@@ -208,8 +209,8 @@
   function drawCurves({ measure, box }) {
     const tables = [], series = [], kinds = [];
     const having = data.runs.flatMap((run, index) => (shown[index] && run.curves[measure.column] ? [index] : []));
-    // Of many runs, single steps would hide all trends.
-    const pale = having.length > 4 ? 0.1 : 0.3;
+    // Of many runs, single steps would hide all trends, and their numbers the next chart.
+    const many = having.length > 4, pale = many ? 0.1 : 0.3;
     for (const kind of ["each", "trend", "valid"]) {
       for (const index of having) {
         const run = data.runs[index], curve = run.curves[measure.column][kind];
@@ -233,9 +234,10 @@
           const place = kinds.findIndex((one) => one.index === index && one.kind === kind) + 1;
           return place ? write(chart.data[place][chart.cursor.idxs[place]]) : null;
         };
-        const smooth = read("trend"), valid = read("valid");
+        const each = read("each"), smooth = read("trend"), valid = read("valid");
         const more = (smooth ? `, smoothed ${smooth}` : "") + (valid ? `, validation ${valid}` : "");
-        return [runColor(index), `${data.runs[index].name}: ${read("each")}${more}`];
+        const said = many && smooth ? `smoothed ${smooth}` : each + more;
+        return [runColor(index), `${data.runs[index].name}: ${said}`];
       });
     draw(box, having, series, values, logarithmic[measure.column], lines);
   }

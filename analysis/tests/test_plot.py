@@ -135,6 +135,94 @@ def test_a_run_without_a_finite_loss_is_told(run):
     assert "has no finite loss" in refused(run)
 
 
+KINDS = ["loss", "ppl", "lr", "grad_norm", "tokens_per_s", "memory_mib", "step_time"]
+
+
+@pytest.mark.parametrize("x", ["step", "tokens", "hours"])
+def test_each_kind_of_curve_is_drawn_against_each_axis(run, tmp_path, x):
+    result = draw(run, make_run(tmp_path / "other"), "--x", x, "--out", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    # No run has a known mfu.
+    assert result.stdout.split() == [str(tmp_path / f"out/{kind}.png") for kind in KINDS]
+    assert sorted(path.stem for path in (tmp_path / "out").iterdir()) == sorted(KINDS)
+
+
+def test_pictures_can_be_svg(run):
+    assert draw(run, "--format", "svg").returncode == 0
+    for kind in KINDS:
+        assert "<svg" in (run / f"plots/{kind}.svg").read_text()
+
+
+def test_evaluations_lie_where_their_steps_do(run):
+    seen = read_run(run)
+    assert seen.places("tokens", seen.valid["step"]).tolist() == [25600, 51200, 76800, 102400]
+    assert seen.places("hours", seen.valid["step"])[-1] == pytest.approx(200 / 3600)
+
+
+def test_an_axis_that_a_run_does_not_know_is_told(run):
+    (run / "train.csv").write_text("step,loss,ppl\n1,7,1096\n")
+    message = refused(run, "--x", "hours")
+    assert f"{run}/train.csv has no elapsed_s, which --x hours needs; use --x step" in message
+    assert draw(run).stdout.split() == [str(run / f"plots/{kind}.png") for kind in ("loss", "ppl")]
+
+
+class Clock:
+    """A clock whose sleep is when other processes do something."""
+
+    def __init__(self, *doings):
+        self.now, self.doings = 0, list(doings)
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+        self.doings.pop(0)()
+
+
+def test_a_run_is_watched_until_it_ends(run):
+    lease, train = run / "lease.json", run / "train.csv"
+    rows = train.read_text()
+
+    def renew(text, csv):
+        lease.write_text(text)
+        train.write_text(csv)
+
+    renew("1", TRAIN_HEADER)
+    drawn = []
+    clock = Clock(
+        lambda: renew("2", rows + train_row(201, 4.0) + "\n"),
+        lambda: renew("3", train.read_text()),
+        lambda: renew("4", train.read_text() + train_row(202, 4.0) + "\n"),
+        lease.unlink,
+    )
+
+    def redraw():
+        drawn.append(len(read_run(run).train))
+
+    plot.watch([run], redraw, clock)
+    # Not without rows, not without new ones, and once more at the end.
+    assert drawn == [201, 202, 202]
+
+
+def test_a_run_that_was_killed_is_not_watched_for_long(run):
+    (run / "lease.json").write_text("1")
+    drawn = []
+    plot.watch([run], lambda: drawn.append(1), Clock(lambda: None, lambda: None))
+    assert drawn == [1, 1]
+
+
+def test_watching_a_run_that_has_ended_draws_it_once(run):
+    result = draw(run, "--watch")
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.split()) == len(KINDS)
+
+
+def test_a_damaged_csv_of_a_watched_run_is_told_at_its_end(run):
+    (run / "train.csv").write_text("")
+    assert "train.csv is empty" in refused(run, "--watch")
+
+
 def test_a_folder_that_cannot_be_made_is_told(run, tmp_path):
     (tmp_path / "file").write_text("")
     result = draw(run, "--out", tmp_path / "file/plots")
