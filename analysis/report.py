@@ -220,9 +220,9 @@ def results(run: Run, happened: list[dict], config: dict[str, str]) -> dict[str,
 def part_shares(run: Run) -> dict[str, str]:
     """The mean time of each part of a step, and its share."""
     means = run.train[[*PARTS]].mean()
-    if means.isna().any() or not means.sum():
+    if means.isna().any():
         return {}
-    shares = means / means.sum()
+    shares = means / max(means.sum(), 1e-9)
     return {name: f"{means[part]:,.2f} ms, {shares[part]:.1%}" for part, name in PARTS.items()}
 
 
@@ -305,7 +305,7 @@ def report(runs: list[Run]) -> str:
     figures = {run.name: results(run, happened[run.name], configurations[run.name]) for run in runs}
     shares = {run.name: part_shares(run) for run in runs}
     machines = {run.name: conditions(run.folder) for run in runs}
-    stacks = '<div id="parts" class="charts"></div>\n'
+    stacks = '<div id="parts" class="charts"></div>\n' if any(shares.values()) else ""
     sections = [
         ("Results", table("Results", figures)),
         ("Differences", differences(configurations)),

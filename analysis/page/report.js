@@ -50,7 +50,7 @@
     ctx.clip();
     for (const index of runs) {
       const run = data.runs[index], at = places(run, run.events.map(([, step]) => step));
-      ctx.strokeStyle = ctx.fillStyle = runColor(index);
+      ctx.strokeStyle = ctx.fillStyle = chart.series[1].fill ? color("ink") : runColor(index);
       run.events.forEach(([kind], number) => {
         const left = chart.valToPos(at[number], "x", true), bottom = bbox.top + bbox.height, size = 6 * devicePixelRatio;
         ctx.beginPath();
@@ -260,7 +260,9 @@
     each.forEach((part, number) => sums.push(part.map((value, at) => (number ? sums[number - 1][at] : 0) + value)));
     // The whole first: each smaller sum covers it as far as it goes.
     const order = each.map((_, number) => number).reverse();
-    const series = order.map((number) => ({ fill: runColor(number), width: 0, points: { show: false } }));
+    const series = order.map((number) => ({
+      fill: runColor(number), width: 0, points: { show: steps.length === 1, fill: runColor(number) },
+    }));
     const values = [places(run, steps), ...order.map((number) => sums[number])];
     const lines = (chart) =>
       order.map((number) => [runColor(number), `${data.parts[number]}: ${write(each[number][chart.cursor.idx])} ms`]);

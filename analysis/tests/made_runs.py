@@ -86,7 +86,7 @@ def make_long_run(folder, steps, seed):
     elapsed = step_ms.cumsum() / 1000
     columns = [step, 512 * step, loss, np.exp(loss), 1e-3 * np.cos(step / steps), norm, step_ms]
     columns += [*parts, rates, rates / 1e4, memory, np.full(steps, 2), elapsed]
-    rows = [",".join(f"{cell:.9g}" for cell in row) for row in zip(*columns, strict=True)]
+    rows = [",".join(f"{cell:.9g}" for cell in row) for row in np.transpose(columns)]
     write_csv(folder / "train.csv", TRAIN_HEADER, rows)
     marks = range(steps // 20, steps + 1, steps // 20)
     rows = [eval_row(mark, "valid", 4.1 + 5 / math.sqrt(mark)) for mark in marks]

@@ -69,7 +69,12 @@ def run(clone, command):
 def test_there_are_commands_of_each_kind():
     programs = {line.split(" ")[0] for _, line in COMMANDS}
     assert {"launch/local", "launch/gpu-check", "target/release/lockstep"} <= programs
-    for tool in ("analysis/plot.py", "analysis/scaling report", "analysis/bench/peer.py"):
+    for tool in (
+        "analysis/plot.py",
+        "analysis/report.py",
+        "analysis/scaling report",
+        "analysis/bench/peer.py",
+    ):
         assert any(line.startswith(PYTHON + tool) for _, line in COMMANDS), tool
 
 
@@ -110,13 +115,14 @@ def test_git_ignores_what_commands_leave(clone, page):
 
 
 @pytest.mark.full
-def test_plots_and_scaling_run_as_they_are_written(clone):
+def test_plots_reports_and_scaling_run_as_they_are_written(clone):
     """In the order of the documents, since some need what others left."""
     seen = [synthetic(clone / f"runs/seen-{n}", *case) for n, case in enumerate(FITTED)]
     new = [synthetic(clone / f"runs/new-{n}", *case) for n, case in enumerate(HELD_OUT)]
     places = {"OTHER_RUN...": new, "RUN...": seen}
     for _, line in dict.fromkeys((None, line) for _, line in COMMANDS):
-        if not line.startswith((PYTHON + "analysis/plot.py", PYTHON + "analysis/scaling")):
+        tools = ("analysis/plot.py", "analysis/report.py", "analysis/scaling")
+        if not line.startswith(tuple(PYTHON + tool for tool in tools)):
             continue
         for word, runs in places.items():
             names = " ".join(str(folder.relative_to(clone)) for folder in runs)
