@@ -14,6 +14,7 @@ import argparse
 import math
 import sys
 import time
+from collections.abc import Callable, Iterator
 from itertools import cycle
 from pathlib import Path
 
@@ -55,6 +56,9 @@ SIZE = (7, 4.3)
 FEW = 4
 # Columns that the stacked parts of a step's time have.
 STACK_COLUMNS = 150
+
+# Names of runs are no formulas.
+plt.rcParams["text.parse_math"] = False
 
 # How often --watch looks whether there is something new.
 WATCH_S = 10
@@ -241,8 +245,8 @@ def scale(axes: Axes, values: pd.Series, *, logarithmic: bool) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
 
 
-def draw_all(folders: list[Path], x: str, out: Path, kind: str) -> None:
-    """Draws all that the runs have measured, and prints the pictures' paths.
+def draw_all(folders: list[Path], x: str, out: Path, kind: str) -> Iterator[Path]:
+    """Draws all that the runs have measured; yields the path of each picture once it is written.
 
     Raises Unusable, and OSError for a picture that cannot be written.
     """
@@ -250,13 +254,13 @@ def draw_all(folders: list[Path], x: str, out: Path, kind: str) -> None:
     for measure in MEASURES:
         having = [run for run in runs if run.knows(measure.column)]
         if having:
-            save(draw(having, measure, x), out / f"{measure.column}.{kind}")
+            yield save(draw(having, measure, x), out / f"{measure.column}.{kind}")
     having = [run for run in runs if all(run.knows(part) for part in PARTS)]
     if having:
-        save(draw_parts(having, x), out / f"step_time.{kind}")
+        yield save(draw_parts(having, x), out / f"step_time.{kind}")
 
 
-def save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> Path:
     """Writes a picture whole, and its folder if need be: somebody may be looking at the old one."""
     unfinished = path.with_name(f".{path.name}")
     try:
@@ -270,10 +274,10 @@ def save(figure: Figure, path: Path) -> None:
         raise
     finally:
         plt.close(figure)
-    print(path, flush=True)
+    return path
 
 
-def watch(folders: list[Path], redraw, clock=time) -> None:
+def watch(folders: list[Path], redraw: Callable[[], None], clock=time) -> None:
     """Draws whenever there are new rows, until nobody trains in any of the folders.
 
     Raises what `redraw` raises; a CSV that is unusable while its run goes on is looked at again.
@@ -324,8 +328,13 @@ def main(given: list[str] | None = None) -> int:
     folders = arguments.runs
     out = arguments.out or (folders[0] / "plots" if len(folders) == 1 else Path("plots"))
 
+    told = set()
+
     def draw_now():
-        draw_all(folders, arguments.x, out, arguments.format)
+        for path in draw_all(folders, arguments.x, out, arguments.format):
+            if path not in told:
+                print(path, flush=True)
+                told.add(path)
 
     try:
         if arguments.watch:

@@ -147,6 +147,10 @@ def test_each_kind_of_curve_is_drawn_against_each_axis(run, tmp_path, x):
     assert sorted(path.stem for path in (tmp_path / "out").iterdir()) == sorted(KINDS)
 
 
+def test_a_name_is_no_formula(tmp_path):
+    assert draw(make_run(tmp_path / r"$\frac$")).returncode == 0
+
+
 def test_pictures_can_be_svg(run):
     assert draw(run, "--format", "svg").returncode == 0
     for kind in KINDS:
