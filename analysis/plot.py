@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Draws the loss and perplexity curves of training runs, from their train.csv and eval.csv alone.
+"""Draws the curves of training runs, from their train.csv and eval.csv alone.
 
-    .venv/bin/python analysis/plot.py runs/sample       writes runs/sample/plots/loss.png, ppl.png
+    .venv/bin/python analysis/plot.py runs/sample       loss.png, ppl.png ... in runs/sample/plots
     .venv/bin/python analysis/plot.py runs/a runs/b     both runs together, in plots/
 
 Exit codes: 2 for a command line that cannot be run, 3 for CSVs that cannot be used, 4 for pictures
@@ -11,10 +11,14 @@ that cannot be written.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator
 from itertools import cycle
 from pathlib import Path
+
+from measurements import AXES, MEASURES, PARTS, Lease, Measure, Run, Unusable, read_runs, smoothed
 
 try:
     import matplotlib
@@ -24,6 +28,7 @@ try:
     import pandas as pd
     from matplotlib import pyplot as plt
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 except ModuleNotFoundError as error:
@@ -34,194 +39,273 @@ except ModuleNotFoundError as error:
     )
     sys.exit(2)
 
-TRAIN_COLUMNS = ["step", "loss", "ppl"]
-EVAL_COLUMNS = ["step", "split", "loss", "ppl"]
-
-# Okabe and Ito's palette: people who cannot tell red from green can tell these apart.
+# Okabe and Ito's palette: people who cannot tell red from green can tell these apart. The last
+# three are Tol's.
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-
-# The trend averages over this part of a run, to show how the loss moves despite noisy batches.
-TREND_WINDOW = 0.02
+COLORS += ["#882255", "#999933", "#AA4499"]
 
 TREND = {"linewidth": 1.8}
 EACH_STEP = {"linewidth": 0.8, "alpha": 0.25}
-VALIDATION = {"linewidth": 1.2, "linestyle": "--", "marker": "o", "markersize": 5}
+# Of many runs, whose steps would hide all trends.
+EACH_STEP_OF_MANY = {"linewidth": 0.8, "alpha": 0.06}
+VALIDATION = {"linewidth": 1.2, "linestyle": "--", "marker": "o", "markersize": 4}
+
+# Inches, so that the letters, of 10 points, can be read where a picture fills the width of a page.
+SIZE = (7, 4.3)
+# More runs than this are many: their legend is below the picture.
+FEW = 4
+# Columns that the stacked parts of a step's time have.
+STACK_COLUMNS = 150
+
+# Names of runs are no formulas.
+plt.rcParams["text.parse_math"] = False
+
+# How often --watch looks whether there is something new.
+WATCH_S = 10
 
 
-class Unusable(Exception):
-    """A CSV that cannot be drawn; the message says which, why, and what to do."""
+def draw(runs: list[Run], measure: Measure, x: str) -> Figure:
+    """Draws one measurement of all runs.
 
-
-@dataclass
-class Run:
-    """One run directory's measurements.
-
-    `train` has a row for each logged step. `valid` has one for each evaluation of the validation
-    split; it is empty if the run has not reached one.
-    """
-
-    name: str
-    train: pd.DataFrame
-    valid: pd.DataFrame
-
-
-def read_csv(path: Path, columns: list[str]) -> pd.DataFrame:
-    """Reads `columns` of a CSV, all but `split` as numbers.
-
-    Raises Unusable for a file that is missing, empty or malformed.
-    """
-    try:
-        table = pd.read_csv(path, index_col=False)
-    except FileNotFoundError:
-        raise Unusable(
-            f"{path} is not there; name a run directory, as `lockstep train` writes it"
-        ) from None
-    except pd.errors.EmptyDataError:
-        raise Unusable(f"{path} is empty; expected a line of column names") from None
-    except (OSError, UnicodeDecodeError, pd.errors.ParserError) as error:
-        raise Unusable(f"cannot read {path}: {str(error).strip()}") from None
-    missing = [name for name in columns if name not in table]
-    if missing:
-        raise Unusable(
-            f"{path} has no column {', '.join(missing)}; expected at least {', '.join(columns)}"
-        )
-    for name in columns:
-        if name != "split":
-            table[name] = numbers(table[name], path)
-    return table[columns]
-
-
-def numbers(column: pd.Series, path: Path) -> pd.Series:
-    """The column as numbers: an unknown measurement (an empty cell) and an infinite one become NaN.
-
-    Raises Unusable for anything else that is not a number, and for an unknown step.
-    """
-    values = pd.to_numeric(column, errors="coerce")
-    wrong = values.isna() & (column.notna() | (column.name == "step"))
-    if wrong.any():
-        row = int(wrong.to_numpy().argmax())
-        # Line 1 has the names of the columns.
-        raise Unusable(
-            f"{path}, line {row + 2}: expected a number in column {column.name}, "
-            f"found {column.iloc[row]!r}; mend or remove that line"
-        )
-    return values.replace([np.inf, -np.inf], np.nan)
-
-
-def read_run(folder: Path) -> Run:
-    """Reads a run directory. Raises Unusable if there is nothing to draw."""
-    if not folder.is_dir():
-        raise Unusable(f"{folder} is not a folder; name a run directory, such as runs/sample")
-    train = read_csv(folder / "train.csv", TRAIN_COLUMNS)
-    if train.empty:
-        raise Unusable(f"{folder / 'train.csv'} has no rows yet; train for a step at least")
-    for name in ("loss", "ppl"):
-        if train[name].isna().all():
-            raise Unusable(f"{folder / 'train.csv'} has no finite {name}; there is nothing to draw")
-    valid = pd.DataFrame(columns=EVAL_COLUMNS)
-    # A run that has not reached an evaluation has no such file.
-    if (folder / "eval.csv").exists():
-        evaluations = read_csv(folder / "eval.csv", EVAL_COLUMNS)
-        valid = evaluations[(evaluations["split"] == "valid") & evaluations["loss"].notna()]
-    return Run(folder.resolve().name, train, valid)
-
-
-def trend(values: pd.Series) -> pd.Series:
-    """A centred running mean, which does not lag behind the curve that it smooths."""
-    window = max(1, round(len(values) * TREND_WINDOW))
-    return values.rolling(window, center=True, min_periods=1).mean()
-
-
-def draw(runs: list[Run], column: str, path: Path) -> None:
-    """Draws one measurement of all runs, `loss` or `ppl`, into a PNG.
-
-    Each run has its own colour. A single run has two, one of them for its validation points.
+    Each run has a colour; a run alone has two, one of them for its validation points.
     """
     alone = len(runs) == 1
-    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    many = len(runs) > FEW
+    # Room for the legend, two runs in a line.
+    size = (SIZE[0], SIZE[1] + 0.1 * len(runs)) if many else SIZE
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
     handles, shown = [], []
+    validates = measure.column in ("loss", "ppl")
     for run, color in zip(runs, cycle(COLORS)):
         valid_color = COLORS[1] if alone else color
-        shown += draw_run(axes, run, column, color, valid_color)
-        if alone:
-            handles += legend_of_styles(color, valid_color, best(run, column))
-        else:
-            label = f"{run.name}: {best(run, column)}"
+        each_step = EACH_STEP_OF_MANY if many else EACH_STEP
+        shown += draw_run(axes, run, measure, x, (color, valid_color), each_step)
+        if not alone:
+            label = f"{run.name}: {best(run, measure.column)}" if validates else run.name
             handles += [Line2D([], [], color=color, linewidth=4, label=label)]
-    if not alone:
-        handles += legend_of_styles("gray", "gray", "validation")
-    scale(axes, pd.concat([part for part in shown if len(part)]), logarithmic=column == "ppl")
-    what = "Loss" if column == "loss" else "Perplexity"
-    whose = runs[0].name if alone else f"{len(runs)} runs"
-    axes.set_title(f"{what} of {whose}", loc="left", fontweight="bold")
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss (nats per token)" if column == "loss" else "perplexity (log scale)")
-    axes.legend(handles=handles, frameon=False)
+    if measure.noisy:
+        color, valid_color = COLORS[:2] if alone else ("gray", "gray")
+        handles += legend_of_styles(color)
+        if validates:
+            label = best(runs[0], measure.column) if alone else "validation"
+            handles += [Line2D([], [], color=valid_color, **VALIDATION, label=label)]
+    scale_x(axes, x)
+    scale(axes, pd.concat([part for part in shown if len(part)]), logarithmic=measure.logarithmic)
+    adorn(axes, title(measure.title, runs), x)
+    axes.set_ylabel(measure.unit + " (log scale)" * measure.logarithmic)
+    if many:
+        below = {"loc": "outside lower center", "ncols": 2, "fontsize": 8}
+        figure.legend(handles=handles, frameon=False, **below)
+    elif handles:
+        axes.legend(handles=handles, frameon=False)
+    return figure
+
+
+def draw_run(
+    axes: Axes, run: Run, measure: Measure, x: str, colors: tuple[str, str], each_step: dict
+) -> list[pd.Series]:
+    """Draws one run's curves, of training and validation.
+
+    Returns the values that the axes should be wide enough for.
+    """
+    color, valid_color = colors
+    each = run.train[measure.column]
+    places = run.places(x, run.train["step"])
+    # A line through a single point would be invisible.
+    marker = "o" if len(each) == 1 else ""
+    if not measure.noisy:
+        axes.plot(places, each, color=color, **TREND, marker=marker)
+        return [each]
+    smooth = smoothed(run, measure)
+    axes.plot(places, each, color=color, **each_step)
+    axes.plot(places, smooth, color=color, **TREND, marker=marker)
+    # A few extreme batches may stick out of the picture.
+    shown = [smooth, each.quantile([0.005, 0.995])]
+    if measure.column in ("loss", "ppl"):
+        valid = run.valid
+        at = run.places(x, valid["step"])
+        axes.plot(at, valid[measure.column], color=valid_color, **VALIDATION)
+        shown.append(valid[measure.column])
+    return shown
+
+
+def draw_parts(runs: list[Run], x: str) -> Figure:
+    """Draws the time of a step in its parts, stacked, each run in a panel of its own."""
+    columns = min(len(runs), 3)
+    rows = math.ceil(len(runs) / columns)
+    size = (max(SIZE[0], 3.5 * columns), SIZE[1] if rows == 1 else 2.8 * rows + 0.6)
+    figure, panels = plt.subplots(
+        rows, columns, figsize=size, layout="constrained", sharey=True, squeeze=False
+    )
+    for axes in panels.flat[len(runs) :]:
+        axes.remove()
+    for run, axes in zip(runs, panels.flat):  # noqa: B905  # Python 3.9
+        # Single steps would be a comb: each column is the mean of its neighbours.
+        each = max(1, math.ceil(len(run.train) / STACK_COLUMNS))
+        group = np.arange(len(run.train)) // each
+        means = run.train[[*PARTS]].fillna(0).groupby(group).mean()
+        places = pd.Series(run.places(x, run.train["step"])).groupby(group)
+        # One column alone has its width from the next, which is a copy.
+        edges, means = [*places.min(), places.max().iloc[-1]], pd.concat([means, means[-1:]])
+        if edges[0] == edges[-1]:
+            edges = [edges[0] - 0.5, edges[0] + 0.5]
+        axes.stackplot(
+            edges, means.T.to_numpy(), labels=PARTS.values(), colors=COLORS, step="post", alpha=0.85
+        )
+        scale_x(axes, x)
+        shown = title("Time of a step", runs) if len(runs) == 1 else run.name
+        adorn(axes, shown, x)
+        if each > 1:
+            axes.set_xlabel(f"{axes.get_xlabel()} (mean of each {each} rows)")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("time of a step (ms)")
+    panels[0, 0].set_ylim(bottom=0)
+    figure.legend(
+        *panels[0, 0].get_legend_handles_labels(),
+        frameon=False,
+        loc="outside lower center",
+        ncols=2,
+    )
+    return figure
+
+
+def title(what: str, runs: list[Run]) -> str:
+    return f"{what} of {runs[0].name if len(runs) == 1 else f'{len(runs)} runs'}"
+
+
+def adorn(axes: Axes, heading: str, x: str) -> None:
+    """What all pictures have."""
+    axes.set_title(heading, loc="left", fontweight="bold")
+    axes.set_xlabel(AXES[x][1])
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=140)
-    plt.close(figure)
 
 
-def draw_run(axes: Axes, run: Run, column: str, color: str, valid_color: str) -> list[pd.Series]:
-    """Draws one run's curves; returns the values that the axes should be wide enough for."""
-    steps, each = run.train["step"], run.train[column]
-    # Perplexity is exp(loss), so the trend of its logarithm is the trend of the loss.
-    smooth = trend(each) if column == "loss" else np.exp(trend(np.log(each)))
-    axes.plot(steps, each, color=color, **EACH_STEP)
-    # A line through a single point would be invisible.
-    axes.plot(steps, smooth, color=color, **TREND, marker="o" if len(steps) == 1 else "")
-    axes.plot(run.valid["step"], run.valid[column], color=valid_color, **VALIDATION)
-    # A few extreme batches may lie outside the picture.
-    return [smooth, run.valid[column], each.quantile([0.005, 0.995])]
-
-
-def legend_of_styles(color: str, valid_color: str, valid_label: str) -> list[Line2D]:
-    """Legend entries for the three kinds of lines."""
+def legend_of_styles(color: str) -> list[Line2D]:
+    """What the two lines of training are."""
     return [
         Line2D([], [], color=color, **TREND, label="training, smoothed"),
-        # Thicker than in the plot, where neighbouring steps add up to a band.
+        # Thicker than it is drawn: there, neighbouring steps add up to a band.
         Line2D([], [], color=color, **{**EACH_STEP, "linewidth": 3}, label="training, each step"),
-        Line2D([], [], color=valid_color, **VALIDATION, label=valid_label),
     ]
 
 
 def best(run: Run, column: str) -> str:
-    """The run's lowest validation loss or perplexity, as text."""
-    if run.valid.empty:
+    """The run's lowest validation loss or perplexity, in words."""
+    valid = run.valid
+    if valid.empty:
         return "no validation yet"
-    row = run.valid.loc[run.valid["loss"].idxmin()]
+    row = valid.loc[valid["loss"].idxmin()]
     value = f"{row[column]:.3f}" if column == "loss" else f"{row[column]:,.1f}"
     return f"best validation {value} at step {int(row['step']):,}"
 
 
+def short(value: float) -> str:
+    """A large number as axes say it: 250k, 1.5M, 2B."""
+    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= unit:
+            return f"{value / unit:,.6g}{letter}"
+    return f"{value:,.6g}"
+
+
+def scale_x(axes: Axes, x: str) -> None:
+    """Labels of a horizontal axis: plain numbers, and whole ones for steps."""
+    write = {
+        "step": lambda value, _: f"{value:,.0f}",
+        "tokens": lambda value, _: short(value),
+        "hours": lambda value, _: f"{value:,.6g}",
+    }
+    axes.xaxis.set_major_formatter(FuncFormatter(write[x]))
+    axes.xaxis.set_major_locator(
+        MaxNLocator(6, steps=[1, 2, 5, 10], integer=x == "step", min_n_ticks=1)
+    )
+
+
 def scale(axes: Axes, values: pd.Series, *, logarithmic: bool) -> None:
-    """Fits the axes to the values and labels them with plain numbers."""
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+    """Fits the vertical axis to the values, with labels that are plain numbers."""
+    if logarithmic:
+        values = values[values > 0]
     low, high = values.min(), values.max()
-    if high <= low * 1.001:  # a single value, give or take rounding
-        low, high = low * 0.9, high * 1.1 + 0.01
+    if values.empty:  # zeros only
+        low, high = 0.1, 1
+    elif high <= low * 1.001:  # a single value, give or take rounding
+        low, high = low * 0.9, high * 1.1 + (0.01 if high == 0 else 0)
     if logarithmic:
         axes.set_yscale("log")
         margin = (high / low) ** 0.05
         axes.set_ylim(low / margin, high * margin)
-        # With powers of ten alone, a typical curve would have only one or two labels.
+        # Powers of ten alone would leave a usual curve with one or two labels.
         wide = high / low > 5
         locator = LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(8, steps=[1, 2, 5, 10])
         axes.yaxis.set_major_locator(locator)
         axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     else:
         margin = (high - low) * 0.05
         axes.set_ylim(low - margin, high + margin)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+
+
+def draw_all(folders: list[Path], x: str, out: Path, kind: str) -> Iterator[Path]:
+    """Draws all that the runs have measured; yields the path of each picture once it is written.
+
+    Raises Unusable, and OSError for a picture that cannot be written.
+    """
+    runs = read_runs(folders)
+    for measure in MEASURES:
+        having = [run for run in runs if run.knows(measure.column)]
+        if having:
+            yield save(draw(having, measure, x), out / f"{measure.column}.{kind}")
+    having = [run for run in runs if all(run.knows(part) for part in PARTS)]
+    if having:
+        yield save(draw_parts(having, x), out / f"step_time.{kind}")
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Writes a picture whole, and its folder if need be: somebody may be looking at the old one."""
+    unfinished = path.with_name(f".{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(unfinished, dpi=180, format=path.suffix[1:])
+        unfinished.replace(path)
+    except OSError as error:
+        if unfinished.is_file():
+            unfinished.unlink()
+        error.filename = path
+        raise
+    finally:
+        plt.close(figure)
+    return path
+
+
+def watch(folders: list[Path], redraw: Callable[[], None], clock=time) -> None:
+    """Draws whenever there are new rows, until nobody trains in any of the folders.
+
+    Raises what `redraw` raises; a CSV that is unusable while its run goes on is looked at again.
+    """
+    leases = [Lease(folder, clock.monotonic()) for folder in folders]
+    drawn = None
+    while True:
+        # Asked first: what a run writes before it ends is then drawn.
+        going_on = [lease.is_held(clock.monotonic()) for lease in leases]
+        files = [folder / name for folder in folders for name in ("train.csv", "eval.csv")]
+        sizes = [file.stat().st_size if file.exists() else 0 for file in files]
+        if sizes != drawn or not any(going_on):
+            try:
+                redraw()
+                drawn = sizes
+            except Unusable:
+                if not any(going_on):
+                    raise
+        if not any(going_on):
+            return
+        clock.sleep(WATCH_S)
 
 
 def main(given: list[str] | None = None) -> int:
-    """Runs the given command line, by default the process's own; returns the exit code."""
+    """Runs the command line, the process's own if none is given; returns the exit code."""
     parser = argparse.ArgumentParser(
-        description="Draws the loss and perplexity curves of training runs.",
+        description="Draws the curves of training runs: loss, perplexity, learning rate, gradient "
+        "norm, speed, memory, and the time of a step in its parts.",
         epilog="example: .venv/bin/python analysis/plot.py runs/a runs/b --out runs/comparison",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory")
@@ -229,28 +313,46 @@ def main(given: list[str] | None = None) -> int:
         "--out",
         type=Path,
         metavar="DIR",
-        help="where to write loss.png and ppl.png (default: RUN/plots, or plots for several runs)",
+        help="where to write the pictures (default: RUN/plots, or plots for several runs)",
+    )
+    parser.add_argument(
+        "--x", choices=[*AXES], default="step", help="what to draw against (default: step)"
+    )
+    parser.add_argument(
+        "--format", choices=["png", "svg"], default="png", help="kind of picture (default: png)"
+    )
+    parser.add_argument(
+        "--watch", action="store_true", help="draw anew while the runs go on, until they end"
     )
     arguments = parser.parse_args(given)
     folders = arguments.runs
     out = arguments.out or (folders[0] / "plots" if len(folders) == 1 else Path("plots"))
+
+    told = set()
+
+    def draw_now():
+        for path in draw_all(folders, arguments.x, out, arguments.format):
+            if path not in told:
+                print(path, flush=True)
+                told.add(path)
+
     try:
-        runs = [read_run(folder) for folder in folders]
+        if arguments.watch:
+            watch(folders, draw_now)
+        else:
+            draw_now()
+    except KeyboardInterrupt:
+        if not arguments.watch:
+            raise
     except Unusable as error:
         print(f"plot: {error}", file=sys.stderr)
         return 3
-    # Runs with the same name in different folders are told apart by their paths.
-    if len({run.name for run in runs}) < len(runs):
-        for index, run in enumerate(runs):
-            run.name = str(folders[index])
-    for column in ("loss", "ppl"):
-        path = out / f"{column}.png"
-        try:
-            draw(runs, column, path)
-        except OSError as error:
-            print(f"plot: cannot write {path}: {error}; name another --out", file=sys.stderr)
-            return 4
-        print(path)
+    except OSError as error:
+        print(
+            f"plot: cannot write {error.filename}: {error.strerror}; name another --out",
+            file=sys.stderr,
+        )
+        return 4
     return 0
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from plot import Unusable
+from measurements import Unusable
 
 from . import clusters, draw
 from .cost import GRADIENT_BYTES, Model, step

@@ -9,7 +9,8 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from plot import COLORS, Unusable
+from measurements import Unusable
+from plot import COLORS
 
 from .clusters import ASSUMPTIONS, EACH, REFERENCE, TOGETHER, Study, failures, preset
 from .cost import Model, useful_share

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import yaml
-from plot import Unusable, read_csv
+from measurements import Unusable, read_csv
 
 from .cost import GRADIENT_BYTES, Model, Setting, largest_micro_batch
 

@@ -1,6 +1,6 @@
-"""Every command in the documents runs as written, and leaves nothing that git sees.
+"""Every command in the documents can be given as it is written, and leaves nothing that git sees.
 
-tests/full/documents.rs runs those that train. This runs those of analysis/, on runs written here.
+tests/full/documents.rs runs those that train; here are the ones of analysis/, on runs written here.
 """
 
 import json
@@ -22,12 +22,12 @@ PAGES = [
     for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / RECORDS)
 ]
 PYTHON = ".venv/bin/python "
-# A command is ours if its program matches this.
+# What a word must be to be the program of a command of ours.
 OURS = re.compile(r"(launch|analysis|checks|slurm)/\S+$|\.venv/bin/python$|target/release/\S+$")
 
 
 def documented():
-    """(page, command) of every command block, and of inline code that has arguments."""
+    """(page, command) of every block of commands, and of code in a sentence that has arguments."""
     for page in PAGES:
         text = (ROOT / page).read_text()
         for block in re.findall(r"\n```(?:sh|bash)\n(.*?)\n```", text, re.DOTALL):
@@ -42,12 +42,12 @@ COMMANDS = [(page, line) for page, line in documented() if OURS.match(line.split
 
 @pytest.fixture
 def clone(tmp_path):
-    """A folder like a clone after launch/setup, with git to detect what is left in it."""
+    """A folder like a clone after launch/setup, with git to see what is left in it."""
     shutil.copy(ROOT / ".gitignore", tmp_path)
     for name in ("analysis", "configs", ".venv"):
         (tmp_path / name).symlink_to(ROOT / name)
     git(tmp_path, "init", "-q")
-    # To git, a link to a folder is not a folder.
+    # Links to folders are no folders to git.
     (tmp_path / ".git/info/exclude").write_text("/analysis\n/configs\n/.venv\n")
     git(tmp_path, "add", "-A")
     git(tmp_path, "-c", "user.name=x", "-c", "user.email=x@localhost", "commit", "-qm", "all")
@@ -60,7 +60,7 @@ def git(folder, *arguments):
 
 
 def run(clone, command):
-    """Runs a command in a shell in which nothing was set up."""
+    """Gives a command to a shell that nothing was set up in."""
     environment = {name: os.environ[name] for name in ("HOME", "PATH") if name in os.environ}
     words = ["bash", "-c", command]
     return subprocess.run(words, cwd=clone, env=environment, capture_output=True, text=True)
@@ -69,7 +69,12 @@ def run(clone, command):
 def test_there_are_commands_of_each_kind():
     programs = {line.split(" ")[0] for _, line in COMMANDS}
     assert {"launch/local", "launch/gpu-check", "target/release/lockstep"} <= programs
-    for tool in ("analysis/plot.py", "analysis/scaling report", "analysis/bench/peer.py"):
+    for tool in (
+        "analysis/plot.py",
+        "analysis/report.py",
+        "analysis/scaling report",
+        "analysis/bench/peer.py",
+    ):
         assert any(line.startswith(PYTHON + tool) for _, line in COMMANDS), tool
 
 
@@ -84,7 +89,7 @@ def test_its_program_can_be_started_as_it_is_written(page, line):
 
 
 def left_by(line):
-    """The files that a command leaves in folders of the clone, as far as its words tell."""
+    """The files that a command leaves, as far as its words tell, in folders of the clone."""
     words = line.split(" ")
     for place, value in enumerate(words[1:]):
         if words[place] in ("--out", "--run-dir") and not value.isupper():
@@ -98,7 +103,7 @@ def test_git_ignores_what_commands_leave(clone, page):
     names = {"slurm-train-17.out", "compare-17.csv", "plots/loss.png", "carry/lockstep"}
     for of, line in COMMANDS:
         if of == page:
-            # Those of the records run on another machine, in `carry`.
+            # Those of the records are given on another machine, in `carry`.
             names |= {f"carry/{name}" if page == RECORDS else name for name in left_by(line)}
     for name in names:
         path = clone / name
@@ -110,13 +115,14 @@ def test_git_ignores_what_commands_leave(clone, page):
 
 
 @pytest.mark.full
-def test_plots_and_scaling_run_as_they_are_written(clone):
-    """Runs them in the order of the documents, since some need what others left."""
+def test_plots_reports_and_scaling_run_as_they_are_written(clone):
+    """In the order of the documents, since some need what others left."""
     seen = [synthetic(clone / f"runs/seen-{n}", *case) for n, case in enumerate(FITTED)]
     new = [synthetic(clone / f"runs/new-{n}", *case) for n, case in enumerate(HELD_OUT)]
     places = {"OTHER_RUN...": new, "RUN...": seen}
     for _, line in dict.fromkeys((None, line) for _, line in COMMANDS):
-        if not line.startswith((PYTHON + "analysis/plot.py", PYTHON + "analysis/scaling")):
+        tools = ("analysis/plot.py", "analysis/report.py", "analysis/scaling")
+        if not line.startswith(tuple(PYTHON + tool for tool in tools)):
             continue
         for word, runs in places.items():
             names = " ".join(str(folder.relative_to(clone)) for folder in runs)
@@ -131,7 +137,7 @@ def test_plots_and_scaling_run_as_they_are_written(clone):
 
 @pytest.mark.full
 def test_the_peer_runs_as_it_is_written(clone):
-    """On a set-up with all of PyTorch it runs; on any other it says what to do."""
+    """On a set-up that has all of PyTorch; on another it says what to do."""
     lines = {line for _, line in COMMANDS if line.startswith(PYTHON + "analysis/bench/peer.py")}
     whole = run(clone, PYTHON + "-c 'import torch'").returncode == 0
     for line in lines:

@@ -1,45 +1,21 @@
 """plot.py through its command line, on small CSVs written here."""
 
-import math
 from pathlib import Path
 
 import pandas as pd
 import plot
 import pytest
 from command_line import call, started
+from made_runs import EVAL_HEADER, TRAIN_HEADER, make_run, train_row
+from measurements import read_run, trend
 
 PLOT = Path(__file__).resolve().parent.parent / "plot.py"
-
-TRAIN_HEADER = (
-    "step,tokens,loss,ppl,lr,grad_norm,step_ms,data_ms,compute_ms,comm_exposed_ms,optimizer_ms,"
-    "tokens_per_s,mfu,memory_mib,world_size,elapsed_s"
-)
-EVAL_HEADER = "step,split,loss,ppl,word_ppl,tokens,eval_s"
-
-
-def train_row(step, loss):
-    return f"{step},{step * 512},{loss},{math.exp(loss)},0.001,1.5,9,1,6,1,1,50000,,200,2,{step}"
-
-
-def eval_row(step, split, loss):
-    return f"{step},{split},{loss},{math.exp(loss)},,4000,0.5"
 
 
 @pytest.fixture
 def run(tmp_path):
     """A run of 200 steps with an evaluation every 50."""
     return make_run(tmp_path / "sample")
-
-
-def make_run(folder):
-    folder.mkdir(parents=True)
-    losses = [(step, 4 + 3 / step) for step in range(1, 201)]
-    rows = [train_row(step, loss) for step, loss in losses]
-    (folder / "train.csv").write_text("\n".join([TRAIN_HEADER, *rows, ""]))
-    rows = [eval_row(step, "valid", 4.5 - step / 1000) for step in (50, 100, 150, 200)]
-    rows += [eval_row(200, "test", 1.0)]
-    (folder / "eval.csv").write_text("\n".join([EVAL_HEADER, *rows, ""]))
-    return folder
 
 
 def draw(*arguments):
@@ -100,13 +76,13 @@ def test_unknown_and_infinite_measurements_are_left_out(run):
 
 
 def test_only_the_validation_split_is_drawn(run):
-    assert plot.read_run(run).valid["step"].tolist() == [50, 100, 150, 200]
-    assert plot.best(plot.read_run(run), "loss") == "best validation 4.300 at step 200"
+    assert read_run(run).valid["step"].tolist() == [50, 100, 150, 200]
+    assert plot.best(read_run(run), "loss") == "best validation 4.300 at step 200"
 
 
 def test_the_trend_is_centred(run):
     values = pd.Series(range(1000), dtype=float)
-    smooth = plot.trend(values)
+    smooth = trend(values)
     assert (smooth[100:900] - values[100:900]).abs().max() <= 0.5
     assert len(smooth) == len(values)
 
@@ -157,6 +133,98 @@ def test_bytes_that_are_no_text_are_told(run):
 def test_a_run_without_a_finite_loss_is_told(run):
     (run / "train.csv").write_text(f"{TRAIN_HEADER}\n1,512,NaN,NaN,,,,,,,,,,,2,1\n")
     assert "has no finite loss" in refused(run)
+
+
+KINDS = ["loss", "ppl", "lr", "grad_norm", "tokens_per_s", "memory_mib", "step_time"]
+
+
+@pytest.mark.parametrize("x", ["step", "tokens", "hours"])
+def test_each_kind_of_curve_is_drawn_against_each_axis(run, tmp_path, x):
+    result = draw(run, make_run(tmp_path / "other"), "--x", x, "--out", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    # No run has a known mfu.
+    assert result.stdout.split() == [str(tmp_path / f"out/{kind}.png") for kind in KINDS]
+    assert sorted(path.stem for path in (tmp_path / "out").iterdir()) == sorted(KINDS)
+
+
+def test_a_name_is_no_formula(tmp_path):
+    assert draw(make_run(tmp_path / r"$\frac$")).returncode == 0
+
+
+def test_pictures_can_be_svg(run):
+    assert draw(run, "--format", "svg").returncode == 0
+    for kind in KINDS:
+        assert "<svg" in (run / f"plots/{kind}.svg").read_text()
+
+
+def test_evaluations_lie_where_their_steps_do(run):
+    seen = read_run(run)
+    assert seen.places("tokens", seen.valid["step"]).tolist() == [25600, 51200, 76800, 102400]
+    assert seen.places("hours", seen.valid["step"])[-1] == pytest.approx(200 / 3600)
+
+
+def test_an_axis_that_a_run_does_not_know_is_told(run):
+    (run / "train.csv").write_text("step,loss,ppl\n1,7,1096\n")
+    message = refused(run, "--x", "hours")
+    assert f"{run}/train.csv has no elapsed_s, which --x hours needs; use --x step" in message
+    assert draw(run).stdout.split() == [str(run / f"plots/{kind}.png") for kind in ("loss", "ppl")]
+
+
+class Clock:
+    """A clock whose sleep is when other processes do something."""
+
+    def __init__(self, *doings):
+        self.now, self.doings = 0, list(doings)
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+        self.doings.pop(0)()
+
+
+def test_a_run_is_watched_until_it_ends(run):
+    lease, train = run / "lease.json", run / "train.csv"
+    rows = train.read_text()
+
+    def renew(text, csv):
+        lease.write_text(text)
+        train.write_text(csv)
+
+    renew("1", TRAIN_HEADER)
+    drawn = []
+    clock = Clock(
+        lambda: renew("2", rows + train_row(201, 4.0) + "\n"),
+        lambda: renew("3", train.read_text()),
+        lambda: renew("4", train.read_text() + train_row(202, 4.0) + "\n"),
+        lease.unlink,
+    )
+
+    def redraw():
+        drawn.append(len(read_run(run).train))
+
+    plot.watch([run], redraw, clock)
+    # Not without rows, not without new ones, and once more at the end.
+    assert drawn == [201, 202, 202]
+
+
+def test_a_run_that_was_killed_is_not_watched_for_long(run):
+    (run / "lease.json").write_text("1")
+    drawn = []
+    plot.watch([run], lambda: drawn.append(1), Clock(lambda: None, lambda: None))
+    assert drawn == [1, 1]
+
+
+def test_watching_a_run_that_has_ended_draws_it_once(run):
+    result = draw(run, "--watch")
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.split()) == len(KINDS)
+
+
+def test_a_damaged_csv_of_a_watched_run_is_told_at_its_end(run):
+    (run / "train.csv").write_text("")
+    assert "train.csv is empty" in refused(run, "--watch")
 
 
 def test_a_folder_that_cannot_be_made_is_told(run, tmp_path):

@@ -24,7 +24,7 @@ const NOT_RUN: [(&str, &str); 4] = [
 ];
 
 /// What the commands must leave behind.
-const LEFT: [&str; 8] = [
+const LEFT: [&str; 10] = [
     "data/wikitext-2/meta.json",
     "data/wikitext-103-raw-gpt2/meta.json",
     "runs/wikitext2/checkpoints/step-00000004/model.safetensors",
@@ -33,6 +33,8 @@ const LEFT: [&str; 8] = [
     "runs/homework/plots/ppl.png",
     "runs/four-ranks/logs/rank-0003.log",
     "runs/comparison/ppl.png",
+    "runs/by-hours/step_time.svg",
+    "runs/comparison/report.html",
 ];
 
 /// The commands of all documents, each once.
