@@ -54,10 +54,13 @@ fn a_slowed_rank_is_named() {
     });
     let _ = slower.kill();
     let _ = slower.wait();
-    let said = going.said();
+    // launch/local passes it on a moment later.
+    let named = format!("rank 1 on {host} computes ");
+    let stderr = going.stderr.clone();
+    let said = going.until("the warning", || fs::read_to_string(&stderr).ok().filter(|said| said.contains(&named)));
     drop(going);
     let number = |column: &str| slow[column].parse::<f64>().unwrap();
     assert_eq!(slow["host"], host);
     assert!(number("factor") >= 1.5 && number("compute_ms") > number("median_ms"), "{slow:?}");
-    says(&said, &["WARN", &format!("rank 1 on {host} computes "), "times as long as the median rank"]);
+    says(&said, &["WARN", &named, "times as long as the median rank"]);
 }
