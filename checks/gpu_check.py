@@ -27,7 +27,7 @@ from gpu_record import Row, default_path, machine, table, write
 from gpu_session import CONFIG, Session, Unusable, output
 from gpu_speed import Speed
 from processes import until
-from report import Failed, NotRun
+from outcomes import Failed, NotRun
 from runs import same_files
 
 ROOT = Path(__file__).resolve().parents[1]

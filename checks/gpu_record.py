@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gpu_driver import find_gpu, nccl_version
 from gpu_session import Unusable, output
-from report import aligned
+from outcomes import aligned
 
 
 @dataclass

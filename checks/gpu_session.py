@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gpu_driver import Gpu
 from processes import Processes, start, until
-from report import Failed, NotRun
+from outcomes import Failed, NotRun
 from runs import last_step
 
 JOB = re.compile(r"SLURM_|PMIX?_(?!MCA_)|OMPI_COMM_")  # what Slurm and mpirun tell their ranks

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from gpu_session import tail
-from report import Failed, NotRun
+from outcomes import Failed, NotRun
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 5  # first steps, left out

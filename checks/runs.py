@@ -4,7 +4,7 @@ import csv
 from contextlib import suppress
 from pathlib import Path
 
-from report import Failed
+from outcomes import Failed
 
 # The columns that two equal runs have in common; the others are times.
 CURVE = ("step", "tokens", "loss", "ppl", "lr", "grad_norm", "world_size")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import runs
 from processes import Processes, start, until
-from report import Failed
+from outcomes import Failed
 
 CHECKS = Path(runs.__file__).parent
 SECONDS = 300  # for what takes only a moment on an idle machine; this one may be busy

@@ -21,7 +21,7 @@ import pytest
 import yaml
 from gpu_check import Check, difference
 from processes import Processes, until
-from report import Failed, NotRun
+from outcomes import Failed, NotRun
 
 ROOT = Path(__file__).resolve().parent.parent
 BINARY = Path(os.environ.get("LOCKSTEP_BIN") or ROOT / "target" / "release" / "lockstep")

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from processes import until
-from report import Failed, NotRun
+from outcomes import Failed, NotRun
 from virtual_cluster import Cluster
 
 from drills.lab import BINARY, GONE_S, ROOT, Drill, Lab

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import runs
 from processes import Processes, start, until
-from report import Failed, NotRun, aligned
+from outcomes import Failed, NotRun, aligned
 
 ROOT = Path(__file__).resolve().parents[2]
 BINARY = Path(os.environ.get("LOCKSTEP_BIN", ROOT / "target/release/lockstep")).absolute()

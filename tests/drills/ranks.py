@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
-from report import Failed, NotRun
+from outcomes import Failed, NotRun
 from runs import CURVE
 
 from drills.lab import GONE_S, Drill, Run

@@ -15,7 +15,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from report import Failed, NotRun
+from outcomes import Failed, NotRun
 from runs import CURVE, EVALUATION
 
 from drills.lab import Drill
