@@ -10,12 +10,15 @@ use super::inference::{load_on, Loaded};
 use super::print;
 use crate::config::Precision;
 use crate::error::Result;
+use crate::files::resolve_new;
 use crate::interop;
 use crate::run::checkpoint;
 use crate::run::RunDir;
 
 /// Writes a checkpoint's model as a folder that `transformers` loads.
 pub fn export(run: &Run, out: &Path, dtype: Dtype) -> Result<()> {
+    // Before a large model is read.
+    resolve_new(out)?;
     let Loaded { plan, tokenizer, model, state, .. } = load_on(run, 1, |_| Ok(Device::Cpu))?;
     let dir = RunDir(run.run_dir.clone());
     let config = &plan.config;

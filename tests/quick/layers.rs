@@ -20,8 +20,15 @@ const FLOORS: [&[&str]; 6] = [
 
 /// The only imports within a floor: errors are everybody's, the optimizer updates the model's flat memory, and `main` starts
 /// the command line.
-const NEIGHBOURS: [(&str, &str); 5] =
-    [("files", "error"), ("host", "files"), ("stop", "error"), ("optim", "model"), ("main", "cli")];
+const NEIGHBOURS: [(&str, &str); 7] = [
+    ("files", "error"),
+    ("host", "error"),
+    ("host", "files"),
+    ("stop", "error"),
+    ("stop", "host"),
+    ("optim", "model"),
+    ("main", "cli"),
+];
 
 /// The fences of `unsafe`: foreign memory, libraries, and SIMD.
 const UNSAFE: [&str; 4] = ["comm/mpi.rs", "comm/nccl.rs", "torch/", "model/head/"];
