@@ -79,7 +79,7 @@ impl Gpt2Config {
 
     /// (key, what was found, what a model here has) of the first key that no model here can follow.
     fn unsupported(&self) -> Option<(&'static str, String, String)> {
-        let inner = 4 * self.n_embd;
+        let inner = self.n_embd.saturating_mul(4);
         let rules = [
             (
                 self.activation().is_some(),
