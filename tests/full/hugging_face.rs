@@ -4,6 +4,7 @@
 //! leaves without the libraries of CUDA that it is linked with: empty ones take their place, since nothing calls them.
 
 use std::collections::BTreeMap;
+use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -58,8 +59,13 @@ impl Python {
     }
 
     fn command(&self) -> Command {
+        let mut libraries = self.empty.clone().into_os_string();
+        if let Some(others) = env::var_os("LD_LIBRARY_PATH") {
+            libraries.push(":");
+            libraries.push(others);
+        }
         let mut command = plain_python();
-        command.env("PYTHONPATH", &self.packages).env("LD_LIBRARY_PATH", &self.empty).env("HF_HUB_OFFLINE", "1");
+        command.env("PYTHONPATH", &self.packages).env("LD_LIBRARY_PATH", libraries).env("HF_HUB_OFFLINE", "1");
         command
     }
 
