@@ -1,8 +1,9 @@
-//! Files that are whole or absent, and what names their content.
+//! Files and folders that are whole or absent, and what names their content.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
@@ -81,4 +82,127 @@ pub fn digest(path: &Path) -> io::Result<(u64, String)> {
 /// Bytes as lower-case hexadecimal digits, the way checksums are written.
 pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The path with an ending added to its last name.
+pub fn sibling(path: &Path, ending: &str) -> PathBuf {
+    let mut name = OsString::from(path);
+    name.push(ending);
+    name.into()
+}
+
+/// `out` as an absolute path without links, its parent made: a link to another disk stays a link, and
+/// what it points to is replaced.
+///
+/// # Errors
+/// Usage, if it names no folder; storage, if its parent cannot be made.
+pub fn resolve(out: &Path) -> Result<PathBuf> {
+    if out.exists() {
+        return out.canonicalize().map_err(|e| Error::write(out, e));
+    }
+    let name =
+        out.file_name().ok_or_else(|| Error::Usage(format!("--out {}: expected a folder's name", out.display())))?;
+    let parent = match out.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    };
+    fs::create_dir_all(parent)
+        .and_then(|()| parent.canonicalize())
+        .map(|parent| parent.join(name))
+        .map_err(|e| Error::write(out, e))
+}
+
+/// As [`resolve`], for a folder that must not exist yet.
+///
+/// # Errors
+/// As [`resolve`]; usage, if something is there.
+pub fn resolve_new(out: &Path) -> Result<PathBuf> {
+    if out.symlink_metadata().is_ok() {
+        let message = "exists already, and nothing was touched; name a new folder, or remove this one first";
+        return Err(Error::Usage(format!("--out {}: {message}", out.display())).into());
+    }
+    resolve(out)
+}
+
+/// Writes a file of a folder in the making, durably.
+///
+/// # Errors
+/// Storage, if it cannot be written.
+pub fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
+    File::create(path)
+        .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))
+        .map_err(|e| Error::write(path, e))
+}
+
+/// Removes a folder that may not be there.
+fn remove_folder(path: &Path) -> io::Result<()> {
+    match fs::remove_dir_all(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+        _ => Ok(()),
+    }
+}
+
+/// A folder in the making, beside its place; removed unless it takes that.
+pub struct Partial {
+    path: PathBuf,
+    out: PathBuf,
+}
+
+impl Partial {
+    /// Starts afresh: what a killed process left under this name is removed.
+    ///
+    /// # Errors
+    /// Storage, if the folder cannot be made.
+    pub fn beside(out: &Path) -> Result<Self> {
+        let path = sibling(out, ".lockstep-partial");
+        remove_folder(&path).and_then(|()| fs::create_dir(&path)).map_err(|e| Error::write(&path, e))?;
+        Ok(Self { path, out: out.to_path_buf() })
+    }
+
+    /// Where it is until then.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Renames the folder to its place; a folder there steps aside first and is removed last.
+    ///
+    /// # Errors
+    /// Storage, if it cannot be renamed.
+    pub fn replace(self) -> Result<()> {
+        let old = sibling(&self.out, ".lockstep-replaced");
+        if !self.out.exists() {
+            return self.appear();
+        }
+        let step_aside = || {
+            remove_folder(&old)?;
+            fs::rename(&self.out, &old)
+        };
+        step_aside().map_err(|e| Error::write(&self.out, e))?;
+        if let Err(e) = self.rename() {
+            fs::rename(&old, &self.out).map_err(|e| Error::write(&self.out, e))?;
+            return Err(Error::write(&self.out, e));
+        }
+        fs::remove_dir_all(&old).map_err(|e| Error::write(&self.out, e))
+    }
+
+    /// Renames the folder to its place, where nothing may be.
+    ///
+    /// # Errors
+    /// Storage, if it cannot be renamed.
+    pub fn appear(self) -> Result<()> {
+        self.rename().map_err(|e| Error::write(&self.out, e))
+    }
+
+    fn rename(&self) -> io::Result<()> {
+        File::open(&self.path)?.sync_all()?;
+        fs::rename(&self.path, &self.out)?;
+        sync_name(&self.out)
+    }
+}
+
+impl Drop for Partial {
+    fn drop(&mut self) {
+        // Gone once it has taken its place; elsewhere an error is on its way that matters more than this one.
+        let _ = fs::remove_dir_all(&self.path);
+    }
 }

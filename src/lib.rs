@@ -27,7 +27,7 @@
 //!   [`watch`] (which rank hangs, and which is slow)
 //! - Floor 3: [`run`] (the run directory: tables, checkpoints, and whose it is)
 //! - Floor 4: [`train`] (the loop), [`compare`] (the same training on each device, timed), [`doctor`] (what is wrong with a
-//!   job before it trains)
+//!   job before it trains), [`interop`] (Hugging Face's folders)
 //! - Floor 5: [`cli`] (the command line)
 
 pub mod cli;
@@ -39,6 +39,7 @@ pub mod doctor;
 pub mod error;
 pub mod files;
 pub mod host;
+pub mod interop;
 pub mod launcher;
 pub mod model;
 pub mod optim;

@@ -139,6 +139,31 @@ pub enum Verb {
         #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
         samples: u32,
     },
+    /// Writes a trained model as a Hugging Face folder, which `transformers` loads as a GPT-2.
+    #[command(after_help = "Example:\n  lockstep export --run-dir runs/wikitext2 --out exports/wikitext2")]
+    Export {
+        /// The run and its checkpoint.
+        #[command(flatten)]
+        run: Run,
+        /// The folder to write; it must not exist yet.
+        #[arg(long)]
+        out: PathBuf,
+        /// The type that the weights are rounded to.
+        #[arg(long, value_enum, default_value_t = Dtype::Fp32)]
+        dtype: Dtype,
+    },
+    /// Makes a run directory of a Hugging Face folder with a GPT-2: to evaluate it, to generate with it, or to begin a
+    /// training with its weights.
+    #[command(after_help = "Example:\n  lockstep import --from downloads/gpt2 --out runs/gpt2")]
+    Import {
+        /// The folder, with config.json, model.safetensors (or several files and their index), and tokenizer.json (or
+        /// vocab.json and merges.txt).
+        #[arg(long)]
+        from: PathBuf,
+        /// The run directory to write; it must not exist yet.
+        #[arg(long)]
+        out: PathBuf,
+    },
     /// Trains the same steps on each device, and prints how long they took, as CSV.
     ///
     /// Seed and batches are the same. The first five steps (of fewer than ten, the first half) warm up: they count neither
@@ -244,6 +269,14 @@ pub struct Run {
 pub enum SplitName {
     Valid,
     Test,
+}
+
+/// A type of exported weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[allow(missing_docs)]
+pub enum Dtype {
+    Fp32,
+    Bf16,
 }
 
 /// A device that training can be timed on.

@@ -10,7 +10,7 @@ use super::args::{Run, SplitName};
 use super::checkpoint::checkpoints;
 use super::print;
 use crate::comm::Comm;
-use crate::config::{DeviceChoice, Plan};
+use crate::config::{Config, DeviceChoice, Plan};
 use crate::data::loader::Samples;
 use crate::data::prepare::DataDir;
 use crate::error::{Error, Result};
@@ -24,15 +24,27 @@ use crate::train;
 use crate::train::evaluate::Evaluation;
 
 /// A run's model, loaded from one of its checkpoints.
-struct Loaded {
-    plan: Plan,
-    tokenizer: Tokenizer,
-    model: Gpt,
-    device: Device,
-    step: usize,
+pub struct Loaded {
+    pub plan: Plan,
+    pub tokenizer: Tokenizer,
+    pub model: Gpt,
+    pub device: Device,
+    pub state: State,
 }
 
+/// Loads it onto the device that the run's configuration asks for.
 fn load(run: &Run, world_size: usize, local_rank: usize) -> Result<Loaded> {
+    load_on(run, world_size, |config| {
+        let wanted = match config.device {
+            DeviceChoice::Cpu => "cpu",
+            DeviceChoice::Cuda | DeviceChoice::Auto => "auto",
+        };
+        torch::select(wanted, local_rank)
+    })
+}
+
+/// Loads it onto the device that is chosen.
+pub fn load_on(run: &Run, world_size: usize, choose_device: impl Fn(&Config) -> Result<Device>) -> Result<Loaded> {
     let dir = RunDir(run.run_dir.clone());
     if !dir.config().is_file() {
         return Err(Error::Usage(format!(
@@ -47,16 +59,12 @@ fn load(run: &Run, world_size: usize, local_rank: usize) -> Result<Loaded> {
     config.data.micro_batch = crate::config::Auto::Auto;
     let plan = config.validate(world_size)?;
     torch::set_threads(None)?;
-    let wanted = match plan.config.device {
-        DeviceChoice::Cpu => "cpu",
-        DeviceChoice::Cuda | DeviceChoice::Auto => "auto",
-    };
-    let device = torch::select(wanted, local_rank)?;
+    let device = choose_device(&plan.config)?;
     let tokenizer = Tokenizer::from_file(&dir.tokenizer())?;
     // The weights are kept in fp32; bf16 pays on a GPU only.
     let kind = if device.is_cuda() { train::kind(plan.config.precision) } else { Kind::Float };
     let mut model = Gpt::new(plan.shape(tokenizer.vocab_size()), device, kind);
-    let step = checkpoint::read_chosen(
+    let state = checkpoint::read_chosen(
         || choose(run, &dir),
         |path| {
             let state = check(run, path)?;
@@ -64,10 +72,10 @@ fn load(run: &Run, world_size: usize, local_rank: usize) -> Result<Loaded> {
                 let vocab_size = tokenizer.vocab_size();
                 e.context(format!("a model of {} with a vocabulary of {vocab_size}", dir.config().display()))
             })?;
-            Ok(state.step)
+            Ok(state)
         },
     )?;
-    Ok(Loaded { plan, tokenizer, model, device, step })
+    Ok(Loaded { plan, tokenizer, model, device, state })
 }
 
 /// The checkpoint that the command line means now.
@@ -113,7 +121,7 @@ fn check(run: &Run, path: &Path) -> Result<State> {
 
 /// Evaluates a checkpoint on a split; rank 0 prints the row.
 pub fn eval(comm: &Comm, run: &Run, split: SplitName) -> Result<()> {
-    let Loaded { plan, tokenizer, model, device, step } = load(run, comm.world_size, comm.local_rank)?;
+    let Loaded { plan, tokenizer, model, device, state } = load(run, comm.world_size, comm.local_rank)?;
     let config = &plan.config.data;
     let data = DataDir::open(&config.dir)?;
     if data.train.tokenizer_digest() != tokenizer.digest() {
@@ -139,7 +147,7 @@ pub fn eval(comm: &Comm, run: &Run, split: SplitName) -> Result<()> {
         micro_batch: plan.micro_batch,
         padding: i64::from(tokenizer.end_of_text()),
     };
-    let row = evaluation.run(comm, &model, device, step, |_| ())?;
+    let row = evaluation.run(comm, &model, device, state.step, |_| ())?;
     if comm.is_root() {
         print::text(&tables::with_header(&[row])?)?;
     }

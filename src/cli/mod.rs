@@ -4,6 +4,7 @@ pub mod args;
 mod checkpoint;
 mod config;
 mod inference;
+mod interop;
 mod log;
 mod print;
 mod tokenize;
@@ -92,6 +93,8 @@ pub fn run(cli: &Cli) -> Result<()> {
             inference::check_sampling(&sampling)?;
             inference::continue_prompts(run, prompt, *tokens, *samples, &sampling)
         }
+        Verb::Export { run, out, dtype } => interop::export(run, out, *dtype),
+        Verb::Import { from, out } => interop::import(from, out),
         Verb::Compare { config, overrides, steps, devices, out } => {
             let device = |name: &DeviceName| match name {
                 DeviceName::Cpu => DeviceChoice::Cpu,
@@ -139,6 +142,8 @@ fn refuse_ranks(verb: &Verb) -> Result<()> {
         Verb::Tokenize { .. } => "tokenize",
         Verb::Config { .. } => "config",
         Verb::Generate { .. } => "generate",
+        Verb::Export { .. } => "export",
+        Verb::Import { .. } => "import",
         Verb::Checkpoint { action: CheckpointAction::List { .. } } => "checkpoint list",
         Verb::Checkpoint { action: CheckpointAction::Verify { .. } } => "checkpoint verify",
         Verb::Completions { .. } => "completions",

@@ -306,7 +306,8 @@ pub struct Train {
     pub steps: usize,
     /// The loss that a step minimises.
     pub loss: Loss,
-    /// A run directory or a checkpoint whose weights a new run begins with.
+    /// A run directory or a checkpoint whose weights a new run begins with. If its blocks are longer than
+    /// `data.block_size`, its first positions are used.
     pub init_from: Option<PathBuf>,
     /// Steps between rows of train.csv.
     #[schemars(extend("x-free-on-resume" = true))]

@@ -4,9 +4,8 @@
 //! made them, and `meta.json`, which says what they are ([`Meta`]). It is built beside its place and
 //! appears there complete or not at all.
 
-use std::ffi::OsString;
 use std::fs::{self, File, Metadata, TryLockError};
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -17,7 +16,7 @@ use super::download::{byte_bar, sha256_of};
 use super::shard::{Counts, Shard, ShardWriter, MAGIC};
 use super::wikitext::{Source, Split, Text};
 use crate::error::{Error, Result};
-use crate::files::hex;
+use crate::files::{hex, resolve, sibling, write_synced, Partial};
 use crate::tokenizer::{train, Tokenizer, WordCounts};
 
 const FORMAT_VERSION: u32 = 1;
@@ -92,11 +91,11 @@ pub fn prepare(source: &Source, tokenizer: &str, out: &Path) -> Result<Meta> {
     let [train_text, _, _] = &texts;
     let made = recipe.make(train_text)?;
 
-    let partial = Partial::create(sibling(&out, ".lockstep-partial"))?;
-    write_synced(&partial.path.join(TOKENIZER), made.to_json().as_bytes())?;
+    let partial = Partial::beside(&out)?;
+    write_synced(&partial.path().join(TOKENIZER), made.to_json().as_bytes())?;
     let digest = made.digest();
     let encode = |split: Split, text: &Text| {
-        let shard = partial.path.join(shard_name(split));
+        let shard = partial.path().join(shard_name(split));
         encode_split(split, text, &made, ShardWriter::create(&shard, made.vocab_size(), digest)?)
     };
     let [train, valid, test] = &texts;
@@ -111,8 +110,8 @@ pub fn prepare(source: &Source, tokenizer: &str, out: &Path) -> Result<Meta> {
         test: encode(Split::Test, test)?,
     };
     let json = serde_json::to_string_pretty(&meta)? + "\n";
-    write_synced(&partial.path.join(META), json.as_bytes())?;
-    partial.take_place(&out)?;
+    write_synced(&partial.path().join(META), json.as_bytes())?;
+    partial.replace()?;
     if let Source::Published(archive) = source {
         archive.remove_download(&downloads)?;
     }
@@ -229,24 +228,6 @@ fn encode_split(split: Split, text: &Text, tokenizer: &Tokenizer, mut shard: Sha
     Ok(SplitMeta { tokens: counts.tokens, lines: counts.lines, words: counts.words, bytes })
 }
 
-/// `out` as an absolute path without links, its parent made: a link to another disk stays a link, and
-/// what it points to is replaced.
-fn resolve(out: &Path) -> Result<PathBuf> {
-    if out.exists() {
-        return out.canonicalize().map_err(|e| Error::write(out, e));
-    }
-    let name =
-        out.file_name().ok_or_else(|| Error::Usage(format!("--out {}: expected a folder's name", out.display())))?;
-    let parent = match out.parent() {
-        Some(parent) if parent != Path::new("") => parent,
-        _ => Path::new("."),
-    };
-    fs::create_dir_all(parent)
-        .and_then(|()| parent.canonicalize())
-        .map(|parent| parent.join(name))
-        .map_err(|e| Error::write(out, e))
-}
-
 /// Only an absent or empty folder, or one that holds a data folder's files and nothing else, may be
 /// replaced; damage is no hindrance, as long as one shard still begins like one.
 fn refuse_foreign(out: &Path) -> Result<()> {
@@ -281,69 +262,6 @@ fn refuse_foreign(out: &Path) -> Result<()> {
     match names.is_empty() || shards.iter().any(is_shard) {
         true => Ok(()),
         false => Err(refused("no shard in it").into()),
-    }
-}
-
-/// The path with an ending added to its last name.
-fn sibling(path: &Path, ending: &str) -> PathBuf {
-    let mut name = OsString::from(path);
-    name.push(ending);
-    name.into()
-}
-
-fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
-    File::create(path)
-        .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))
-        .map_err(|e| Error::write(path, e))
-}
-
-/// Removes a folder that may not be there.
-fn remove_folder(path: &Path) -> io::Result<()> {
-    match fs::remove_dir_all(path) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
-        _ => Ok(()),
-    }
-}
-
-/// A data folder in the making; removed unless it takes its place.
-struct Partial {
-    path: PathBuf,
-}
-
-impl Partial {
-    /// Starts afresh: what a killed run left under this name is removed.
-    fn create(path: PathBuf) -> Result<Self> {
-        remove_folder(&path).and_then(|()| fs::create_dir(&path)).map_err(|e| Error::write(&path, e))?;
-        Ok(Self { path })
-    }
-
-    /// Renames the folder to `out`; a folder there steps aside first and is removed last.
-    fn take_place(self, out: &Path) -> Result<()> {
-        let old = sibling(out, ".lockstep-replaced");
-        let sync = |folder: &Path| File::open(folder).and_then(|folder| folder.sync_all());
-        let swap = || {
-            sync(&self.path)?;
-            if out.exists() {
-                remove_folder(&old)?;
-                fs::rename(out, &old)?;
-                if let Err(e) = fs::rename(&self.path, out) {
-                    fs::rename(&old, out)?;
-                    return Err(e);
-                }
-                fs::remove_dir_all(&old)?;
-            } else {
-                fs::rename(&self.path, out)?;
-            }
-            out.parent().map_or(Ok(()), sync)
-        };
-        swap().map_err(|e| Error::write(out, e))
-    }
-}
-
-impl Drop for Partial {
-    fn drop(&mut self) {
-        // Gone after `take_place`; elsewhere an error is on its way that matters more than this one.
-        let _ = fs::remove_dir_all(&self.path);
     }
 }
 

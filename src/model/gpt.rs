@@ -27,7 +27,7 @@ impl Shape {
     }
 
     /// (name, shape, decay) of every parameter, in the order in which backward finishes their gradients.
-    fn tensors(&self) -> Vec<(String, Vec<i64>, bool)> {
+    pub fn tensors(&self) -> Vec<(String, Vec<i64>, bool)> {
         let c = self.n_embd;
         let mut all = Vec::new();
         if !self.tied_head {
@@ -58,9 +58,14 @@ impl Shape {
     }
 }
 
-const HEAD: &str = "lm_head.weight";
-const WTE: &str = "transformer.wte.weight";
-const WPE: &str = "transformer.wpe.weight";
+/// The name of an untied head's weight, (V, C).
+pub const HEAD: &str = "lm_head.weight";
+/// The name of the token embedding, (V, C).
+pub const WTE: &str = "transformer.wte.weight";
+/// The name of the position embedding, (T, C).
+pub const WPE: &str = "transformer.wpe.weight";
+/// Added to a variance in a layer norm, as in GPT-2.
+pub const NORM_EPSILON: f64 = 1e-5;
 
 /// A weight and its bias, as views of the flat parameters.
 struct Affine {
@@ -74,7 +79,7 @@ impl Affine {
     }
 
     fn layer_norm(&self, x: &Tensor) -> Tensor {
-        x.layer_norm(self.weight.size(), Some(&self.weight), self.bias.as_ref(), 1e-5, true)
+        x.layer_norm(self.weight.size(), Some(&self.weight), self.bias.as_ref(), NORM_EPSILON, true)
     }
 }
 

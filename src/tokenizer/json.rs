@@ -9,7 +9,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-use serde_json::Value;
+use serde_json::{json, Value};
 
 use super::{byte_alphabet, Pair, Tokenizer, END_OF_TEXT};
 use crate::error::{Error, Result};
@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 const MAX_BYTES: u64 = 256 << 20;
 
 /// What may be at each place, as JSON; an absent key is null.
-const SETTINGS: [(&str, &[&str]); 19] = [
+const SETTINGS: [(&str, &[&str]); 21] = [
     ("/version", &["\"1.0\""]),
     ("/truncation", &["null"]),
     ("/padding", &["null"]),
@@ -26,7 +26,10 @@ const SETTINGS: [(&str, &[&str]); 19] = [
     ("/pre_tokenizer/type", &["\"ByteLevel\""]),
     ("/pre_tokenizer/add_prefix_space", &["false"]),
     ("/pre_tokenizer/use_regex", &["true", "null"]),
-    ("/post_processor/type", &["\"ByteLevel\"", "null"]),
+    ("/post_processor/type", &["\"ByteLevel\"", "\"TemplateProcessing\"", "null"]),
+    // A template that adds no token: what transformers 5 writes.
+    ("/post_processor/single", &["null", r#"[{"Sequence":{"id":"A","type_id":0}}]"#]),
+    ("/post_processor/special_tokens", &["null", "{}"]),
     ("/decoder/type", &["\"ByteLevel\""]),
     ("/model/type", &["\"BPE\"", "null"]),
     ("/model/dropout", &["null"]),
@@ -45,7 +48,7 @@ const SETTINGS: [(&str, &[&str]); 19] = [
 const PARTS: [(&str, &[&str]); 6] = [
     ("", &["added_tokens", "pre_tokenizer", "post_processor", "decoder", "model"]),
     ("/pre_tokenizer", &["trim_offsets"]),
-    ("/post_processor", &["trim_offsets", "add_prefix_space", "use_regex"]),
+    ("/post_processor", &["trim_offsets", "add_prefix_space", "use_regex", "pair"]),
     ("/decoder", &["trim_offsets", "add_prefix_space", "use_regex"]),
     ("/model", &["vocab", "merges"]),
     ("/added_tokens/0", &["id", "single_word", "lstrip", "rstrip", "normalized"]),
@@ -86,16 +89,46 @@ pub(super) fn write(tokenizer: &Tokenizer) -> String {
 
 /// Reads a tokenizer; the errors name the place in the file, not the file.
 pub(super) fn read(path: &Path) -> Result<Tokenizer> {
+    parse(&read_value(path, "a tokenizer.json")?)
+}
+
+/// Reads the older pair of files, `vocab.json` and `merges.txt`, as the `tokenizer.json` that they stand for.
+pub(super) fn read_pair(vocab: &Path, merges: &Path) -> Result<Tokenizer> {
+    let ids = read_value(vocab, "tokens and their ids").map_err(|reason| Error::read(vocab, reason))?;
+    let text = read_text(merges, "merges").map_err(|reason| Error::read(merges, reason))?;
+    let text = String::from_utf8(text).map_err(|reason| Error::read(merges, reason))?;
+    let lines = text.lines().enumerate().filter(|(number, line)| *number > 0 || !line.starts_with("#version"));
+    let pairs: Vec<&str> = lines.map(|(_, line)| line).filter(|line| !line.is_empty()).collect();
+    let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false});
+    let file = json!({
+        "version": "1.0",
+        "added_tokens": [{"id": ids.get(END_OF_TEXT), "content": END_OF_TEXT, "special": true}],
+        "pre_tokenizer": byte_level,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": ids, "merges": pairs},
+    });
+    let both = format!("{} and {}, as /model of a tokenizer.json", vocab.display(), merges.display());
+    parse(&file).map_err(|reason| Error::read(Path::new(&both), reason))
+}
+
+fn read_text(path: &Path, expected: &str) -> Result<Vec<u8>> {
     let mut text = Vec::new();
     File::open(path)?.take(MAX_BYTES + 1).read_to_end(&mut text)?;
     if text.len() as u64 > MAX_BYTES {
-        return Err(defect(format!("it has more than {MAX_BYTES} bytes; expected a tokenizer.json")));
+        return Err(defect(format!("it has more than {MAX_BYTES} bytes; expected {expected}")));
     }
-    let file: Value =
-        serde_json::from_slice(&text).map_err(|reason| defect(format!("expected JSON, a tokenizer.json: {reason}")))?;
-    check_settings(&file)?;
-    let vocabulary = Vocabulary::read(&file)?;
-    let merges = vocabulary.read_merges(&file)?;
+    Ok(text)
+}
+
+fn read_value(path: &Path, expected: &str) -> Result<Value> {
+    serde_json::from_slice(&read_text(path, expected)?)
+        .map_err(|reason| defect(format!("expected JSON, {expected}: {reason}")))
+}
+
+fn parse(file: &Value) -> Result<Tokenizer> {
+    check_settings(file)?;
+    let vocabulary = Vocabulary::read(file)?;
+    let merges = vocabulary.read_merges(file)?;
     Tokenizer::new(vocabulary.tokens, merges, vocabulary.ids[END_OF_TEXT])
 }
 

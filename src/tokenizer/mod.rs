@@ -85,6 +85,14 @@ impl Tokenizer {
         json::read(path).map_err(|reason| Error::read(path, reason))
     }
 
+    /// Reads the older pair of files of a GPT-2's tokenizer: tokens and their ids, and a merge in each line.
+    ///
+    /// # Errors
+    /// As [`Self::from_file`].
+    pub fn from_vocab_and_merges(vocab: &Path, merges: &Path) -> Result<Self> {
+        json::read_pair(vocab, merges)
+    }
+
     /// Writes a `tokenizer.json` that Hugging Face `tokenizers` loads.
     ///
     /// # Errors

@@ -231,6 +231,7 @@ impl<'a> Trainer<'a> {
         if !has_history {
             self.dir.check_logs(self.plan.config.train.save_every)?;
         }
+        let block_size = self.plan.config.data.block_size;
         // Another run may go on, and remove what is read here.
         let found = match (&source, self.plan.config.train.init_from.clone()) {
             (Some(source), _) => {
@@ -241,8 +242,11 @@ impl<'a> Trainer<'a> {
                 let find = || find_checkpoint(&from).map_err(|e| e.context("train.init_from"));
                 checkpoint::read_chosen(find, |path| {
                     self.check_vocabulary(path, &checkpoint::load_state(path)?)?;
-                    checkpoint::load_model(path, &mut self.model.parameters)?;
+                    let positions = checkpoint::load_first_positions(path, &mut self.model.parameters)?;
                     info!("beginning with the weights of {}", path.display());
+                    if positions > block_size {
+                        info!("of its {positions} positions, the first {block_size} are used: data.block_size");
+                    }
                     Ok(())
                 })?;
                 None
@@ -274,6 +278,14 @@ impl<'a> Trainer<'a> {
 
     fn load(&mut self, path: &Path, is_own: bool, allowed: &[String]) -> Result<OptimizerFiles> {
         let saved = checkpoint::load_state(path)?;
+        if saved.is_imported() {
+            let path = path.display();
+            return Err(Error::Usage(format!(
+                "{path} holds imported weights and no optimizer's state, so no run can resume from it; begin a new run with \
+                 them: another --run-dir, and --set train.init_from={path}"
+            ))
+            .into());
+        }
         if is_own {
             self.dir.check(&self.plan.config, &self.tokenizer_file, allowed, &saved, &self.state)?;
         }

@@ -105,7 +105,10 @@ fn substituted(command: &str) -> String {
     let sample = format!("--source '{}' ", root().join("src/data/sample").display());
     let mut run = command
         .replace("--source wikitext-2 ", &sample)
+        .replace("--source wikitext-2-raw ", &sample)
         .replace("--source wikitext-103-raw ", &sample)
+        .replace("--from downloads/gpt2", "--from exports/wikitext2")
+        .replace("configs/finetune.yaml", "configs/finetune.yaml --set model.preset=gpt-micro --set data.block_size=64")
         .replace("--steps 50 --devices cpu,cuda", "--steps 2 --devices cpu")
         .replace(
             "configs/gpt2-124m.yaml",

@@ -7,6 +7,7 @@ mod corruption;
 #[cfg(feature = "mpi")]
 mod documents;
 mod errors;
+mod hugging_face;
 mod lease;
 mod resume;
 #[cfg(feature = "mpi")]

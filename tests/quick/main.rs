@@ -13,6 +13,7 @@ mod driver;
 mod errors;
 mod faults;
 mod golden;
+mod interop;
 mod layers;
 mod lease;
 mod libraries;

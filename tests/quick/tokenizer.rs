@@ -253,6 +253,14 @@ fn hugging_faces_gpt2_file_is_read_in_both_forms() {
     file["model"]["merges"] = json!(lists);
     assert_eq!(read(file.to_string().as_bytes()).unwrap().digest(), GPT2.digest());
 
+    // As transformers 5 writes it: a template that adds nothing.
+    let sequence = |id: &str, number: u32| json!({"Sequence": {"id": id, "type_id": number}});
+    let single = [sequence("A", 0)];
+    let pair = [sequence("A", 0), sequence("B", 1)];
+    file["post_processor"] =
+        json!({"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": {}});
+    assert_eq!(read(file.to_string().as_bytes()).unwrap().digest(), GPT2.digest());
+
     // The special token is only among the added ones.
     file["model"]["vocab"].as_object_mut().unwrap().remove("<|endoftext|>");
     assert_eq!(read(file.to_string().as_bytes()).unwrap().digest(), GPT2.digest());
@@ -265,6 +273,8 @@ fn a_tokenizer_that_cannot_be_represented_is_refused() {
     let merge = |a: &str, b: &str| json!([[a, b]]);
     let bert = json!({"type": "BertPreTokenizer"});
     let prefix_space = json!({"type": "ByteLevel", "add_prefix_space": true, "use_regex": true});
+    let begin = json!({"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}});
+    let sequence = json!({"Sequence": {"id": "A", "type_id": 0}});
     let cases = [
         ("/version", json!("2.0")),
         ("/truncation", json!({"max_length": 8})),
@@ -275,7 +285,8 @@ fn a_tokenizer_that_cannot_be_represented_is_refused() {
         ("/pre_tokenizer", json!({"type": "Sequence", "pretokenizers": []})),
         ("/pre_tokenizer/use_regex", json!(false)),
         ("/pre_tokenizer", Value::Null),
-        ("/post_processor", json!({"type": "TemplateProcessing"})),
+        ("/post_processor", json!({"type": "TemplateProcessing", "single": [begin, sequence], "special_tokens": {}})),
+        ("/post_processor", json!({"type": "TemplateProcessing", "special_tokens": {"<|endoftext|>": {}}})),
         ("/post_processor", json!("ByteLevel")),
         ("/decoder", Value::Null),
         ("/model/type", json!("Unigram")),

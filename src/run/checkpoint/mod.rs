@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use tracing::{debug, warn};
 
 pub use find::{is_complete, latest, list, read_chosen, removed_too_fast, ATTEMPTS};
-pub use tensors::{load_model, OptimizerFiles, MOMENTS};
+pub use tensors::{load_first_positions, load_model, parse_tensors, write_tensors, OptimizerFiles, MOMENTS};
 
 use crate::comm::Comm;
 use crate::error::{Error, Result};
@@ -49,10 +49,23 @@ pub struct State {
     pub tokens: u64,
     /// Training time so far, seconds.
     pub elapsed_s: f64,
-    /// SHA-256 of the training tokens.
+    /// SHA-256 of the training tokens; empty if the weights were imported.
     pub data_sha256: String,
     /// What the arithmetic ran on.
     pub conditions: Conditions,
+}
+
+impl State {
+    /// The state of weights that were not trained here: there is no optimizer's state beside them.
+    pub fn imported(conditions: Conditions) -> Self {
+        let format_version = FORMAT_VERSION;
+        Self { format_version, step: 0, tokens: 0, elapsed_s: 0.0, data_sha256: String::new(), conditions }
+    }
+
+    /// Whether the weights were imported: a run can begin with them, but none can resume from them.
+    pub fn is_imported(&self) -> bool {
+        self.data_sha256.is_empty()
+    }
 }
 
 /// If these are equal, a resumed run equals an undisturbed one bit for bit.

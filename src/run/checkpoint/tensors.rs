@@ -14,6 +14,7 @@ use tch::{no_grad, Device, Kind, Tensor};
 
 use super::{damaged, digest, is_optimizer, read, sync, Entry, Manifest, MODEL};
 use crate::error::{Error, Result};
+use crate::model::gpt::WPE;
 use crate::model::parameters::Parameters;
 use crate::optim::adamw::AdamW;
 
@@ -27,7 +28,7 @@ const ANOTHER_MODEL: &str = "it is of another model or vocabulary; give the conf
 
 /// Tensors copied to host memory, and what their file says about them.
 pub struct Copied {
-    tensors: Vec<(String, FlatView)>,
+    tensors: Vec<(String, Tensor)>,
     metadata: Option<HashMap<String, String>>,
 }
 
@@ -35,14 +36,14 @@ impl Copied {
     /// The weights under their names.
     pub fn of_model(parameters: &Parameters) -> Self {
         let flat = to_host(&parameters.flat);
-        let named = parameters.specs.iter().map(|spec| (spec.name.clone(), FlatView::new(&spec.view(&flat))));
+        let named = parameters.specs.iter().map(|spec| (spec.name.clone(), spec.view(&flat)));
         Self { tensors: named.collect(), metadata: None }
     }
 
     /// The moments of an optimizer's ranges.
     pub fn of_optimizer(optimizer: &AdamW) -> Self {
         let moments = [&optimizer.exp_avg, &optimizer.exp_avg_sq];
-        let named = MOMENTS.iter().zip(moments).map(|(name, flat)| (name.to_string(), FlatView::new(&to_host(flat))));
+        let named = MOMENTS.iter().zip(moments).map(|(name, flat)| (name.to_string(), to_host(flat)));
         let text: Vec<String> =
             optimizer.ranges.iter().map(|range| format!("{}..{}", range.start, range.end)).collect();
         let metadata = HashMap::from([(RANGES.to_string(), text.join(","))]);
@@ -51,7 +52,8 @@ impl Copied {
 
     /// Writes a safetensors file, makes it durable, and says what was written.
     pub fn write(self, path: &Path) -> Result<Entry> {
-        write_tensors(path, self.tensors, self.metadata)
+        write_tensors(path, &self.tensors, self.metadata)?;
+        digest(path).map_err(|e| Error::write(path, e))
     }
 }
 
@@ -60,19 +62,23 @@ fn to_host(flat: &Tensor) -> Tensor {
     no_grad(|| flat.to_device_(Device::Cpu, Kind::Float, false, true))
 }
 
-fn write_tensors(
+/// Writes tensors of fp32 or bf16 in host memory, which need not be contiguous, as a durable safetensors file.
+///
+/// # Errors
+/// Storage, if it cannot be written.
+pub fn write_tensors(
     path: &Path,
-    tensors: Vec<(String, FlatView)>,
+    tensors: &[(String, Tensor)],
     metadata: Option<HashMap<String, String>>,
-) -> Result<Entry> {
+) -> Result<()> {
     let fail = |e: std::io::Error| Error::write(path, e);
-    safetensors::serialize_to_file(tensors, metadata, path).map_err(|e| Error::write(path, e))?;
+    let views = tensors.iter().map(|(name, tensor)| (name, HostView::new(tensor)));
+    safetensors::serialize_to_file(views, metadata, path).map_err(|e| Error::write(path, e))?;
     // safetensors makes files that only their owner may read; a run is as open as its folders are.
     let folder = fs::metadata(path.parent().unwrap_or(path)).map_err(fail)?.permissions();
     let mode = PermissionsExt::mode(&folder) & 0o666;
     fs::set_permissions(path, PermissionsExt::from_mode(mode)).map_err(fail)?;
-    sync(path)?;
-    digest(path).map_err(fail)
+    sync(path)
 }
 
 /// Reads a verified checkpoint's weights into parameters of the same names and shapes.
@@ -80,19 +86,49 @@ fn write_tensors(
 /// # Errors
 /// Storage, naming the tensor that is missing, superfluous or of another shape or type.
 pub fn load_model(checkpoint: &Path, parameters: &mut Parameters) -> Result<()> {
+    load(checkpoint, parameters, |_| false).map(drop)
+}
+
+/// As [`load_model`], for a new run whose blocks may be shorter than the checkpoint's: the positions beyond are left out.
+/// Returns how many positions the checkpoint has.
+///
+/// # Errors
+/// As [`load_model`]; so if the blocks are longer.
+pub fn load_first_positions(checkpoint: &Path, parameters: &mut Parameters) -> Result<usize> {
+    load(checkpoint, parameters, |name| name == WPE)
+}
+
+/// Reads all rows of each tensor, or the first ones of those that `may_be_cut` names. Returns the rows of the position
+/// embedding.
+fn load(checkpoint: &Path, parameters: &mut Parameters, may_be_cut: impl Fn(&str) -> bool) -> Result<usize> {
     let path = checkpoint.join(MODEL);
     let bytes = read(&path)?;
-    let tensors = parse(&path, &bytes)?;
+    let tensors = parse_tensors(&path, &bytes)?;
     for name in tensors.names() {
         if !parameters.specs.iter().any(|spec| spec.name == name) {
             return damaged(&path, &format!("holds `{name}`, which this model does not have: {ANOTHER_MODEL}"));
         }
     }
+    let mut positions = 0;
     for spec in &parameters.specs {
-        copy(&path, &tensors, &spec.name, &mut spec.view(&parameters.flat))?;
+        let mut expected: Vec<usize> = spec.shape.iter().map(|&n| n as usize).collect();
+        let rows = tensors.tensor(&spec.name).ok().and_then(|found| found.shape().first().copied()).unwrap_or(0);
+        if may_be_cut(&spec.name) {
+            if (1..expected[0]).contains(&rows) {
+                let what = format!("has {rows} positions, and data.block_size is {}; use at most {rows}", expected[0]);
+                return damaged(&path, &what);
+            }
+            expected[0] = rows;
+        }
+        if spec.name == WPE {
+            positions = rows;
+        }
+        let found = checked(&path, &tensors, &spec.name, &expected)?;
+        let source = Tensor::from_data_size(&found.data()[..spec.numel() as usize * 4], &spec.shape, Kind::Float);
+        no_grad(|| spec.view(&parameters.flat).copy_(&source));
     }
     parameters.publish();
-    Ok(())
+    Ok(positions)
 }
 
 /// A verified checkpoint's optimizer state, in one file or in one of each rank that wrote it.
@@ -135,7 +171,7 @@ impl OptimizerFiles {
     pub fn read(&self, moment: &str, start: i64, into: &mut Tensor) -> Result<()> {
         let end = start + into.size()[0];
         for (path, bytes, ranges) in &self.0 {
-            let tensors = parse(path, bytes)?;
+            let tensors = parse_tensors(path, bytes)?;
             let length: i64 = ranges.iter().map(|range| range.end - range.start).sum();
             let found = checked(path, &tensors, moment, &[length as usize])?;
             let mut done = 0;
@@ -161,42 +197,36 @@ fn parse_ranges(text: &str) -> Option<Vec<Range<i64>>> {
     text.split(',').filter(|part| !part.is_empty()).map(|part| range(part).filter(|r| r.start < r.end)).collect()
 }
 
-/// A contiguous tensor as the bytes of a safetensors file; copied when it is written.
-struct FlatView {
+/// A tensor of fp32 or bf16 as the bytes of a safetensors file; copied when it is written.
+struct HostView {
     tensor: Tensor,
+    dtype: Dtype,
     shape: Vec<usize>,
 }
 
-impl FlatView {
+impl HostView {
     fn new(tensor: &Tensor) -> Self {
         let shape = tensor.size().iter().map(|&n| n as usize).collect();
-        Self { tensor: tensor.detach(), shape }
+        let dtype = if tensor.kind() == Kind::BFloat16 { Dtype::BF16 } else { Dtype::F32 };
+        Self { tensor: tensor.detach(), dtype, shape }
     }
 }
 
-impl View for FlatView {
+impl View for HostView {
     fn dtype(&self) -> Dtype {
-        Dtype::F32
+        self.dtype
     }
     fn shape(&self) -> &[usize] {
         &self.shape
     }
     fn data(&self) -> Cow<'_, [u8]> {
         let mut bytes = vec![0; self.data_len()];
-        self.tensor.copy_data_u8(&mut bytes, self.tensor.numel());
+        self.tensor.contiguous().copy_data_u8(&mut bytes, self.tensor.numel());
         bytes.into()
     }
     fn data_len(&self) -> usize {
-        self.tensor.numel() * 4
+        self.tensor.numel() * self.tensor.kind().elt_size_in_bytes()
     }
-}
-
-fn copy(path: &Path, tensors: &SafeTensors, name: &str, into: &mut Tensor) -> Result<()> {
-    let expected: Vec<usize> = into.size().iter().map(|&n| n as usize).collect();
-    let found = checked(path, tensors, name, &expected)?;
-    let source = Tensor::from_data_size(found.data(), &into.size(), Kind::Float);
-    no_grad(|| into.copy_(&source));
-    Ok(())
 }
 
 /// The fp32 tensor of this name and shape.
@@ -217,7 +247,11 @@ fn checked<'a>(path: &Path, tensors: &SafeTensors<'a>, name: &str, expected: &[u
     Ok(found)
 }
 
-fn parse<'a>(path: &Path, bytes: &'a [u8]) -> Result<SafeTensors<'a>> {
+/// The tensors of a safetensors file's bytes.
+///
+/// # Errors
+/// Storage, if they are none.
+pub fn parse_tensors<'a>(path: &Path, bytes: &'a [u8]) -> Result<SafeTensors<'a>> {
     read_header(path, bytes)?;
     SafeTensors::deserialize(bytes).map_err(|e| not_tensors(path, e))
 }
