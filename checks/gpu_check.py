@@ -26,8 +26,8 @@ from gpu_driver import find_gpu
 from gpu_record import Row, default_path, machine, table, write
 from gpu_session import CONFIG, Session, Unusable, output
 from gpu_speed import Speed
-from processes import until
 from outcomes import Failed, NotRun
+from processes import until
 from runs import same_files
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,8 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gpu_driver import Gpu
-from processes import Processes, start, until
 from outcomes import Failed, NotRun
+from processes import Processes, start, until
 from runs import last_step
 
 JOB = re.compile(r"SLURM_|PMIX?_(?!MCA_)|OMPI_COMM_")  # what Slurm and mpirun tell their ranks

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import runs
-from processes import Processes, start, until
 from outcomes import Failed
+from processes import Processes, start, until
 
 CHECKS = Path(runs.__file__).parent
 SECONDS = 300  # for what takes only a moment on an idle machine; this one may be busy

@@ -20,8 +20,8 @@ import pandas as pd
 import pytest
 import yaml
 from gpu_check import Check, difference
-from processes import Processes, until
 from outcomes import Failed, NotRun
+from processes import Processes, until
 
 ROOT = Path(__file__).resolve().parent.parent
 BINARY = Path(os.environ.get("LOCKSTEP_BIN") or ROOT / "target" / "release" / "lockstep")

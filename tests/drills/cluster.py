@@ -14,8 +14,8 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from processes import until
 from outcomes import Failed, NotRun
+from processes import until
 from virtual_cluster import Cluster
 
 from drills.lab import BINARY, GONE_S, ROOT, Drill, Lab

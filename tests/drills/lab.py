@@ -15,8 +15,8 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 import runs
-from processes import Processes, start, until
 from outcomes import Failed, NotRun, aligned
+from processes import Processes, start, until
 
 ROOT = Path(__file__).resolve().parents[2]
 BINARY = Path(os.environ.get("LOCKSTEP_BIN", ROOT / "target/release/lockstep")).absolute()
