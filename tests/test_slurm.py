@@ -197,8 +197,9 @@ def test_ranks_that_end_for_the_same_reason_say_it_once(cluster):
     job = cluster.submit("--nodes=3", arguments=arguments)
     assert cluster.wait(job)["ExitCode"] == "3:0"
     said = cluster.output(job)
-    assert said.count("nowhere") == 1, said
-    assert said.splitlines()[-1].startswith("lockstep: ")
+    # Slurm may end a rank before it says anything.
+    assert said.count("expected a data folder, found nothing") == 1, said
+    assert said.splitlines()[-1].startswith("lockstep: rank"), said
 
 
 def test_a_stopped_job_is_queued_again_however_its_name_is_spelt(cluster):
