@@ -118,7 +118,8 @@ fn load(checkpoint: &Path, parameters: &mut Parameters, may_be_cut: impl Fn(&str
                 let what = format!("has {rows} positions, and data.block_size is {}; use at most {rows}", expected[0]);
                 return damaged(&path, &what);
             }
-            expected[0] = rows;
+            // No row at all is no table of positions: the check below names it.
+            expected[0] = expected[0].max(rows);
         }
         if spec.name == WPE {
             positions = rows;
