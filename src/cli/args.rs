@@ -72,11 +72,14 @@ pub enum Verb {
         file: Option<PathBuf>,
     },
     /// Trains a model, or resumes a run.
-    #[command(after_help = "Example:\n  lockstep train --config configs/wikitext2.yaml --set optim.lr=1e-3")]
+    #[command(
+        after_help = "Examples:\n  lockstep train --config configs/wikitext2.yaml --set optim.lr=1e-3\n  lockstep train --run-dir \
+                      runs/wikitext2 --set train.steps=3000"
+    )]
     Train {
-        /// The run's YAML file.
-        #[arg(long)]
-        config: PathBuf,
+        /// The run's YAML file; without one, the run at `--run-dir` goes on with its own configuration.
+        #[arg(long, required_unless_present = "run_dir")]
+        config: Option<PathBuf>,
         /// How to train.
         #[command(flatten)]
         training: Training,
@@ -86,7 +89,7 @@ pub enum Verb {
         after_help = "Example:\n  lockstep config --config configs/wikitext2.yaml --set optim.lr=1e-3 --print optim.lr"
     )]
     Config {
-        /// The YAML file; without one, every key has its default.
+        /// The YAML file; without one, that of the run at `--run-dir`, or else every key has its default.
         #[arg(long)]
         config: Option<PathBuf>,
         /// As for `train`.
@@ -95,8 +98,11 @@ pub enum Verb {
         /// Prints the value of this key only, or of `run_dir`.
         #[arg(long, value_name = "KEY")]
         print: Option<String>,
+        /// Instead, prints a configuration file with every key, its meaning and its default.
+        #[arg(long, conflicts_with_all = ["config", "set", "run_dir", "print"])]
+        defaults: bool,
         /// Instead, prints the sizes of all presets as JSON.
-        #[arg(long, conflicts_with_all = ["config", "print"])]
+        #[arg(long, conflicts_with_all = ["config", "print", "defaults"])]
         presets: bool,
     },
     /// Evaluates a checkpoint, and prints a row of eval.csv with its header.

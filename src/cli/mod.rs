@@ -17,7 +17,7 @@ use clap::CommandFactory;
 use self::args::{CheckpointAction, Cli, DeviceName, Verb};
 use crate::comm::{Comm, Deadlines};
 use crate::compare::{compare, Comparison};
-use crate::config::{in_place, Auto, Config, DeviceChoice, Fault};
+use crate::config::{in_place, template, Auto, Config, DeviceChoice, Fault};
 use crate::data::prepare::prepare;
 use crate::data::wikitext::Source;
 use crate::doctor;
@@ -63,6 +63,7 @@ pub fn run(cli: &Cli) -> Result<()> {
         }
         Verb::Tokenize { tokenizer, decode, file } => tokenize::tokenize(tokenizer, *decode, file.as_deref()),
         Verb::Config { presets: true, .. } => config::show_presets(),
+        Verb::Config { defaults: true, .. } => print::text(&template()),
         Verb::Config { config, training, print: key, .. } => config::show(config.as_deref(), training, key.as_deref()),
         Verb::Train { config, training } => {
             // From the start: a launcher may ask for a stop while MPI is still gathering the ranks.
@@ -73,10 +74,11 @@ pub fn run(cli: &Cli) -> Result<()> {
                 "never" => Resume::Never,
                 path => Resume::From(path.into()),
             };
-            let parsed = training_config(config, &training.overrides)?;
+            let config = config::file(config.as_deref(), training)?;
+            let parsed = training_config(&config, &training.overrides)?;
             on_every_rank(deadlines(&parsed.fault), |comm| {
                 let plan = parsed.validate(comm.world_size);
-                let plan = plan.map_err(|e| in_place(e, config, &training.overrides))?;
+                let plan = plan.map_err(|e| in_place(e, &config, &training.overrides))?;
                 let run_dir = config::run_dir(training, &plan.config);
                 log::start(cli, Some(&RunDir(run_dir.clone()).log(comm.rank)), comm.is_root());
                 if comm.is_root() {
@@ -167,12 +169,12 @@ fn refuse_ranks(verb: &Verb) -> Result<()> {
 /// The threads that a verb computes with for long, as [`torch::set_threads`] takes them; `None` for other verbs.
 fn computing_threads(verb: &Verb) -> Option<Option<usize>> {
     let (config, overrides) = match verb {
-        Verb::Train { config, training } => (config, &training.overrides),
-        Verb::Checkpoint { action: CheckpointAction::Prove { config, overrides, .. } } => (config, overrides),
+        Verb::Train { config, training } => (config::file(config.as_deref(), training).ok()?, &training.overrides),
+        Verb::Checkpoint { action: CheckpointAction::Prove { config, overrides, .. } } => (config.clone(), overrides),
         Verb::Eval { .. } | Verb::Generate { .. } => return Some(None),
         _ => return None,
     };
-    match Config::load(config, overrides).map(|config| config.threads) {
+    match Config::load(&config, overrides).map(|config| config.threads) {
         Ok(Auto::Number(threads)) => Some(Some(threads)),
         Ok(Auto::Auto) => Some(None),
         // The verb itself says why.

@@ -6,6 +6,9 @@ use serde_json::Value;
 
 use super::Config;
 
+/// The longest line of a meaning in a template.
+const COMMENT_WIDTH: usize = 96;
+
 /// A key of the configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Key {
@@ -49,6 +52,29 @@ fn collect(schema: &Value, section: &Value, prefix: &str, section_is_free: bool,
     }
 }
 
+/// A configuration file with every key, each with its meaning and its default.
+pub fn template() -> String {
+    let mut file = String::from(
+        "# Every key of a configuration with its default.\n# Keep those that you change, and give the model a size.\n",
+    );
+    let schema = schema_for!(Config).to_value();
+    let mut open = String::new();
+    for key in keys() {
+        let (section, name) = key.path.rsplit_once('.').unwrap_or(("", &key.path));
+        let indent = if section.is_empty() { "" } else { "  " };
+        file += "\n";
+        if section != open {
+            open = section.into();
+            file += &format!("# {}\n{section}:\n", text(&schema["properties"][section]));
+        }
+        for line in textwrap::wrap(&key.meaning, COMMENT_WIDTH) {
+            file += &format!("{indent}# {line}\n");
+        }
+        file += &format!("{indent}{name}: {}\n", key.default);
+    }
+    file
+}
+
 /// The documentation of a type, a field or a word, in one line.
 fn text(schema: &Value) -> String {
     schema["description"].as_str().unwrap_or_default().replace('\n', " ")
@@ -68,6 +94,17 @@ mod tests {
             assert_eq!(with(&key, &key.default), Some(Config::default()), "{key:?}");
             assert!(key.meaning.ends_with('.'), "{key:?}");
         }
+    }
+
+    #[test]
+    fn the_template_has_every_key_and_says_what_the_defaults_say() {
+        let template = template();
+        assert_eq!(Config::parse(&template, &[]).unwrap(), Config::default());
+        for key in keys() {
+            let name = key.path.rsplit('.').next().unwrap();
+            assert!(template.contains(&format!("{name}: {}\n", key.default)), "{}", key.path);
+        }
+        assert!(template.lines().all(|line| line.len() <= COMMENT_WIDTH + 4));
     }
 
     /// The contract with runs that exist.

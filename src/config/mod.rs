@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 pub use check::{Plan, Shape};
-pub use keys::{keys, Key};
+pub use keys::{keys, template, Key};
 pub use place::in_place;
 
 use crate::error::{Error, Result};

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use tracing::warn;
+use tracing::{info, warn};
 
 use super::checkpoint::{self, State};
 use super::tables::{gap, EvalRow, RankRow, Table, TrainRow};
@@ -58,6 +58,11 @@ impl RunDir {
     /// The resolved configuration.
     pub fn config(&self) -> PathBuf {
         self.0.join("config.yaml")
+    }
+
+    /// The configuration that the run had until a step, if it learns something else from there on.
+    pub fn config_until(&self, step: usize) -> PathBuf {
+        self.0.join(format!("config.{}.yaml", checkpoint::name(step)))
     }
 
     /// A copy of the data folder's tokenizer, so that the run can speak without its data.
@@ -122,6 +127,27 @@ impl RunDir {
             .into());
         }
         Ok(config)
+    }
+
+    /// Says in which keys `config` differs from what the run had until `step`, and keeps the older configuration if the run
+    /// learns something else from here on.
+    ///
+    /// # Errors
+    /// Storage, if the older configuration is not whole or its copy cannot be written.
+    pub fn note_changes(&self, config: &Config, step: usize) -> Result<()> {
+        if !self.config().exists() {
+            return Ok(());
+        }
+        let older = self.load_config()?;
+        for (key, then, now) in config.differences(&older)? {
+            info!("{key} {then} -> {now} from step {step}");
+        }
+        let copy = self.config_until(step);
+        // Of several changes after the same step, only the first replaces what the run was trained with.
+        if !config.changes_since(&older)?.is_empty() && !copy.exists() {
+            write_durably(&copy, (older.to_yaml()? + END_OF_CONFIG).as_bytes())?;
+        }
+        Ok(())
     }
 
     /// Refuses logs that reach further than a run without a checkpoint can have come: its checkpoints are missing.

@@ -266,6 +266,9 @@ impl<'a> Trainer<'a> {
             let message = format!("another process trained in {path} just now; start the same command again");
             return Err(Error::Usage(message).into());
         }
+        if has_history {
+            self.dir.note_changes(&self.plan.config, self.state.step)?;
+        }
         self.dir.claim(&self.plan.config, &self.tokenizer_file)?;
         let Config { train, fault, .. } = &self.plan.config;
         if self.state.step < train.steps {

@@ -68,6 +68,18 @@ fn every_key_has_a_value_in_one_line() {
 }
 
 #[test]
+fn the_template_is_a_configuration_and_says_what_each_key_means() {
+    let work = Workspace::new();
+    let template = printed(&work, &["--defaults"]);
+    fs::write(work.path("all.yaml"), &template).unwrap();
+    work.lockstep("config --config all.yaml").fails(2, &["in all.yaml: model: give a preset"]);
+    let chosen = ["--set", "model.preset=gpt-nano", "--print", "data.block_size", "--config", "all.yaml"];
+    assert_eq!(printed(&work, &chosen), "128\n");
+    assert!(template.contains("\n# How it is trained.\noptim:\n  # The highest learning rate.\n  lr: "), "{template}");
+    work.lockstep("config --defaults --config tiny.yaml").fails(2, &["--defaults", "cannot be used with"]);
+}
+
+#[test]
 fn presets_are_printed_for_programs() {
     let work = Workspace::new();
     let printed: serde_json::Value = serde_json::from_str(&printed(&work, &["--presets"])).unwrap();

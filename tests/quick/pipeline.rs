@@ -250,6 +250,33 @@ fn a_finished_run_is_extended_and_a_complete_one_left_alone() {
 }
 
 #[test]
+fn a_run_goes_on_with_its_own_configuration_and_keeps_the_one_it_leaves() {
+    let work = Workspace::new();
+    work.trained("straight");
+    work.train("run", "--set train.steps=8").ok();
+    work.lockstep("train --run-dir run --set train.steps=12").ok().says(&["train.steps 8 -> 12 from step 8"]);
+    assert_learnt_alike(&work.path("run"), &work.path("straight"));
+    // That changes how long the run learns, but not what.
+    assert!(!work.path("run/config.step-00000008.yaml").exists());
+
+    let until = fs::read(work.path("run/config.yaml")).unwrap();
+    let more = "train --run-dir run --set train.steps=14 --set optim.lr=1e-4";
+    work.lockstep(more).fails(2, &["optim.lr was", "--allow-config-change optim.lr"]);
+    assert!(fs::read(work.path("run/config.yaml")).unwrap() == until);
+    let said = work.lockstep(&format!("{more} --allow-config-change optim.lr")).ok();
+    said.says(&["-> 0.0001 from step 12", "train.steps 12 -> 14 from step 12"]);
+    assert!(fs::read(work.path("run/config.step-00000012.yaml")).unwrap() == until);
+    let lr = work.lockstep("config --run-dir run --print optim.lr").ok().stdout;
+    assert_eq!(lr, "0.0001\n");
+
+    work.lockstep("train").fails(2, &["--config <CONFIG>"]);
+    work.lockstep("train --run-dir none").fails(2, &["--run-dir none: expected a run to go on with", "--config FILE"]);
+    let whole = fs::read_to_string(work.path("run/config.yaml")).unwrap();
+    fs::write(work.path("run/config.yaml"), &whole[..whole.len() - 5]).unwrap();
+    work.lockstep("train --run-dir run").fails(4, &["run/config.yaml is cut short"]);
+}
+
+#[test]
 fn a_run_may_begin_with_the_weights_of_another() {
     let work = Workspace::new();
     work.trained("first");
