@@ -22,6 +22,8 @@ mod map;
 mod model;
 mod pipeline;
 mod prepare;
+mod runs;
 mod sample;
 mod shard;
+mod tensorboard;
 mod tokenizer;
