@@ -194,7 +194,7 @@ pub fn tell_end(error: &anyhow::Error, rank: Option<usize>) {
 
 /// A line of the log as JSON.
 fn object(message: &str) -> Value {
-    json!({"timestamp": jiff::Timestamp::now().to_string(), "level": "ERROR", "message": message})
+    json!({"timestamp": format!("{:.6}", jiff::Timestamp::now()), "level": "ERROR", "message": message})
 }
 
 /// What a panic becomes: tch reports LibTorch's errors so. Memory is the one that a user can do something about.

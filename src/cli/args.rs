@@ -14,10 +14,10 @@ pub struct Cli {
     /// The format of log lines on standard error.
     #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,
-    /// Logs more; given twice, everything.
+    /// Logs more, and which samples each rank computes; given twice, everything.
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     pub verbose: u8,
-    /// Logs warnings only.
+    /// Shows warnings only. A run's `logs/` still get everything.
     #[arg(short, long, global = true, conflicts_with = "verbose")]
     pub quiet: bool,
 }
@@ -247,7 +247,9 @@ pub enum Verb {
         shell: clap_complete::Shell,
     },
     /// Prints the man page of the program, or of a verb.
-    #[command(after_help = "Examples:\n  lockstep man train | man -l -\n  lockstep man > ~/.local/share/man/man1/lockstep.1")]
+    #[command(
+        after_help = "Examples:\n  lockstep man train | man -l -\n  lockstep man > ~/.local/share/man/man1/lockstep.1"
+    )]
     Man {
         /// The verb, as `train` or `checkpoint prove`.
         verb: Vec<String>,

@@ -54,7 +54,11 @@ pub fn start(cli: &Cli, file: Option<&Path>, root: bool) {
 }
 
 fn message_only(writer: &mut Writer<'_>, field: &Field, value: &dyn Debug) -> std::fmt::Result {
-    if field.name() == "message" { write!(writer, "{value:?}") } else { Ok(()) }
+    if field.name() == "message" {
+        write!(writer, "{value:?}")
+    } else {
+        Ok(())
+    }
 }
 
 /// Whether stderr shows colours. A variable NO_COLOR that is not empty forbids them: <https://no-color.org>.

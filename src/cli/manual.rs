@@ -46,7 +46,8 @@ pub fn man(verb: &[String]) -> Result<()> {
         })?;
     }
     let mut roff = Vec::new();
-    Man::new(page.clone().disable_help_subcommand(true)).render(&mut roff)?;
+    let page = Man::new(page.clone().disable_help_subcommand(true));
+    page.source(concat!("lockstep ", env!("CARGO_PKG_VERSION"))).render(&mut roff)?;
     if verb.is_empty() {
         roff.extend(b".SH \"EXIT STATUS\"\n");
         for row in &EXIT_CODES {

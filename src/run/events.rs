@@ -208,8 +208,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join(format!("{PREFIX}9000000000.node1")), "").unwrap();
         fs::write(folder.path().join(format!("{PREFIX}x.node1")), "").unwrap();
-        let names: Vec<PathBuf> =
-            (0..2).map(|step| Events::begin(folder.path(), step).unwrap().path).collect();
+        let names: Vec<PathBuf> = (0..2).map(|step| Events::begin(folder.path(), step).unwrap().path).collect();
         let number = |number: u64| folder.path().join(format!("{PREFIX}{number}.{}", host::name()));
         assert_eq!(names, [number(9_000_000_001), number(9_000_000_002)]);
     }

@@ -1,8 +1,10 @@
 //! What a person sees during a run.
 
+use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use ratatui::crossterm::terminal;
 use tracing::info;
 
 use super::tables::TrainRow;
@@ -22,7 +24,7 @@ pub struct Progress {
 impl Progress {
     /// At `step` of `steps`.
     pub fn new(step: usize, steps: usize) -> Self {
-        let bar = bar(steps, "{pos}/{len} steps, {msg} {wide_bar}");
+        let bar = bar(steps, "{pos}/{len} steps, {wide_msg}");
         bar.set_position(step as u64);
         Self { bar, steps, last_line: None, pace: Pace::from(step, Instant::now()) }
     }
@@ -52,7 +54,7 @@ impl Progress {
 
     /// Says something without tearing the bar.
     pub fn say(&self, say: impl FnOnce()) {
-        self.bar.suspend(say);
+        BARS.suspend(say);
     }
 }
 
@@ -69,18 +71,18 @@ impl EvaluationProgress {
     /// Before the first of a rank's batches of a split.
     pub fn new(split: &'static str, batches: usize) -> Self {
         let now = Instant::now();
-        let bar = bar(batches, "evaluating {msg}: {pos}/{len} batches, {eta} left {wide_bar}");
-        bar.set_message(split);
+        let bar = bar(batches, "evaluating: {pos}/{len} batches, {wide_msg}");
         Self { bar, split, batches, last_line: now, pace: Pace::from(0, now) }
     }
 
     /// So many batches are done.
     pub fn batches(&mut self, done: usize) {
+        let Self { split, batches, .. } = *self;
+        let left_s = self.pace.left_s(done, batches, Instant::now());
+        let left = span(left_s);
+        self.bar.set_message(format!("{split} split, {left} left"));
         self.bar.set_position(done as u64);
         if self.bar.is_hidden() && self.last_line.elapsed() >= BETWEEN_LINES {
-            let Self { split, batches, .. } = *self;
-            let left_s = self.pace.left_s(done, batches, Instant::now());
-            let left = span(left_s);
             info!(split, done, batches, left_s, "evaluating {split}: {done} of {batches} batches, {left} left");
             self.last_line = Instant::now();
         }
@@ -90,12 +92,23 @@ impl EvaluationProgress {
 impl Drop for EvaluationProgress {
     fn drop(&mut self) {
         self.bar.finish_and_clear();
+        BARS.remove(&self.bar);
     }
 }
 
-fn bar(length: usize, template: &str) -> ProgressBar {
-    let bar = if host::shows_bars() { ProgressBar::new(length as u64) } else { ProgressBar::hidden() };
-    if let Ok(style) = ProgressStyle::with_template(template) {
+/// All bars on stderr, which share its last lines.
+static BARS: LazyLock<MultiProgress> = LazyLock::new(MultiProgress::new);
+
+/// The bar itself comes last, if the terminal has room for it; the words are cut to what fits.
+fn bar(length: usize, words: &str) -> ProgressBar {
+    const ROOM: u16 = 80;
+    if !host::shows_bars() {
+        return ProgressBar::hidden();
+    }
+    let bar = BARS.add(ProgressBar::new(length as u64));
+    let is_wide = terminal::size().is_ok_and(|(columns, _)| columns >= ROOM);
+    let template = if is_wide { format!("{words} {{bar:24}}") } else { words.to_owned() };
+    if let Ok(style) = ProgressStyle::with_template(&template) {
         bar.set_style(style);
     }
     bar
@@ -116,7 +129,8 @@ impl Pace {
 
     /// Seconds until the last part is done, now that another one is. Later on, the first one does not count: it warms up.
     fn left_s(&mut self, done: usize, all: usize, now: Instant) -> f64 {
-        let each = now.saturating_duration_since(self.since).as_secs_f64() / done.saturating_sub(self.from).max(1) as f64;
+        let each =
+            now.saturating_duration_since(self.since).as_secs_f64() / done.saturating_sub(self.from).max(1) as f64;
         if !self.is_warm {
             *self = Self { from: done, since: now, is_warm: true };
         }

@@ -4,8 +4,8 @@ use ratatui::buffer::Buffer;
 use ratatui::layout::{Constraint, Layout, Rect};
 use ratatui::style::{Color, Modifier, Style};
 use ratatui::symbols::Marker;
-use ratatui::text::Line;
-use ratatui::widgets::{Axis, Block, Chart, Dataset, Gauge, GraphType, Paragraph, Widget};
+use ratatui::text::{Line, Span};
+use ratatui::widgets::{Axis, Block, Chart, Dataset, GraphType, Paragraph, Widget};
 use ratatui::Frame;
 use unicode_width::UnicodeWidthStr;
 
@@ -92,10 +92,12 @@ fn progress(live: &Live, area: Rect, buffer: &mut Buffer) {
     let Some(steps) = live.survey.steps else {
         return Paragraph::new(format!("step {step}")).render(area, buffer);
     };
-    let done = (step as f64 / steps.max(1) as f64).min(1.0);
     let left = live.left_s().map_or(String::new(), |left| format!(", {} left", span(left)));
-    let label = format!("step {step} of {steps}{left}");
-    Gauge::default().ratio(done).label(label).gauge_style(Style::from(Color::Cyan)).render(area, buffer);
+    let text = fit(&format!("step {step} of {steps}{left} "), area.width.into());
+    let room = usize::from(area.width).saturating_sub(text.width());
+    let done = room * step.min(steps) / steps.max(1);
+    let bar = Span::styled("█".repeat(done) + &"░".repeat(room - done), Color::Cyan);
+    Line::from_iter([Span::from(text), bar]).render(area, buffer);
 }
 
 /// The newest numbers.
@@ -198,7 +200,11 @@ fn bounds(curve: &[(f64, f64)], points: &[(f64, f64)], from_zero: bool) -> (f64,
     let shown = points.iter().map(|point| point.1);
     let low = if from_zero { 0.0 } else { shown.clone().fold(values[0], f64::min) };
     let high = if from_zero { most * 1.1 } else { shown.fold(most, f64::max) };
-    if high > low { (low, high) } else { (low, low + 1.0) }
+    if high > low {
+        (low, high)
+    } else {
+        (low, low + 1.0)
+    }
 }
 
 fn ranks(live: &Live, area: Rect, buffer: &mut Buffer) {
@@ -223,7 +229,8 @@ fn ranks(live: &Live, area: Rect, buffer: &mut Buffer) {
             }
             None => {
                 let doing = if live.state == Some(State::Running) { doing } else { Phase::End.name() };
-                let since = if last.phase_s >= QUIET_S { format!(" for {}", span(last.phase_s as f64)) } else { String::new() };
+                let since =
+                    if last.phase_s >= QUIET_S { format!(" for {}", span(last.phase_s as f64)) } else { String::new() };
                 Line::from(fit(&format!("{rank} {host}: step {step}, {doing}{since}"), inner.width.into()))
             }
         }
@@ -233,4 +240,109 @@ fn ranks(live: &Live, area: Rect, buffer: &mut Buffer) {
         lines.push(Line::from(fit(&format!("and {} more ranks", all.len() - shown), inner.width.into())));
     }
     Paragraph::new(lines).render(inner, buffer);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::run::lease::Lease;
+    use crate::run::tables::{EvalRow, Table, TrainRow};
+    use crate::watch::heartbeats::{write, Heartbeat};
+    use std::fs;
+    use std::time::{Duration, Instant};
+
+    /// A run of eight ranks at step 1,200 of 20,000. Rank 3 is silent, and rank 5 is behind.
+    fn run(folder: &std::path::Path, now: Instant) -> Live {
+        for name in ["checkpoints", "heartbeats"] {
+            fs::create_dir_all(folder.join(name)).unwrap();
+        }
+        fs::write(folder.join("config.yaml"), "train: {steps: 20000, eval_every: 500}\n...\n").unwrap();
+        let (mut train, _) = Table::open::<TrainRow>(&folder.join("train.csv"), 0).unwrap();
+        let (mut eval, _) = Table::open::<EvalRow>(&folder.join("eval.csv"), 0).unwrap();
+        for step in 1..=1200 {
+            let loss = 4.0 + 6.0 / (1.0 + step as f64 / 50.0) + 0.2 * (step as f64 * 1.7).sin();
+            let elapsed_s = step as f64 * 0.5;
+            let row =
+                TrainRow { step, loss, tokens_per_s: 25_000.0, elapsed_s, mfu: Some(0.41), ..TrainRow::default() };
+            train.append(&row).unwrap();
+            if step % 500 == 0 {
+                let row = EvalRow { step, split: "valid".into(), loss: loss + 0.1, eval_s: 10.0, ..EvalRow::default() };
+                eval.append(&row).unwrap();
+            }
+        }
+        let beat = |beat: u64| {
+            for rank in 0..8 {
+                let heartbeat = Heartbeat {
+                    rank,
+                    host: format!("node{rank}"),
+                    pid: 1,
+                    step: if rank == 5 { 1199 } else { 1200 },
+                    phase: if rank == 5 { Phase::Step } else { Phase::Exchange },
+                    phase_s: 2,
+                    beat: if rank == 3 { 1 } else { beat },
+                };
+                write(&folder.join("heartbeats"), &heartbeat).unwrap();
+            }
+        };
+        let mut live = Live::open(folder).unwrap();
+        beat(1);
+        live.look(now);
+        beat(2);
+        live.look(now + Duration::from_secs(20));
+        live
+    }
+
+    #[test]
+    fn a_run_is_drawn_in_any_size() {
+        let folder = tempfile::tempdir().unwrap();
+        let lease = Lease::take(folder.path()).unwrap();
+        let live = run(folder.path(), Instant::now());
+        drop(lease);
+        // 18,800 steps of half a second, and 38 evaluations of ten seconds.
+        assert_eq!(live.left_s(), Some(18_800.0 * 0.5 + 38.0 * 10.0));
+        let shown = |width, height| snapshot(&live, width, height);
+        for (width, height, parts) in [
+            (
+                80,
+                24,
+                vec![
+                    "step 1200 of 20000, 2 h 43 min left █",
+                    "loss: training, and validation as o",
+                    "tokens/s",
+                    "q leaves",
+                ],
+            ),
+            (40, 20, vec!["step 1200 of 20000, 2 h 43 min left", "loss: training", "3 node3: silent", "more ranks"]),
+            (
+                160,
+                50,
+                vec!["running, no new row for 20 s", "5 node5: step 1199, computing", "7 node7: step 1200", "MFU 41 %"],
+            ),
+        ] {
+            let shown = shown(width, height);
+            for part in parts {
+                assert!(shown.contains(part), "no {part:?} in\n{shown}");
+            }
+            // Whom all others wait for comes first.
+            let silent = shown.find("3 node3: silent for 20 s").unwrap_or_else(|| panic!("{shown}"));
+            assert!(!shown[..silent].contains(" node"), "{shown}");
+        }
+        for width in 0..60 {
+            for height in 0..30 {
+                let shown = shown(width, height);
+                assert!(shown.lines().all(|line| line.width() <= width.into()), "{shown}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_curve_of_many_points_keeps_its_ends_and_leaves_out_what_is_not_finite() {
+        let curve: Vec<(f64, f64)> =
+            (1..=1000).map(|x| (f64::from(x), if x % 7 == 0 { f64::NAN } else { 2.0 })).collect();
+        let few = thinned(&curve, 100);
+        assert!(few.len() <= 100 && few.iter().all(|&(_, y)| y == 2.0));
+        assert_eq!((few[0].0, few[few.len() - 1].0), (1.0, 1000.0));
+        assert_eq!(thinned(&curve[..3], 100), curve[..3]);
+        assert!(thinned(&[(1.0, f64::NAN)], 100).is_empty());
+    }
 }

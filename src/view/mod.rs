@@ -11,5 +11,9 @@ use std::io::{self, IsTerminal};
 /// The width of the terminal that standard output is, if it is one.
 pub fn terminal_width() -> Option<usize> {
     let is_terminal = io::stdout().is_terminal();
-    is_terminal.then(ratatui::crossterm::terminal::size)?.ok().map(|(columns, _)| columns.into()).filter(|&columns| columns > 0)
+    is_terminal
+        .then(ratatui::crossterm::terminal::size)?
+        .ok()
+        .map(|(columns, _)| columns.into())
+        .filter(|&columns| columns > 0)
 }

@@ -150,7 +150,11 @@ pub fn text(listed: &[Listed], width: Option<usize>) -> String {
                 let cell = fit(&row[column], widths[column]);
                 let space = " ".repeat(widths[column] - cell.width());
                 // Words to the left, numbers to the right.
-                if column < 2 { cell + &space } else { space + &cell }
+                if column < 2 {
+                    cell + &space
+                } else {
+                    space + &cell
+                }
             })
             .collect();
         let line = cells.join("  ");

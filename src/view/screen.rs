@@ -52,6 +52,7 @@ pub fn show<T>(seen: &mut T, look: impl Fn(&mut T), draw: impl Fn(&mut Frame, &T
     };
     let left = until_left();
     let restored = ratatui::try_restore();
+    drop(terminal); // shows the cursor again
     if !left.map_err(failed)? {
         exit_now(SIGTERM_EXIT);
     }

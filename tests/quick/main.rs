@@ -18,6 +18,7 @@ mod layers;
 mod lease;
 mod libraries;
 mod loader;
+mod logs;
 mod map;
 mod model;
 mod pipeline;

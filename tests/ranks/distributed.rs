@@ -47,6 +47,10 @@ fn check_shares(run_dir: &Path, ranks: usize) {
         let list = list.split_once(']').unwrap().0;
         let samples: Vec<u32> = list.split(", ").map(|sample| sample.parse().unwrap()).collect();
         assert_eq!(samples.len(), share);
+        // The last line of steps has none left.
+        let steps: Vec<&str> = log.lines().filter(|line| line.contains("/50: loss ")).collect();
+        assert_eq!(!steps.is_empty(), rank == 0);
+        assert!(steps.iter().rev().skip(1).all(|line| line.ends_with(" left")), "{steps:?}");
         let computed = format!("rank {rank} computed {} of the {} sequences of steps 1 to 50", share * 50, 24 * 50);
         assert!(log.contains(&computed), "no `{computed}` in {log}");
         for sample in samples {
@@ -66,6 +70,12 @@ fn an_error_of_the_ranks_ends_them_all_with_its_exit_code() {
     assert_eq!(done.status.code(), Some(2), "{said}");
     assert!(said.contains("7 sequences cannot be shared evenly by 2 ranks"), "{said}");
     assert!(said.contains("6 or 8"), "{said}");
+
+    // As JSON: an object for each rank that came to say it, and none of mpirun's words.
+    let done = run.command(&["--log-format", "json"]).output().unwrap();
+    let said = String::from_utf8_lossy(&done.stderr);
+    let ends: Vec<serde_json::Value> = said.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert!(!ends.is_empty() && ends.iter().all(|end| end["exit_code"] == 2 && end["rank"].is_number()), "{said}");
 }
 
 /// A program that does `first` in a shell and then becomes the binary.
