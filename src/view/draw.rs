@@ -41,7 +41,8 @@ pub fn snapshot(live: &Live, width: u16, height: u16) -> String {
 
 fn render(live: &Live, area: Rect, buffer: &mut Buffer) {
     let width = area.width.into();
-    let numbers = wrapped(&numbers(live), width);
+    let mut numbers = wrapped(&numbers(live), width);
+    numbers.truncate((area.height / 6).into());
     let heights = [1, 1, numbers.len() as u16];
     let [head, gauge, facts, body, foot] = Layout::vertical([
         Constraint::Length(heights[0]),
@@ -211,14 +212,14 @@ fn ranks(live: &Live, area: Rect, buffer: &mut Buffer) {
     if area.is_empty() {
         return;
     }
-    let block = Block::bordered().title(fit("ranks", area.width.saturating_sub(2).into()));
-    let inner = block.inner(area);
-    block.render(area, buffer);
     let mut all: Vec<(&usize, &Rank)> = live.ranks.iter().collect();
     // Those that the others wait for come first: silent ones, then those that are behind.
     all.sort_by_key(|(rank, known)| (live.silence(known).is_none(), known.last.step, **rank));
-    let room = usize::from(inner.height);
-    let shown = if all.len() > room { room.saturating_sub(1) } else { all.len() };
+    let shown = all.len().min(usize::from(area.height).saturating_sub(2));
+    let title = if shown < all.len() { format!("ranks: {shown} of {}", all.len()) } else { "ranks".into() };
+    let block = Block::bordered().title(fit(&title, area.width.saturating_sub(2).into()));
+    let inner = block.inner(area);
+    block.render(area, buffer);
     let line = |(rank, known): &(&usize, &Rank)| {
         let Rank { last, .. } = known;
         let (host, doing, step) = (printable(&last.host), last.phase.name(), last.step);
@@ -235,10 +236,7 @@ fn ranks(live: &Live, area: Rect, buffer: &mut Buffer) {
             }
         }
     };
-    let mut lines: Vec<Line> = all[..shown].iter().map(line).collect();
-    if shown < all.len() {
-        lines.push(Line::from(fit(&format!("and {} more ranks", all.len() - shown), inner.width.into())));
-    }
+    let lines: Vec<Line> = all[..shown].iter().map(line).collect();
     Paragraph::new(lines).render(inner, buffer);
 }
 
@@ -312,7 +310,7 @@ mod tests {
                     "q leaves",
                 ],
             ),
-            (40, 20, vec!["step 1200 of 20000, 2 h 43 min left", "loss: training", "3 node3: silent", "more ranks"]),
+            (40, 20, vec!["step 1200 of 20000, 2 h 43 min left", "loss: training", "3 node3: silent", "ranks: 2 of 8"]),
             (
                 160,
                 50,

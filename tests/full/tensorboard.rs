@@ -16,12 +16,12 @@ const TENSORBOARD: &str = "2.21.0";
 /// Prints each curve that TensorBoard shows of a run: tag, then pairs of step and value.
 const READ: &str = "
 import json, sys
-from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
-multiplexer = EventMultiplexer(size_guidance={'scalars': 0, 'tensors': 0})
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.util.tensor_util import make_ndarray
+multiplexer = EventMultiplexer(tensor_size_guidance={'scalars': 0})
 multiplexer.AddRunsFromDirectory(sys.argv[1])
 multiplexer.Reload()
 run = multiplexer.GetAccumulator('run')
-from tensorboard.util.tensor_util import make_ndarray
 print(json.dumps({
     tag: [(event.step, float(make_ndarray(event.tensor_proto))) for event in run.Tensors(tag)]
     for tag in run.Tags()['tensors']

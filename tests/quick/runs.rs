@@ -30,13 +30,12 @@ fn with_runs() -> Workspace {
     // A job takes the lease before anything else.
     fs::create_dir_all(work.path("runs/begun")).unwrap();
     fs::write(work.path("runs/begun/lease.json"), "{\"cluster\": nu").unwrap();
-    // Of other programs, and a link in a circle.
+    // Of other programs.
     fs::create_dir_all(work.path("runs/foreign")).unwrap();
     fs::write(work.path("runs/foreign/config.yaml"), "learning rate: [").unwrap();
     fs::write(work.path("runs/foreign/train.csv"), "epoch,loss\n1,2\n").unwrap();
     fs::create_dir_all(work.path("runs/notes")).unwrap();
     fs::write(work.path("runs/notes/train.csv"), "not a run").unwrap();
-    std::os::unix::fs::symlink("..", work.path("runs/notes/up")).unwrap();
     work
 }
 
@@ -73,6 +72,9 @@ fn runs_of_every_kind_are_listed_and_none_is_touched() {
     assert!(row.split_whitespace().collect::<Vec<_>>().starts_with(&["sweep/killed", "killed", "12/24"]), "{row}");
     // A run itself, and a folder without any.
     assert!(work.lockstep("runs runs/done").ok().stdout.contains("finished"));
+    fs::create_dir(work.path("circle")).unwrap();
+    std::os::unix::fs::symlink(".", work.path("circle/again")).unwrap();
+    work.lockstep("runs circle").ok().says(&["circle holds no run"]);
     let none = work.lockstep("runs runs/notes").ok().says(&["runs/notes holds no run"]);
     assert_eq!(none.stdout.lines().count(), 1);
     work.lockstep("runs nowhere").fails(2, &["nowhere cannot be listed", "name the folder"]);
