@@ -1,5 +1,5 @@
-//! What people look at in a terminal: a table of runs ([`runs`]), and one run while it goes on ([`live`], drawn by [`draw`]
-//! on a [`screen`]). Runs are only read.
+//! What people look at in a terminal: a table of runs ([`runs`]), and one run while it goes on ([`live`], drawn by `draw`
+//! on a `screen`). Runs are only read.
 
 mod draw;
 pub mod live;
