@@ -13,7 +13,6 @@ use super::live::{Live, Rank};
 use super::runs::{fit, printable};
 use crate::run::progress::span;
 use crate::run::survey::State;
-use crate::watch::Phase;
 
 /// From this width on, the ranks have a column of their own.
 const WIDE: u16 = 100;
@@ -64,7 +63,7 @@ fn render(live: &Live, area: Rect, buffer: &mut Buffer) {
         charts(live, left, buffer);
         ranks(live, right, buffer);
     } else {
-        let most = (body.height / 4).max(3);
+        let most = (body.height / 4).max(4);
         let height = if live.ranks.is_empty() { 0 } else { (live.ranks.len() as u16).saturating_add(2).min(most) };
         let [top, bottom] = Layout::vertical([Constraint::Fill(1), Constraint::Length(height)]).areas(body);
         charts(live, top, buffer);
@@ -228,12 +227,12 @@ fn ranks(live: &Live, area: Rect, buffer: &mut Buffer) {
                 let text = format!("{rank} {host}: silent for {}, {doing}, step {step}", span(silence.as_secs_f64()));
                 Line::styled(fit(&text, inner.width.into()), Style::from(Color::Red).add_modifier(Modifier::BOLD))
             }
-            None => {
-                let doing = if live.state == Some(State::Running) { doing } else { Phase::End.name() };
-                let since =
-                    if last.phase_s >= QUIET_S { format!(" for {}", span(last.phase_s as f64)) } else { String::new() };
+            None if live.state == Some(State::Running) => {
+                let for_long = last.phase_s >= QUIET_S;
+                let since = if for_long { format!(" for {}", span(last.phase_s as f64)) } else { String::new() };
                 Line::from(fit(&format!("{rank} {host}: step {step}, {doing}{since}"), inner.width.into()))
             }
+            None => Line::from(fit(&format!("{rank} {host}: last heard of at step {step}"), inner.width.into())),
         }
     };
     let lines: Vec<Line> = all[..shown].iter().map(line).collect();
@@ -246,6 +245,7 @@ mod tests {
     use crate::run::lease::Lease;
     use crate::run::tables::{EvalRow, Table, TrainRow};
     use crate::watch::heartbeats::{write, Heartbeat};
+    use crate::watch::Phase;
     use std::fs;
     use std::time::{Duration, Instant};
 
