@@ -275,8 +275,9 @@ def test_training_shows_a_bar_that_fits_and_says_the_time_left(terminal, folder)
         shutil.rmtree(folder / "run", ignore_errors=True)
         shown = terminal(*train(folder, *short), columns=columns)
         assert shown.end() == 0, shown.bytes
-        # Rows are filled with spaces, so that the next one begins where the terminal goes on with it.
-        texts = re.split(r"[\r\n]|\x1b\[\d*[A-Z]", shown.bytes.decode())
+        # Rows are filled with spaces, so that the terminal goes on in the next one.
+        # Lines of the log begin with a time, dimmed.
+        texts = re.split(r"[\r\n]|\x1b\[\d*[A-Z]|\x1b\[2m", shown.bytes.decode())
         rows = [
             text[at : at + columns]
             for text in texts
