@@ -83,7 +83,7 @@ fn broken(comm: &Comm, report: &Report, show: impl Fn(&str) -> Result<()>) -> Re
     if comm.is_root() {
         show(&report.text())?;
     } else if let Err(error) = &verdict {
-        tell_end(&error, Some(comm.rank));
+        tell_end(error, Some(comm.rank));
         std::thread::sleep(HEAD_START);
     }
     if let Err(error) = &verdict {
