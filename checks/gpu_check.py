@@ -380,9 +380,9 @@ def open_session(args, work):
     device = "cpu" if args.cpu else "cuda"
     session = Session(binary, work, device, args.mpi, data, args.budget, gpu)
     session.processes.guard()
-    version = output(binary, "--version", environment=session.environment)
+    version = output(binary, "-V", environment=session.environment)
     if not version:
-        with session.lockstep("version", ["--version"]) as job:
+        with session.lockstep("version", ["-V"]) as job:
             job.wait(60)
         said = " ".join(job.last_lines())
         raise Unusable(

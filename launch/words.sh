@@ -23,7 +23,7 @@ words() {
       reason=${BASH_REMATCH[2]}
       [[ -n ${ranks_of[$reason]:-} ]] || reasons+=("$reason")
       ranks_of[$reason]+=" ${BASH_REMATCH[1]}"
-    elif [[ $line == 'lockstep: '* ]]; then
+    elif [[ $line == 'lockstep: '* || $line == '{'*'"exit_code":'* ]]; then
       [[ -n ${said[$line]:-} ]] || printf '%s\n' "$line"
       said[$line]=yes
     elif [[ $line == *[![:space:]]* ]]; then

@@ -252,6 +252,7 @@ fn own_overrides(device: DeviceChoice, steps: usize) -> Vec<String> {
         "train.eval_every=0".into(),
         "train.save_every=0".into(),
         "train.sample_every=0".into(),
+        "train.tensorboard=false".into(),
     ]
 }
 

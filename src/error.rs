@@ -8,6 +8,9 @@ use std::fmt::Display;
 use std::io::Write;
 use std::mem::discriminant;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use serde_json::{json, Value};
 
 /// A result whose error is a chain; the class is the first [`Error`] found in it.
 pub type Result<T> = anyhow::Result<T>;
@@ -90,6 +93,17 @@ pub const EXIT_CODES: [ExitCode; 10] = [
     },
 ];
 
+impl ExitCode {
+    /// The first word of the meaning, but for a request to stop.
+    fn class_name(&self) -> &'static str {
+        match self.code {
+            1 => "defect",
+            75 => "stopped",
+            _ => self.meaning.split(':').next().unwrap_or_default(),
+        }
+    }
+}
+
 impl Error {
     /// A data error (exit 3) about a file: "cannot read PATH: REASON".
     pub fn read(path: &Path, reason: impl Display) -> anyhow::Error {
@@ -144,9 +158,43 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
     error.chain().find_map(|link| link.downcast_ref::<Error>()).map_or(1, Error::code)
 }
 
-/// Says on stderr, in one line, why this process ends. Not `eprintln!`, which panics if nobody reads stderr any more.
+static AS_JSON: AtomicBool = AtomicBool::new(false);
+
+/// Lets [`tell`] and [`tell_end`] speak JSON from now on, one object a line, as the log does.
+pub fn tell_as_json() {
+    AS_JSON.store(true, Ordering::Relaxed);
+}
+
+/// Says on stderr, in one line, what becomes of this process. Not `eprintln!`, which panics if nobody reads stderr any more.
 pub fn tell(reason: &str) {
-    let _ = writeln!(std::io::stderr(), "lockstep: {reason}");
+    let line = match AS_JSON.load(Ordering::Relaxed) {
+        true => object(reason).to_string(),
+        false => format!("lockstep: {reason}"),
+    };
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
+
+/// Says as [`tell`] with which error this process ends: the whole of it, or one rank of several. JSON also has the exit code
+/// and its class.
+pub fn tell_end(error: &anyhow::Error, rank: Option<usize>) {
+    let reason = format!("{error:#}");
+    if AS_JSON.load(Ordering::Relaxed) {
+        let code = exit_code(error);
+        let mut end = object(&reason);
+        end["exit_code"] = code.into();
+        end["class"] = EXIT_CODES.iter().find(|row| row.code == code).map_or("defect", ExitCode::class_name).into();
+        if let Some(rank) = rank {
+            end["rank"] = rank.into();
+        }
+        let _ = writeln!(std::io::stderr(), "{end}");
+    } else {
+        tell(&rank.map_or(reason.clone(), |rank| format!("rank {rank}: {reason}")));
+    }
+}
+
+/// A line of the log as JSON.
+fn object(message: &str) -> Value {
+    json!({"timestamp": format!("{:.6}", jiff::Timestamp::now()), "level": "ERROR", "message": message})
 }
 
 /// What a panic becomes: tch reports LibTorch's errors so. Memory is the one that a user can do something about.

@@ -1,6 +1,7 @@
 //! What this program has of the machine: a name, its own file, threads.
 
-use std::io;
+use std::io::{self, IsTerminal};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{Builder, JoinHandle};
 
 use crate::error::{Error, Result};
@@ -23,6 +24,18 @@ pub fn binary() -> io::Result<(String, String)> {
     let path = std::env::current_exe()?;
     let (_, sha256) = files::digest(&path)?;
     Ok((path.display().to_string(), sha256))
+}
+
+static NO_BARS: AtomicBool = AtomicBool::new(false);
+
+/// Shows no progress bars from now on: the user asked for quiet, or for lines that programs read.
+pub fn show_no_bars() {
+    NO_BARS.store(true, Ordering::Relaxed);
+}
+
+/// Whether progress bars are shown: stderr is a terminal, and nobody asked for none.
+pub fn shows_bars() -> bool {
+    io::stderr().is_terminal() && !NO_BARS.load(Ordering::Relaxed)
 }
 
 /// Starts a thread.

@@ -27,7 +27,7 @@
 //!   [`watch`] (which rank hangs, and which is slow)
 //! - Floor 3: [`run`] (the run directory: tables, checkpoints, and whose it is)
 //! - Floor 4: [`train`] (the loop), [`compare`] (the same training on each device, timed), [`doctor`] (what is wrong with a
-//!   job before it trains), [`interop`] (Hugging Face's folders)
+//!   job before it trains), [`interop`] (Hugging Face's folders), [`view`] (runs, in a terminal)
 //! - Floor 5: [`cli`] (the command line)
 
 pub mod cli;
@@ -50,4 +50,5 @@ pub mod stop;
 pub mod tokenizer;
 pub mod torch;
 pub mod train;
+pub mod view;
 pub mod watch;

@@ -106,6 +106,19 @@ impl Place {
     }
 }
 
+/// Exit code of a process that SIGTERM ended.
+pub const SIGTERM_EXIT: u8 = 128 + SIGTERM as u8;
+
+/// Notes SIGTERM from now on instead of ending at once, for what has a terminal to restore.
+///
+/// # Errors
+/// Usage, if the system refuses signal handlers.
+pub fn note_sigterm() -> Result<Arc<AtomicBool>> {
+    let noted = Arc::new(AtomicBool::new(false));
+    flag::register(SIGTERM, noted.clone()).map_err(refused)?;
+    Ok(noted)
+}
+
 /// Ends this process now, without its destructors and exit handlers, which may wait for a peer or a GPU that no longer
 /// answers.
 pub fn exit_now(code: u8) -> ! {

@@ -14,10 +14,10 @@ pub struct Cli {
     /// The format of log lines on standard error.
     #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,
-    /// Logs more; given twice, everything.
+    /// Logs more, and which samples each rank computes; given twice, everything.
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     pub verbose: u8,
-    /// Logs warnings only.
+    /// Shows warnings only. A run's `logs/` still get everything.
     #[arg(short, long, global = true, conflicts_with = "verbose")]
     pub quiet: bool,
 }
@@ -202,6 +202,27 @@ pub enum Verb {
         #[command(subcommand)]
         action: CheckpointAction,
     },
+    /// Lists the runs in a folder: what each is doing, and what it has come to.
+    ///
+    /// Runs that were written to last come first. Nothing is written, so a run that goes on is not disturbed.
+    #[command(after_help = "Examples:\n  lockstep runs\n  lockstep runs runs/sweep --csv > sweep.csv")]
+    Runs {
+        /// The folder that the runs lie in, also in folders of it.
+        #[arg(default_value = "runs", value_name = "DIR")]
+        folder: PathBuf,
+        /// Prints CSV.
+        #[arg(long)]
+        csv: bool,
+    },
+    /// Shows a run while it goes on: curves, speed, ranks and the time left. `q` leaves, and the run goes on.
+    ///
+    /// If standard output is no terminal, it prints what it would show, once.
+    #[command(after_help = "Example:\n  lockstep watch runs/wikitext2")]
+    Watch {
+        /// The run directory.
+        #[arg(value_name = "RUN")]
+        run_dir: PathBuf,
+    },
     /// Checks whether a job can train as it was started, and says what to do if it cannot.
     ///
     /// Checks launcher, libraries, GPUs, networks, clocks, the run directory and sums. Start it as you would start `train`.
@@ -230,6 +251,14 @@ pub enum Verb {
     Completions {
         /// The shell.
         shell: clap_complete::Shell,
+    },
+    /// Prints the man page of the program, or of a verb.
+    #[command(
+        after_help = "Examples:\n  lockstep man train | man -l -\n  lockstep man > ~/.local/share/man/man1/lockstep.1"
+    )]
+    Man {
+        /// The verb, as `train` or `checkpoint prove`.
+        verb: Vec<String>,
     },
 }
 

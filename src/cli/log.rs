@@ -1,21 +1,27 @@
 //! Log lines: on stderr, and in a rank's own file.
 
+use std::fmt::Debug;
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 
+use tracing::field::Field;
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::filter::{filter_fn, FilterExt};
-use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::format::{self, Writer};
 use tracing_subscriber::fmt::time::FormatTime;
 use tracing_subscriber::prelude::*;
 
 use super::args::{Cli, LogFormat};
+use crate::host;
 
 /// Marks what `main` says on stderr anyway.
 pub const LOG_FILE_ONLY: &str = "log-file-only";
 
-/// Log lines on stderr, and in `file` if one is given. Ranks other than 0 put warnings only on stderr.
+/// Log lines on stderr, and in `file` if one is given, which gets its lines however quiet stderr is to be. Ranks other than 0
+/// put warnings only on stderr.
+///
+/// An event's fields are for JSON; its message tells people the same.
 pub fn start(cli: &Cli, file: Option<&Path>, root: bool) {
     let level = match (cli.quiet, cli.verbose) {
         (true, _) => LevelFilter::WARN,
@@ -23,20 +29,41 @@ pub fn start(cli: &Cli, file: Option<&Path>, root: bool) {
         (_, 1) => LevelFilter::DEBUG,
         _ => LevelFilter::TRACE,
     };
+    if cli.quiet || cli.log_format == LogFormat::Json {
+        host::show_no_bars();
+    }
     let shown = if root { level } else { LevelFilter::WARN };
     let shown = shown.and(filter_fn(|metadata| metadata.target() != LOG_FILE_ONLY));
     let layer = tracing_subscriber::fmt::layer().with_writer(io::stderr).with_target(false);
     let mut layers = vec![match cli.log_format {
-        LogFormat::Text => layer.with_ansi(io::stderr().is_terminal()).with_timer(UtcTime).with_filter(shown).boxed(),
-        LogFormat::Json => layer.json().with_filter(shown).boxed(),
+        LogFormat::Text => {
+            let layer = layer.fmt_fields(format::debug_fn(message_only)).with_ansi(has_colours());
+            layer.with_timer(UtcTime).with_filter(shown).boxed()
+        }
+        LogFormat::Json => layer.json().flatten_event(true).with_filter(shown).boxed(),
     }];
     if let Some(path) = file {
-        let layer = tracing_subscriber::fmt::layer().with_ansi(false).with_target(false).with_timer(UtcTime);
+        let layer = tracing_subscriber::fmt::layer().fmt_fields(format::debug_fn(message_only));
+        let layer = layer.with_ansi(false).with_target(false).with_timer(UtcTime);
         let path = path.to_path_buf();
+        let level = level.max(LevelFilter::INFO);
         // First, since whoever reads stderr may have stopped.
         layers.insert(0, layer.with_writer(move || RankLog::open(&path)).with_filter(level).boxed());
     }
     let _ = tracing_subscriber::registry().with(layers).try_init();
+}
+
+fn message_only(writer: &mut Writer<'_>, field: &Field, value: &dyn Debug) -> std::fmt::Result {
+    if field.name() == "message" {
+        write!(writer, "{value:?}")
+    } else {
+        Ok(())
+    }
+}
+
+/// Whether stderr shows colours. A variable NO_COLOR that is not empty forbids them: <https://no-color.org>.
+fn has_colours() -> bool {
+    io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
 
 /// The options that give another `lockstep` the log of this one.

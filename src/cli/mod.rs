@@ -6,22 +6,21 @@ mod config;
 mod inference;
 mod interop;
 mod log;
+pub mod manual;
 mod print;
 mod tokenize;
 
 use std::path::Path;
 use std::time::Duration;
 
-use clap::CommandFactory;
-
-use self::args::{CheckpointAction, Cli, DeviceName, Verb};
+use self::args::{CheckpointAction, Cli, DeviceName, LogFormat, Verb};
 use crate::comm::{Comm, Deadlines};
 use crate::compare::{compare, Comparison};
 use crate::config::{in_place, template, Auto, Config, DeviceChoice, Fault};
 use crate::data::prepare::prepare;
 use crate::data::wikitext::Source;
 use crate::doctor;
-use crate::error::{exit_code, from_panic, tell, Error, Result};
+use crate::error::{exit_code, from_panic, tell_as_json, tell_end, Error, Result};
 use crate::files;
 use crate::launcher::Launch;
 use crate::model::generate::Sampling;
@@ -30,6 +29,7 @@ use crate::stop::{exit_now, StopRequest};
 use crate::torch;
 use crate::train::prove::prove;
 use crate::train::{self, Resume};
+use crate::view;
 use crate::watch::Watchdog;
 
 /// Does what the command line asks for.
@@ -37,6 +37,9 @@ use crate::watch::Watchdog;
 /// # Errors
 /// As the verb; [`crate::error::exit_code`] says what they mean for the process.
 pub fn run(cli: &Cli) -> Result<()> {
+    if cli.log_format == LogFormat::Json {
+        tell_as_json();
+    }
     refuse_ranks(&cli.verb)?;
     files::make_limits_errors()?;
     if let Some(threads) = computing_threads(&cli.verb) {
@@ -124,17 +127,29 @@ pub fn run(cli: &Cli) -> Result<()> {
                 watchdog.end(prove(comm, &watchdog, &stop, &parsed, *steps as usize, &folder, print::line))
             })
         }
+        Verb::Runs { folder, csv } => runs(folder, *csv),
+        Verb::Watch { run_dir } => view::live::watch(run_dir, print::text),
         Verb::Doctor { libraries: true, .. } => doctor::run_libraries(print::line),
         Verb::Doctor { run_dir, device, deadline_s, .. } => {
             doctor::run(run_dir, device, Duration::from_secs(*deadline_s), print::line)
         }
-        Verb::Completions { shell } => {
-            // Into memory first: the generator panics if its output cannot be written.
-            let mut script = Vec::new();
-            clap_complete::generate(*shell, &mut Cli::command(), "lockstep", &mut script);
-            print::text(&String::from_utf8_lossy(&script))
-        }
+        Verb::Completions { shell } => manual::completions(*shell),
+        Verb::Man { verb } => manual::man(verb),
     }
+}
+
+/// Prints a table of the runs in a folder.
+fn runs(folder: &Path, csv: bool) -> Result<()> {
+    let listed = view::runs::list(folder, |unknown| {
+        tracing::info!("waiting up to 12 s to see whether {unknown} runs of other machines go on");
+    })?;
+    if csv {
+        return print::text(&view::runs::csv(&listed)?);
+    }
+    if listed.is_empty() {
+        tracing::warn!("{} holds no run; name the folder that `lockstep train` writes into", folder.display());
+    }
+    print::text(&view::runs::text(&listed, view::terminal_width()))
 }
 
 /// Refuses the verbs that are one process's work to several: each would do all of it, in the same files.
@@ -146,9 +161,12 @@ fn refuse_ranks(verb: &Verb) -> Result<()> {
         Verb::Generate { .. } => "generate",
         Verb::Export { .. } => "export",
         Verb::Import { .. } => "import",
+        Verb::Runs { .. } => "runs",
+        Verb::Watch { .. } => "watch",
         Verb::Checkpoint { action: CheckpointAction::List { .. } } => "checkpoint list",
         Verb::Checkpoint { action: CheckpointAction::Verify { .. } } => "checkpoint verify",
         Verb::Completions { .. } => "completions",
+        Verb::Man { .. } => "man",
         // The comparison refuses them itself, with what would happen.
         Verb::Train { .. }
         | Verb::Eval { .. }
@@ -218,7 +236,7 @@ fn on_every_rank(deadlines: Deadlines, work: impl FnOnce(&mut Comm) -> Result<()
             exit_now(exit_code(&error));
         }
     } else if comm.world_size > 1 {
-        tell(&format!("rank {}: {error:#}", comm.rank));
+        tell_end(&error, Some(comm.rank));
         comm.abort(exit_code(&error));
     }
     Err(error)

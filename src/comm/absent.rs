@@ -16,6 +16,10 @@ pub struct World {
     pub host: String,
 }
 
+pub fn library() -> Option<String> {
+    None
+}
+
 impl World {
     pub fn start(_: Duration) -> Result<Self> {
         Err(Error::Communication(

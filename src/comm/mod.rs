@@ -67,6 +67,19 @@ pub struct Libraries {
     pub nccl: std::result::Result<String, String>,
 }
 
+/// The versions of the libraries that ranks talk through.
+pub struct Versions {
+    /// MPI's first line; `None` if it was not built in.
+    pub mpi: Option<String>,
+    /// NCCL's version; the reason, if it cannot be loaded.
+    pub nccl: std::result::Result<String, String>,
+}
+
+/// Asks the libraries for their versions, without starting them.
+pub fn versions() -> Versions {
+    Versions { mpi: mpi::library(), nccl: nccl::version().map_err(|e| e.to_string()) }
+}
+
 impl Comm {
     /// Joins the other ranks, if a launcher started this process as one of several.
     ///

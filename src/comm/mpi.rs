@@ -66,6 +66,12 @@ struct Shared {
     abort: AtomicI32,
 }
 
+/// The first line of what MPI says of itself, which it does without being initialised.
+pub fn library() -> Option<String> {
+    let said = mpi::environment::library_version().ok()?;
+    said.split(['\n', '\0']).next().map(|line| line.trim().to_owned())
+}
+
 impl World {
     /// Initialises MPI; all ranks must do so within `deadline`.
     pub fn start(deadline: Duration) -> Result<Self> {
@@ -81,19 +87,18 @@ impl World {
             let local = world.split_shared(world.rank());
             let place = [world.rank(), local.rank(), world.size()].map(index);
             let mut mpi = Mpi { world, _local: local, scratch: Vec::new(), shared: seen, _universe: universe };
-            let library = mpi::environment::library_version().unwrap_or_default();
             let host = mpi::environment::processor_name().unwrap_or_default();
-            if tell.send((place, library, host)).is_ok() {
+            if tell.send((place, host)).is_ok() {
                 queue.into_iter().for_each(|job| job(&mut mpi));
             }
         };
         let thread = host::spawn("mpi", serve)?;
-        let ([rank, local_rank, world_size], library, host) = match receive(&told, deadline) {
+        let ([rank, local_rank, world_size], host) = match receive(&told, deadline) {
             Ok(told) => told,
             Err(RecvTimeoutError::Timeout) => return Err(late("starting MPI", deadline)),
             Err(RecvTimeoutError::Disconnected) => return Err(ended()),
         };
-        let library = library.split(['\n', '\0']).next().unwrap_or_default().trim().to_string();
+        let library = library().unwrap_or_default();
         Ok(Self { jobs: Some(jobs), thread: Some(thread), shared, rank, local_rank, world_size, library, host })
     }
 

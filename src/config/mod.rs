@@ -327,6 +327,9 @@ pub struct Train {
     /// What the samples begin with.
     #[schemars(extend("x-free-on-resume" = true))]
     pub prompts: Vec<String>,
+    /// Writes the numbers of train.csv and eval.csv for TensorBoard, too: event files in the run directory.
+    #[schemars(extend("x-free-on-resume" = true))]
+    pub tensorboard: bool,
 }
 
 /// `train.loss:`.
@@ -434,6 +437,7 @@ impl Default for Train {
             keep_last: 3,
             sample_every: 0,
             prompts: Vec::new(),
+            tensorboard: false,
         }
     }
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 use tch::Device;
 
 use crate::comm::{Comm, Deadlines};
-use crate::error::{exit_code, from_panic, tell, Result};
+use crate::error::{exit_code, from_panic, tell_end, Result};
 
 mod facts;
 mod judge;
@@ -83,7 +83,7 @@ fn broken(comm: &Comm, report: &Report, show: impl Fn(&str) -> Result<()>) -> Re
     if comm.is_root() {
         show(&report.text())?;
     } else if let Err(error) = &verdict {
-        tell(&format!("rank {}: {error:#}", comm.rank));
+        tell_end(error, Some(comm.rank));
         std::thread::sleep(HEAD_START);
     }
     if let Err(error) = &verdict {

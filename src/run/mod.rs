@@ -3,10 +3,13 @@
 pub mod best;
 pub mod checkpoint;
 pub mod dir;
+pub mod events;
+pub mod growing;
 pub mod lease;
 pub mod progress;
 pub mod recorder;
 pub mod restarts;
+pub mod survey;
 pub mod tables;
 
 pub use best::Best;

@@ -5,10 +5,12 @@ use std::fs;
 use tracing::{info, warn};
 
 use super::checkpoint;
+use super::events::Events;
 use super::lease::Lease;
 use super::progress::Progress;
 use super::tables::{rounded, EvalRow, RankRow, Table, TrainRow};
 use super::{Best, RunDir};
+use crate::config::Train;
 use crate::error::{Error, Result};
 use crate::files::write_durably;
 use crate::watch::Stragglers;
@@ -19,6 +21,7 @@ pub struct Recorder {
     train: Table,
     eval: Table,
     slow: Table,
+    events: Option<Events>,
     stragglers: Stragglers,
     /// The node of each rank.
     pub hosts: Vec<String>,
@@ -31,11 +34,11 @@ pub struct Recorder {
 }
 
 impl Recorder {
-    /// Opens the files of a run that resumes after `step` of `steps` steps.
+    /// Opens the files of a run that resumes after `step` steps.
     ///
     /// # Errors
     /// Storage, if a file cannot be written.
-    pub fn open(dir: &RunDir, lease: Lease, step: usize, steps: usize) -> Result<Self> {
+    pub fn open(dir: &RunDir, lease: Lease, step: usize, train_keys: &Train) -> Result<Self> {
         let (train, _) = Table::open::<TrainRow>(&dir.train_csv(), step)?;
         let (eval, rows) = Table::open::<EvalRow>(&dir.eval_csv(), step)?;
         let (slow, _) = Table::open::<RankRow>(&dir.ranks_csv(), step)?;
@@ -54,17 +57,19 @@ impl Recorder {
                 fs::remove_file(later.path()).map_err(|e| Error::write(&later.path(), e))?;
             }
         }
+        let events = train_keys.tensorboard.then(|| Events::begin(&dir.0, step)).transpose()?;
         let evaluated = rows.last().map(|row| row.step);
         Ok(Self {
             dir: dir.clone(),
             train,
             eval,
             slow,
+            events,
             stragglers: Stragglers::default(),
             hosts: Vec::new(),
             best,
             evaluated,
-            progress: Progress::new(step, steps),
+            progress: Progress::new(step, train_keys.steps),
             lease,
         })
     }
@@ -82,6 +87,7 @@ impl Recorder {
         self.check()?;
         if let Some(row) = row {
             self.train.append(row)?;
+            self.events.as_mut().map_or(Ok(()), |events| events.row("train", row))?;
         }
         self.progress.step(step, loss, row);
         Ok(())
@@ -125,11 +131,15 @@ impl Recorder {
     pub fn evaluation(&mut self, row: &EvalRow) -> Result<bool> {
         self.check()?;
         self.eval.append(row)?;
+        self.events.as_mut().map_or(Ok(()), |events| events.row(&row.split, row))?;
         self.evaluated = Some(row.step);
         let EvalRow { step, loss, ppl, .. } = *row;
         let improved = loss.is_finite() && self.best.is_none_or(|best| loss < best.loss);
         let mark = if improved { ", the best so far" } else { "" };
-        self.progress.say(|| info!("step {step}: {} loss {loss:.4}, perplexity {ppl:.2}{mark}", row.split));
+        let split = &row.split;
+        self.progress.say(|| {
+            info!(step, split, loss, ppl, "step {step}: {split} loss {loss:.4}, perplexity {ppl:.2}{mark}");
+        });
         if improved {
             self.best = Some(Best { step, loss });
         }

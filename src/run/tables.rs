@@ -212,7 +212,7 @@ fn whole<'de, D: Deserializer<'de>, N: TryFrom<u64>>(cell: D) -> std::result::Re
 
 /// The rows of a file, as this program or a spreadsheet has written it. Part of a row at its end is what a crash left: it is
 /// dropped. Nothing else is, since it may be somebody's.
-fn read<R: Row>(path: &Path, bytes: &[u8]) -> Result<Vec<R>> {
+pub(super) fn read<R: Row>(path: &Path, bytes: &[u8]) -> Result<Vec<R>> {
     const MARK: &[u8] = b"\xef\xbb\xbf";
     let bytes = bytes.strip_prefix(MARK).unwrap_or(bytes);
     let expected = header::<R>();

@@ -142,7 +142,12 @@ pub fn libtorch_version() -> String {
     wheel.or_else(archive).unwrap_or_else(|| "unknown".into())
 }
 
-/// The version of CUDA that LibTorch was made with; `None` if it does not say, or was made without.
+/// The version of CUDA that LibTorch was made with, as 13.0; `None` if it does not say, or was made without.
+pub fn libtorch_cuda() -> Option<String> {
+    libtorch_cuda_version().map(|[major, minor]| format!("{major}.{minor}"))
+}
+
+/// The same as numbers.
 fn libtorch_cuda_version() -> Option<[i32; 2]> {
     let text = libtorch_file("version.py")?;
     let (major, minor) = python_value(&text, "cuda")?.split_once('.')?;

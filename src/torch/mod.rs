@@ -16,7 +16,7 @@ use cudarc::driver::sys::CUdevice_attribute as Attribute;
 use serde::{Deserialize, Serialize};
 use tch::{Cuda, Device};
 
-pub use self::cuda::{driver, driver_module, has_driver, libtorch_version, Driver};
+pub use self::cuda::{driver, driver_module, has_driver, libtorch_cuda, libtorch_version, Driver};
 pub use self::libraries::{compile_for, load_every_library, Library};
 pub use self::libtorch::{
     allow_cudnn_attention, ask_for_deterministic_libraries, cudnn_attention_is_exact, fused_adamw,

@@ -9,6 +9,7 @@ use crate::config::Layout;
 use crate::data::loader::Samples;
 use crate::error::Result;
 use crate::model::Gpt;
+use crate::run::progress::EvaluationProgress;
 use crate::run::tables::{rounded, EvalRow};
 use crate::watch::Phase;
 
@@ -37,12 +38,18 @@ impl Evaluation {
         let start = Instant::now();
         let all: Vec<usize> = (0..self.samples.len()).collect();
         let (mut nll, mut tokens) = (0.0, 0);
-        for samples in all.chunks(self.micro_batch).skip(comm.rank).step_by(comm.world_size) {
+        let mine: Vec<&[usize]> = all.chunks(self.micro_batch).skip(comm.rank).step_by(comm.world_size).collect();
+        let mut progress = comm.is_root().then(|| EvaluationProgress::new(self.split, mine.len()));
+        for (done, samples) in mine.into_iter().enumerate() {
+            if let Some(progress) = &mut progress {
+                progress.batches(done);
+            }
             enter(Phase::Evaluation);
             let batch = self.samples.batch(samples, self.padding, device, |_| 1.0)?;
             nll += model.loss(&batch.inputs, &batch.targets, &batch.weights, batch.counted.as_ref());
             tokens += samples.iter().map(|&sample| self.samples.targets(sample)).sum::<usize>();
         }
+        drop(progress);
         enter(Phase::Exchange);
         let totals = comm.sum(&[nll, tokens as f64])?;
         let (nll, tokens) = (totals[0], totals[1]);

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::evaluate::Evaluation;
 use super::gradients::Gradients;
@@ -275,7 +275,7 @@ impl<'a> Trainer<'a> {
             restarts::note_start(&self.dir.0, self.state.step, fault.max_restarts_without_progress)?;
         }
         checkpoint::set_aside_after(&checkpoints, self.state.step)?;
-        self.recorder = Some(Recorder::open(&self.dir, lease, kept, self.plan.config.train.steps)?);
+        self.recorder = Some(Recorder::open(&self.dir, lease, kept, &self.plan.config.train)?);
         Ok(found)
     }
 
@@ -428,15 +428,9 @@ impl<'a> Trainer<'a> {
         }
         let global = self.loader.global_batch(*step);
         let mine = self.loader.share(&global);
-        info!(
-            "rank {} computes {} of the {} sequences of each step; of step {} samples {:?}{}",
-            self.comm.rank,
-            mine.len(),
-            global.len(),
-            step + 1,
-            &mine[..mine.len().min(16)],
-            if mine.len() > 16 { " ..." } else { "" }
-        );
+        let (rank, step) = (self.comm.rank, step + 1);
+        info!("rank {rank} computes {} of the {} sequences of each step", mine.len(), global.len());
+        debug!("of step {step}, rank {rank} computes samples {mine:?}");
     }
 }
 

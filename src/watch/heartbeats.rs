@@ -10,6 +10,7 @@ use super::Phase;
 
 /// The last that is known of a rank.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)]
 pub struct Heartbeat {
     pub rank: usize,
     pub host: String,
@@ -57,6 +58,13 @@ pub fn write(folder: &Path, heartbeat: &Heartbeat) -> io::Result<()> {
 /// `None` if there is none, or none that can be read.
 pub fn read(folder: &Path, rank: usize) -> Option<Heartbeat> {
     serde_json::from_slice(&fs::read(path(folder, rank)).ok()?).ok()
+}
+
+/// Those of all ranks that have left one that can be read.
+pub fn all(folder: &Path) -> Vec<Heartbeat> {
+    let files = fs::read_dir(folder).into_iter().flatten().flatten();
+    let number = |name: &str| name.strip_prefix("rank-")?.strip_suffix(".json")?.parse().ok();
+    files.filter_map(|file| read(folder, number(file.file_name().to_str()?)?)).collect()
 }
 
 /// Names the ranks that hold up rank `me`, by the heartbeats of all ranks before and after some seconds: those whose

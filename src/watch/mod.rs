@@ -4,7 +4,7 @@
 //! process if no new one has come for too long; another leaves them as heartbeats for the other ranks. A wait for the
 //! other ranks has a deadline of its own in `comm`, and that one comes first: its error is explained here.
 
-mod heartbeats;
+pub mod heartbeats;
 mod stragglers;
 
 use std::path::PathBuf;
@@ -50,7 +50,8 @@ impl Phase {
         matches!(self, Self::Exchange | Self::Waiting | Self::End)
     }
 
-    fn name(self) -> &'static str {
+    /// As logs and views say it.
+    pub fn name(self) -> &'static str {
         match self {
             Self::StartUp => "start-up",
             Self::Step => "computing",

@@ -10,6 +10,7 @@ mod errors;
 mod hugging_face;
 mod lease;
 mod resume;
+mod tensorboard;
 #[cfg(feature = "mpi")]
 mod watchdog;
 #[cfg(feature = "mpi")]

@@ -170,6 +170,9 @@ fn a_reader_that_has_seen_enough_is_no_error() {
         "prepare --source sample --tokenizer bpe:300 --out made",
         "doctor --device cpu",
         "completions bash",
+        "man",
+        "runs .",
+        "watch run",
         "--help",
         "--version",
     ] {

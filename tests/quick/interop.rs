@@ -133,6 +133,7 @@ fn an_export_of_an_import_of_an_export_has_the_same_bits() {
 fn an_imported_run_evaluates_generates_and_begins_a_training() {
     let work = exported();
     work.lockstep("import --from hf --out again").ok();
+    assert!(work.lockstep("runs --csv again").ok().stdout.contains("again,imported,0,,,,,0,"));
     let config = fs::read_to_string(work.path("again/config.yaml")).unwrap();
     fs::write(work.path("again/config.yaml"), config.replace("dir: data/again", "dir: data")).unwrap();
     let loss = |run: &str| {

@@ -14,7 +14,7 @@ const FLOORS: [&[&str]; 6] = [
     &["torch", "launcher", "config", "tokenizer"],
     &["comm", "data", "model", "optim", "watch"],
     &["run"],
-    &["train", "compare", "doctor", "interop"],
+    &["train", "compare", "doctor", "interop", "view"],
     &["cli", "main", "lib"],
 ];
 

@@ -15,7 +15,7 @@ fn one_to_four_ranks_learn_the_same() {
     let mut curves = Vec::new();
     for ranks in 1..=4 {
         let run = Run::new(folder.path(), &format!("ranks-{ranks}"), config, ranks);
-        assert_eq!(run.start(&[]).code(), Some(0), "{ranks} ranks");
+        assert_eq!(run.start(&["-v"]).code(), Some(0), "{ranks} ranks");
         let numbers = |file: &str, column: &str| -> Vec<f64> {
             rows(&run.dir.join(file)).iter().map(|row| row[column].parse().unwrap()).collect()
         };
@@ -41,18 +41,23 @@ fn check_shares(run_dir: &Path, ranks: usize) {
     for rank in 0..ranks {
         let log = std::fs::read_to_string(run_dir.join(format!("logs/rank-{rank:04}.log"))).unwrap();
         let share = 24 / ranks;
-        let says = format!("rank {rank} computes {share} of the 24 sequences of each step; of step 1 samples [");
+        assert!(log.contains(&format!("rank {rank} computes {share} of the 24 sequences of each step\n")), "{log}");
+        let says = format!("of step 1, rank {rank} computes samples [");
         let list = log.split_once(&says).unwrap_or_else(|| panic!("no `{says}` in {log}")).1;
         let list = list.split_once(']').unwrap().0;
         let samples: Vec<u32> = list.split(", ").map(|sample| sample.parse().unwrap()).collect();
-        assert_eq!(samples.len(), share.min(16), "a log shows the first 16 samples");
+        assert_eq!(samples.len(), share);
+        // The last line of steps has none left.
+        let steps: Vec<&str> = log.lines().filter(|line| line.contains("/50: loss ")).collect();
+        assert_eq!(!steps.is_empty(), rank == 0);
+        assert!(steps.iter().rev().skip(1).all(|line| line.ends_with(" left")), "{steps:?}");
         let computed = format!("rank {rank} computed {} of the {} sequences of steps 1 to 50", share * 50, 24 * 50);
         assert!(log.contains(&computed), "no `{computed}` in {log}");
         for sample in samples {
             assert!(seen.insert(sample), "sample {sample} is computed by two ranks");
         }
     }
-    assert_eq!(seen.len(), if ranks == 1 { 16 } else { 24 });
+    assert_eq!(seen.len(), 24);
 }
 
 #[test]
@@ -65,6 +70,12 @@ fn an_error_of_the_ranks_ends_them_all_with_its_exit_code() {
     assert_eq!(done.status.code(), Some(2), "{said}");
     assert!(said.contains("7 sequences cannot be shared evenly by 2 ranks"), "{said}");
     assert!(said.contains("6 or 8"), "{said}");
+
+    // As JSON: an object for each rank that came to say it, and none of mpirun's words.
+    let done = run.command(&["--log-format", "json"]).output().unwrap();
+    let said = String::from_utf8_lossy(&done.stderr);
+    let ends: Vec<serde_json::Value> = said.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert!(!ends.is_empty() && ends.iter().all(|end| end["exit_code"] == 2 && end["rank"].is_number()), "{said}");
 }
 
 /// A program that does `first` in a shell and then becomes the binary.

@@ -84,17 +84,22 @@ impl Holder {
         same && self.restart_count < other.restart_count
     }
 
-    /// Whether the process is known to have ended: only on its own machine can that be seen.
+    /// Whether the process is known to have ended.
     pub fn is_gone(&self) -> bool {
+        self.lives() == Some(false)
+    }
+
+    /// Whether the process lives, if that is known: only on its own machine can it be seen.
+    pub fn lives(&self) -> Option<bool> {
         // If /proc shows the first process, it hides none.
         let visible = || Path::new("/proc/1/stat").exists();
         if self.machine.is_none() || self.machine != machine() || !visible() {
-            return false;
+            return None;
         }
         match started(self.pid) {
-            Ok(None) => true,
-            Ok(now) => self.started.is_some() && now != self.started,
-            Err(_) => false,
+            Ok(None) => Some(false),
+            Ok(now) => self.started.is_some().then(|| now == self.started),
+            Err(_) => None,
         }
     }
 }

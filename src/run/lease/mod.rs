@@ -7,6 +7,7 @@
 //! on.
 
 mod holder;
+mod observer;
 mod watch;
 
 use std::fs::{self, File};
@@ -21,6 +22,7 @@ use std::time::{Duration, Instant};
 use tracing::warn;
 
 use self::holder::Holder;
+pub use self::observer::{Held, Observer};
 use self::watch::{Sight, Verdict, Watch, EXPIRY, FRESH};
 use crate::error::{Error, Result};
 use crate::host;
