@@ -87,7 +87,7 @@ pub fn run(cli: &Cli) -> Result<()> {
                 watchdog.end(train::train(comm, &watchdog, &stop, plan, &run_dir, &resume, allowed))
             })
         }
-        Verb::Eval { run, split } => on_every_rank(Deadlines::default(), |comm| inference::eval(comm, run, *split)),
+        Verb::Eval { run, text } => on_every_rank(Deadlines::default(), |comm| inference::eval(comm, run, text)),
         Verb::Generate { run, prompt, tokens, temperature, top_k, top_p, seed, samples } => {
             let sampling = Sampling { temperature: *temperature, top_k: *top_k, top_p: *top_p, seed: *seed };
             inference::check_sampling(&sampling)?;

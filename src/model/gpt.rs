@@ -7,7 +7,7 @@
 use tch::{no_grad, Device, Kind, Tensor};
 
 use super::cache::Cache;
-use super::head::{self, Targets};
+use super::head::{self, Score, Targets};
 use super::parameters::Parameters;
 use crate::config::{Activation, Norm, Shape};
 use crate::random::mix;
@@ -216,11 +216,11 @@ impl Gpt {
         no_grad(|| hidden.linear(&self.head, None::<&Tensor>).to_kind(Kind::Float))
     }
 
-    /// The negative log-likelihood of (B, T) targets, summed with (B, T) weights: an evaluation's numerator. `counted` as in
+    /// How well each of (B, T) targets that counts is predicted, row after row, with (B, T) weights. `counted` as in
     /// [`Gpt::forward_backward`].
-    pub fn loss(&self, inputs: &Tensor, targets: &Tensor, weights: &Tensor, counted: Option<&Tensor>) -> f64 {
+    pub fn scores(&self, inputs: &Tensor, targets: &Tensor, weights: &Tensor, counted: Option<&Tensor>) -> Vec<Score> {
         let hidden = self.hidden(inputs, None);
-        head::loss(&hidden, &self.head, &Targets { ids: targets, weights, counted })
+        head::scores(&hidden, &self.head, &Targets { ids: targets, weights, counted })
     }
 
     /// One micro-step: the weighted loss of a batch, (1,) fp64 on the model's device, its gradients added to the flat gradient.

@@ -3,6 +3,7 @@
 //! done between two steps ([`between`]), and numbers that are not finite ([`nonfinite`]).
 
 mod between;
+pub mod documents;
 pub mod evaluate;
 mod gradients;
 mod nonfinite;

@@ -62,9 +62,10 @@ impl<'a> Trainer<'a> {
         let valid = match config.train.eval_every {
             0 => None,
             _ => Some(Evaluation {
-                split: "valid",
+                split: "valid".into(),
                 samples: Samples::for_evaluation(data.valid, layout, block_size).map_err(in_split("validation"))?,
                 layout,
+                bytes: data.meta.valid.bytes,
                 micro_batch: plan.micro_batch,
                 padding,
             }),

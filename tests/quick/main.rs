@@ -11,6 +11,7 @@ mod documents;
 mod download;
 mod driver;
 mod errors;
+mod evaluate;
 mod faults;
 mod golden;
 mod interop;

@@ -12,7 +12,7 @@ use crate::common::{flip, numbers, snapshot, table, Workspace};
 const TRAIN_COLUMNS: &str =
     "step,tokens,loss,ppl,lr,grad_norm,step_ms,data_ms,compute_ms,comm_exposed_ms,optimizer_ms,\
     tokens_per_s,mfu,memory_mib,world_size,elapsed_s";
-const EVAL_COLUMNS: &str = "step,split,loss,ppl,word_ppl,tokens,eval_s";
+const EVAL_COLUMNS: &str = "step,split,loss,ppl,word_ppl,tokens,eval_s,bits_per_byte";
 
 #[test]
 fn a_run_directory_holds_what_is_documented() {
@@ -80,6 +80,8 @@ fn a_run_directory_holds_what_is_documented() {
         let per_word = number("loss") * number("tokens") / (valid("words") + valid("lines"));
         assert!((per_word.exp() / number("word_ppl") - 1.0).abs() < 1e-9);
         assert!(number("eval_s") > 0.0);
+        let bits = number("loss") * number("tokens") / 2f64.ln();
+        assert!((bits / valid("bytes") / number("bits_per_byte") - 1.0).abs() < 1e-9);
     }
     let best: serde_json::Value = serde_json::from_slice(&fs::read(run.join("best.json")).unwrap()).unwrap();
     assert_eq!((best["step"].as_u64(), best["loss"].to_string()), (Some(12), rows[2]["loss"].clone()));
@@ -101,6 +103,7 @@ fn unknown_is_an_empty_cell_and_rows_follow_log_every() {
     let (_, rows) = table(&fs::read_to_string(work.path("run/eval.csv")).unwrap());
     assert_eq!(rows.len(), 3);
     assert!(rows.iter().all(|row| row["word_ppl"].is_empty() && !row["ppl"].is_empty()));
+    assert!(rows.iter().all(|row| row["bits_per_byte"].parse::<f64>().unwrap() > 0.0));
 }
 
 #[test]
@@ -112,7 +115,8 @@ fn eval_prints_the_row_that_the_run_wrote() {
     let (_, written) = table(&fs::read_to_string(work.path("run/eval.csv")).unwrap());
     let evaluate = |more: &str| {
         let (columns, mut rows) = table(&work.lockstep(&format!("eval --run-dir run {more}")).ok().stdout);
-        assert_eq!((columns.join(","), rows.len()), (EVAL_COLUMNS.into(), 1));
+        assert_eq!((columns.join(","), rows.len()), (format!("{EVAL_COLUMNS},accuracy"), 1));
+        assert!((0.0..1.0).contains(&rows[0].remove("accuracy").unwrap().parse::<f64>().unwrap()));
         assert!(rows[0].remove("eval_s").unwrap().parse::<f64>().unwrap() > 0.0);
         rows.remove(0)
     };
@@ -130,6 +134,22 @@ fn eval_prints_the_row_that_the_run_wrote() {
     let test = evaluate("--split test");
     assert_eq!((&test["split"], &test["step"]), (&"test".to_string(), &written[best]["step"]));
     assert_ne!(test["tokens"], written[best]["tokens"]);
+}
+
+#[test]
+fn a_run_begun_by_an_older_version_keeps_its_header() {
+    let work = Workspace::new();
+    work.train("run", "--set train.steps=4").ok();
+    let path = work.path("run/eval.csv");
+    let older = fs::read_to_string(&path).unwrap();
+    let without_last = |line: &str| line.rsplit_once(',').unwrap().0.to_owned() + "\n";
+    let older: String = older.lines().map(without_last).collect();
+    fs::write(&path, &older).unwrap();
+    work.train("run", "--set train.steps=8").ok();
+    let now = fs::read_to_string(&path).unwrap();
+    let (columns, rows) = table(&now);
+    assert!(now.starts_with(&older), "{now}");
+    assert_eq!((columns.join(",") + ",bits_per_byte", rows.len()), (EVAL_COLUMNS.into(), 2));
 }
 
 #[test]

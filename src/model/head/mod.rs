@@ -23,32 +23,39 @@ pub struct Targets<'a> {
     pub counted: Option<&'a Tensor>,
 }
 
-/// The sum over rows of weight times negative log-likelihood. `hidden` (..., C), `head` (V, C).
-pub fn loss(hidden: &Tensor, head: &Tensor, targets: &Targets) -> f64 {
+/// How well a row's target is predicted.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Score {
+    /// Weight times negative log-likelihood.
+    pub loss: f64,
+    /// Whether no other token is likelier.
+    pub is_likeliest: bool,
+}
+
+/// The scores of the rows that count, in their order. `hidden` (..., C), `head` (V, C).
+pub fn scores(hidden: &Tensor, head: &Tensor, targets: &Targets) -> Vec<Score> {
     no_grad(|| {
         let rows = Rows::new(hidden, targets);
         if runs_on_cores(&rows, head) {
-            return rows
-                .share(head, false)
-                .into_par_iter()
-                .map(Share::compute)
-                .map(|done| done.loss)
-                .collect::<Vec<_>>()
-                .iter()
-                .sum();
+            let done: Vec<Done> = rows.share(head, false).into_par_iter().map(Share::compute).collect();
+            return done.into_iter().flat_map(|share| share.scores).collect();
         }
-        let mut total = zero(head);
-        for (hidden, targets, weights) in rows.chunks(head) {
+        let score = |(hidden, targets, weights): (Tensor, Tensor, Tensor)| {
             let logits = hidden.mm(&head.tr()).to_kind(Kind::Float); // (n, V)
-            let picked = logits.gather(1, &targets, false).squeeze_dim(1);
-            let nll = logits.logsumexp([1i64].as_slice(), false) - picked; // (n,)
-            let _ = total.g_add_(&(nll * weights.squeeze_dim(1)).sum(Kind::Double));
-        }
-        total.double_value(&[0])
+            let picked = logits.gather(1, &targets, false); // (n, 1)
+            let nll = logits.logsumexp([1i64].as_slice(), true) - &picked; // (n, 1)
+            let is_likeliest = picked.eq_tensor(&logits.amax([1i64].as_slice(), true)); // (n, 1)
+            Tensor::cat(&[(nll.to_kind(Kind::Double) * weights), is_likeliest.to_kind(Kind::Double)], 1)
+            // (n, 2)
+        };
+        let chunks: Vec<Tensor> = rows.chunks(head).map(score).collect();
+        // One copy for all chunks: each would wait for the device.
+        let numbers: Vec<f64> = if chunks.is_empty() { Vec::new() } else { values(&Tensor::cat(&chunks, 0)) };
+        numbers.chunks_exact(2).map(|row| Score { loss: row[0], is_likeliest: row[1] > 0.0 }).collect()
     })
 }
 
-/// [`loss`], (1,) fp64, and its gradients: the hidden states' is returned (shape and type of `hidden`), the head's is added
+/// The sum over rows of weight times negative log-likelihood, (1,) fp64, and its gradients: the hidden states' is returned (shape and type of `hidden`), the head's is added
 /// to `head_grad` (V, C) fp32.
 ///
 /// The loss is a tensor because a number would have to wait for a GPU, which the backward pass need not.
@@ -66,7 +73,8 @@ pub fn loss_and_gradients(
             for share in &done {
                 let _ = head_grad.g_add_(&share.head_grad);
             }
-            let loss: f64 = done.iter().map(|share| share.loss).sum();
+            let share_loss = |share: &Done| share.scores.iter().map(|score| score.loss).sum::<f64>();
+            let loss: f64 = done.iter().map(share_loss).sum();
             (Tensor::from_slice(&[loss]), done.into_iter().map(|share| share.grad).collect())
         } else {
             on_device(&rows, head, head_grad)
@@ -121,7 +129,7 @@ struct Share {
 
 /// What became of a share; the gradients are undefined tensors if they were not wanted.
 struct Done {
-    loss: f64,
+    scores: Vec<Score>,
     grad: Tensor,
     head_grad: Tensor,
 }
@@ -142,7 +150,7 @@ impl Share {
             } else {
                 (Tensor::new(), Tensor::new())
             };
-            let mut loss = 0.0;
+            let mut scores = Vec::with_capacity(n as usize);
             for start in (0..n).step_by(length as usize) {
                 let rows = length.min(n - start);
                 let hidden = self.hidden.narrow(0, start, rows);
@@ -151,15 +159,15 @@ impl Share {
                 let first = start as usize;
                 for (row, logits) in floats(&mut logits).chunks_exact_mut(v as usize).enumerate() {
                     let (target, weight) = (self.targets[first + row] as usize, self.weights[first + row]);
-                    let nll = softmax::cross_entropy(logits, target, self.wants_grad.then_some(weight));
-                    loss += f64::from(nll) * f64::from(weight);
+                    let (nll, is_likeliest) = softmax::cross_entropy(logits, target, self.wants_grad.then_some(weight));
+                    scores.push(Score { loss: f64::from(nll) * f64::from(weight), is_likeliest });
                 }
                 if self.wants_grad {
                     let _ = head_grad.addmm_(&logits.tr(), &hidden);
                     let _ = logits.mm_out(&grad.narrow(0, start, rows), &self.head);
                 }
             }
-            Done { loss, grad, head_grad }
+            Done { scores, grad, head_grad }
         })
     }
 }
