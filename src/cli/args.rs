@@ -80,6 +80,9 @@ pub enum Verb {
         /// How to train.
         #[command(flatten)]
         training: Training,
+        /// Only prints what the run would take: memory of each rank, steps and tokens, time, disk. Nothing is written.
+        #[arg(long)]
+        dry_run: bool,
     },
     /// Prints the configuration that `train` takes from the same arguments, or one value of it.
     #[command(

@@ -247,6 +247,31 @@ impl Loader {
             .collect()
     }
 
+    /// The first number of steps after which [`Loader::targets`] add up to at least so many; as [`Loader::global_batch`], this
+    /// is a function of the data and the seed.
+    pub fn steps_to_targets(&self, targets: u64) -> usize {
+        let n = self.samples.len() as u64;
+        let all: u64 = (0..self.samples.len()).map(|sample| self.samples.targets(sample) as u64).sum();
+        let targets = targets.max(1);
+        let (epochs, mut left) = ((targets - 1) / all, (targets - 1) % all + 1);
+        let mut samples = 0;
+        while left > 0 {
+            let sample = permute(self.seed, epochs, samples, n) as usize;
+            left = left.saturating_sub(self.samples.targets(sample) as u64);
+            samples += 1;
+        }
+        self.steps_to_samples(epochs * n + samples)
+    }
+
+    /// The first number of steps that see every sample so many times.
+    pub fn steps_to_epochs(&self, epochs: usize) -> usize {
+        self.steps_to_samples(epochs as u64 * self.samples.len() as u64)
+    }
+
+    fn steps_to_samples(&self, samples: u64) -> usize {
+        samples.div_ceil(self.batch_size as u64) as usize
+    }
+
     /// This rank's contiguous share of a global batch.
     pub fn share<'a>(&self, global: &'a [usize]) -> &'a [usize] {
         let share = self.batch_size / self.world_size;

@@ -26,6 +26,11 @@ impl Shape {
         6.0 * (matrices + tied) as f64 + (12 * self.n_layer * self.n_embd * self.block_size) as f64
     }
 
+    /// How many parameters there are.
+    pub fn parameters(&self) -> i64 {
+        self.tensors().iter().map(|(_, shape, _)| shape.iter().product::<i64>()).sum()
+    }
+
     /// (name, shape, decay) of every parameter, in the order in which backward finishes their gradients.
     pub fn tensors(&self) -> Vec<(String, Vec<i64>, bool)> {
         let c = self.n_embd;

@@ -4,8 +4,10 @@
 
 mod between;
 pub mod documents;
+mod dry_run;
 pub mod evaluate;
 mod gradients;
+mod memory;
 mod nonfinite;
 pub mod prove;
 mod report;
@@ -16,6 +18,7 @@ use std::path::{Path, PathBuf};
 
 use tch::{Device, Kind, Tensor};
 
+pub use self::dry_run::dry_run;
 use self::evaluate::Evaluation;
 use self::gradients::Gradients;
 use self::report::{Report, Speed};

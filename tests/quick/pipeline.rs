@@ -270,6 +270,43 @@ fn a_finished_run_is_extended_and_a_complete_one_left_alone() {
 }
 
 #[test]
+fn a_length_in_tokens_or_epochs_becomes_steps_that_a_resumed_run_keeps() {
+    let work = Workspace::new();
+    let sizes = |run: &str| {
+        let config = fs::read_to_string(work.path(run).join("config.yaml")).unwrap();
+        let line = config.lines().find_map(|line| line.strip_prefix("  steps: ")).unwrap().to_owned();
+        assert!(config.contains("\n  tokens: null\n  epochs: null\n"), "{config}");
+        let tokens = numbers(&work.path(run).join("train.csv"), "tokens");
+        (line, tokens.len(), tokens.last().copied().unwrap())
+    };
+    // 256 targets a step.
+    work.train("run", "--set train.tokens=2K").ok().says(&["train.tokens 2000", "8 steps"]);
+    assert_eq!(sizes("run"), ("8".into(), 8, 2048.0));
+    // The same length is complete, a longer one goes on, whatever it is given in.
+    work.train("run", "--set train.tokens=2_048").ok().says(&["complete", "8 steps"]);
+    work.train("run", "--set train.tokens=2049").ok().says(&["resuming", "after 8 steps"]);
+    assert_eq!(sizes("run"), ("9".into(), 9, 2304.0));
+    work.train("run", "").ok().says(&["resuming", "after 9 steps"]);
+    assert_eq!(sizes("run"), ("12".into(), 12, 3072.0));
+    work.trained("straight");
+    let losses = |run: &str| numbers(&work.path(run).join("train.csv"), "loss");
+    assert_eq!(losses("run"), losses("straight"));
+
+    // Lines alone have as many targets as they have.
+    let lines = "--set data.layout=paragraphs --set data.batch_size=64 --set train.eval_every=0 --set model.n_embd=4";
+    work.train("lines", &format!("{lines} --set train.tokens=9K")).ok();
+    let counted = numbers(&work.path("lines/train.csv"), "tokens");
+    assert!(
+        counted.len() > 2 && counted[counted.len() - 1] >= 9000.0 && counted[counted.len() - 2] < 9000.0,
+        "{counted:?}"
+    );
+    work.train("epoch", &format!("{lines} --set train.epochs=1")).ok().says(&["train.epochs 1"]);
+    let (steps, ..) = sizes("epoch");
+    let read = numbers(&work.path("epoch/train.csv"), "tokens");
+    assert_eq!(steps, read.len().to_string());
+}
+
+#[test]
 fn a_run_may_begin_with_the_weights_of_another() {
     let work = Workspace::new();
     work.trained("first");

@@ -83,6 +83,26 @@ pub fn loss_and_gradients(
     })
 }
 
+/// The bytes that [`loss_and_gradients`] works with for N rows of C channels against V words, besides the gradient of the
+/// hidden states. `kind` is the type of the head, `threads` compute on a CPU.
+pub fn working_bytes(rows: i64, width: i64, words: i64, threads: i64, kind: Kind, device: Device) -> i64 {
+    if device == Device::Cpu && kind == Kind::Float {
+        let shares = shares(rows, words * width, threads);
+        return 4 * shares * words * (Share::chunk(words).min(rows) + width);
+    }
+    // Logits in fp32; in bf16 also as they were made, or as a gradient, and the head's gradient before it is added.
+    let logits = Rows::chunk(words).min(rows) * words;
+    match kind {
+        Kind::Float => 4 * logits,
+        _ => (4 + 2) * logits + 2 * words * width,
+    }
+}
+
+/// How many threads take a share of the rows, each with its own gradient of a head of so many elements.
+fn shares(rows: i64, head: i64, threads: i64) -> i64 {
+    threads.min(rows).min(Rows::HEAD_GRAD_ELEMENTS / head).max(1)
+}
+
 /// The loss and each chunk's gradient (n, C), by LibTorch's kernels.
 fn on_device(rows: &Rows, head: &Tensor, head_grad: &mut Tensor) -> (Tensor, Vec<Tensor>) {
     let mut total = zero(head);
@@ -138,11 +158,16 @@ impl Share {
     /// Elements of logits at a time: they, and the rows of the head that meet them, stay near the core.
     const CHUNK_ELEMENTS: i64 = 1 << 21;
 
+    /// Rows of a chunk against so many words.
+    fn chunk(words: i64) -> i64 {
+        (Self::CHUNK_ELEMENTS / words).clamp(16, 1024)
+    }
+
     fn compute(self) -> Done {
         no_grad(|| {
             let (n, c) = (self.hidden.size()[0], self.hidden.size()[1]);
             let v = self.head.size()[0];
-            let length = (Self::CHUNK_ELEMENTS / v).clamp(16, 1024);
+            let length = Self::chunk(v);
             let options = (Kind::Float, Device::Cpu);
             let logits = Tensor::empty([length.min(n), v], options);
             let (grad, mut head_grad) = if self.wants_grad {
@@ -198,6 +223,11 @@ impl Rows {
     /// Elements of logits that a chunk of LibTorch's kernels works on.
     const CHUNK_ELEMENTS: i64 = 1 << 26;
 
+    /// Rows of a chunk against so many words.
+    fn chunk(words: i64) -> i64 {
+        (Self::CHUNK_ELEMENTS / words).clamp(16, 8192)
+    }
+
     fn new(hidden: &Tensor, targets: &Targets) -> Self {
         let width = hidden.size().last().copied().unwrap_or(1);
         let hidden = hidden.reshape([-1, width]);
@@ -214,7 +244,7 @@ impl Rows {
     /// Hidden states (n, C), targets (n, 1) and weights (n, 1) of each chunk.
     fn chunks(&self, head: &Tensor) -> impl Iterator<Item = (Tensor, Tensor, Tensor)> + '_ {
         let rows = self.hidden.size()[0];
-        let length = (Self::CHUNK_ELEMENTS / head.size()[0]).clamp(16, 8192);
+        let length = Self::chunk(head.size()[0]);
         (0..rows).step_by(length as usize).map(move |start| {
             let part = |tensor: &Tensor| tensor.narrow(0, start, length.min(rows - start));
             (part(&self.hidden), part(&self.targets), part(&self.weights))
@@ -226,7 +256,7 @@ impl Rows {
         let rows = self.hidden.size()[0];
         let mut threads = (rayon::current_num_threads() as i64).min(rows);
         if wants_grad {
-            threads = threads.min(Self::HEAD_GRAD_ELEMENTS / (head.numel() as i64)).max(1);
+            threads = shares(rows, head.numel() as i64, threads);
         }
         let targets: Vec<i64> = values(&self.targets);
         let weights: Vec<f32> = values(&self.weights);
