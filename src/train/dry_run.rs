@@ -3,7 +3,7 @@
 //! No model is made and nothing is written. Memory is counted from shapes ([`super::memory`]), on top of what this process
 //! holds; time is what the step's arithmetic takes at the speed of matrix products of its own shapes, which are measured.
 
-use tch::{Device, Kind};
+use tch::{Device, Kind, Tensor};
 
 use super::gradients::kept_elements;
 use super::kind;
@@ -13,6 +13,7 @@ use crate::comm::Comm;
 use crate::config::{Config, DeviceChoice, GradDtype, Layout, Plan, Shape};
 use crate::data::loader::Loader;
 use crate::error::Result;
+use crate::model::Gpt;
 use crate::torch;
 
 const MIB: f64 = 1048576.0;
@@ -29,9 +30,7 @@ pub fn dry_run(comm: &mut Comm, mut plan: Plan, mut show: impl FnMut(&str) -> Re
     let kind = kind(plan.config.precision);
     let planned_for = device.unwrap_or(Device::Cuda(0));
     let setting = setting(comm, &plan, &shape, threads, planned_for);
-    // The first product starts LibTorch's threads, which belong to the program.
-    torch::measure_product([64; 3], Device::Cpu, Kind::Float);
-    let program_mib = torch::resident_mib();
+    let program_mib = program_mib(&shape, kind);
     let work = Work::of(&plan, &shape, &loader);
     let seconds = device.map_or(f64::NAN, |device| work.seconds(&plan, &shape, device, kind));
     // The ranks of one machine measure at the same time, as they would compute.
@@ -55,6 +54,18 @@ pub fn dry_run(comm: &mut Comm, mut plan: Plan, mut show: impl FnMut(&str) -> Re
         show(&line)?;
     }
     Ok(())
+}
+
+/// What the program and its libraries hold once they have trained: as much of them is in memory as a step uses, and LibTorch
+/// has started its threads. `None` if the system does not say.
+fn program_mib(shape: &Shape, kind: Kind) -> Option<f64> {
+    let small = Shape { n_layer: 1, n_head: 1, n_embd: 8, block_size: 2, vocab_size: 8, ..*shape };
+    let mut model = Gpt::new(small, Device::Cpu, kind);
+    let ids = Tensor::zeros([1, 2], (Kind::Int64, Device::Cpu));
+    let weights = Tensor::ones([1, 2], (Kind::Float, Device::Cpu));
+    let _ = model.forward_backward(&ids, &ids, &weights, None, 0, &mut |_, _| ());
+    torch::measure_peak(Device::Cpu, kind);
+    torch::resident_mib()
 }
 
 fn setting(comm: &Comm, plan: &Plan, shape: &Shape, threads: usize, device: Device) -> Setting {

@@ -33,19 +33,17 @@ pub fn parts(shape: &Shape, setting: &Setting) -> Vec<(&'static str, i64)> {
     let copy = if setting.kind == Kind::Float { 0 } else { 2 };
     let wire = if setting.has_wire { 2 } else { 0 };
     let moments = 8 * setting.moments;
-    let kept = kept(shape, setting);
-    // The head is done before the blocks' backward pass begins.
-    let (head, backward) = (head(shape, setting), backward(shape, setting));
-    // The weights and moments as they were, in the host's memory.
-    let snapshot = if setting.device == Device::Cpu { 4 * parameters + moments } else { 0 };
-    let beside = if setting.saves_meanwhile { snapshot } else { (snapshot - kept - head.max(backward)).max(0) };
+    let (head, returned) = head(shape, setting);
+    // The weights and moments as they were, and one of the moments once more as it is written.
+    let snapshot = if setting.device == Device::Cpu { 4 * parameters + moments + moments / 2 } else { 0 };
+    let beside = if setting.saves_meanwhile { snapshot } else { (snapshot - returned).max(0) };
     vec![
         ("weights", parameters * (4 + copy)),
         ("gradients", parameters * (4 + copy + wire)),
         ("moments", moments),
-        ("activations", kept),
+        ("activations", kept(shape, setting)),
         ("head", head),
-        ("backward pass, beyond the head", (backward - head).max(0)),
+        ("backward pass", backward(shape, setting)),
         ("checkpoint on its way", beside),
     ]
 }
@@ -107,12 +105,21 @@ fn backward(shape: &Shape, setting: &Setting) -> i64 {
     8 * state * bytes
 }
 
-/// The most that the head works with.
-fn head(shape: &Shape, setting: &Setting) -> i64 {
+/// The most that the head works with, and how much of it goes back to the system afterwards.
+///
+/// glibc gives back at once what is larger than 32 MiB. Smaller pieces stay with the thread that asked for them, and each
+/// thread comes to compute the share of another sooner or later.
+fn head(shape: &Shape, setting: &Setting) -> (i64, i64) {
+    const STAYS_BELOW: i64 = 32 << 20;
     let (state, bytes) = state(shape, setting);
     let Setting { kind, device, threads, .. } = *setting;
     let rows = setting.micro_batch * shape.block_size;
     // The states' gradient in pieces and whole; with padding also the rows that count, and the gradient of all rows twice.
     let states = if setting.is_padded { 5 } else { 2 };
-    head::working_bytes(rows, shape.n_embd, shape.vocab_size, threads, kind, device) + states * state * bytes
+    let working = head::working_bytes(rows, shape.n_embd, shape.vocab_size, threads, kind, device);
+    let states = states * state * bytes;
+    match device {
+        Device::Cpu if 4 * shape.vocab_size * shape.n_embd < STAYS_BELOW => (working * threads.min(2) + states, 0),
+        _ => (working + states, working),
+    }
 }
