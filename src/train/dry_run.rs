@@ -160,7 +160,7 @@ fn memory_lines(shape: &Shape, setting: &Setting, program_mib: f64) -> Vec<Strin
         _ => "GPU memory, without CUDA's own",
     };
     let mut lines = vec![line("memory", &format!("MiB of each rank, {of}:"))];
-    let mut part = |name: &str, mib: f64| lines.push(format!("{:12}{mib:>9.0}  {name}", ""));
+    let mut part = |name: &str, mib: f64| lines.push(format!("{:12}{mib:>9.1}  {name}", ""));
     let program = Some(program_mib).filter(|mib| mib.is_finite() && setting.device == Device::Cpu);
     if let Some(mib) = program {
         part("program and libraries", mib);

@@ -10,6 +10,7 @@ mod doctor;
 mod documents;
 mod download;
 mod driver;
+mod dry_run;
 mod errors;
 mod evaluate;
 mod faults;
