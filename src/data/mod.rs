@@ -1,7 +1,8 @@
-//! From text to batches: sources ([`wikitext`]), files of token ids ([`shard`]), and who reads what when ([`loader`]).
+//! From text to batches: sources ([`wikitext`], [`sample`]), files of token ids ([`shard`]), and who reads what when ([`loader`]).
 
 pub mod download;
 pub mod loader;
 pub mod prepare;
+pub mod sample;
 pub mod shard;
 pub mod wikitext;

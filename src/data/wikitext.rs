@@ -1,4 +1,4 @@
-//! Where text comes from: the embedded sample, a folder, a file, or WikiText's published archives.
+//! Where text comes from: the sample, a folder, a file, or WikiText's published archives.
 //!
 //! A [`Source`] is what `--source` names; [`Source::texts`] turns it into one [`Text`] a split, which
 //! is read as a stream of whole lines. WikiText's formats: tokenized (`wiki.train.tokens`, rare words
@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use zip::ZipArchive;
 
-use super::download;
+use super::{download, sample};
 use crate::error::{Error, Result};
 
 /// Text is read in pieces of about this many bytes, cut at a line's end: enough for every core to fill
@@ -25,6 +25,10 @@ const MAX_TEXT: u64 = 2 << 30;
 const MIRROR: &str = "https://wikitext.smerity.com";
 /// An archive's longest line: a few bytes of an archive can stand for any number of them, and lines are read whole.
 const MAX_LINE: u64 = 64 << 20;
+/// A sample's size is given in these.
+const MB: u64 = 1_000_000;
+/// The sample is made in memory.
+const MAX_SAMPLE_MB: u64 = 1000;
 /// A byte order mark, with which some programs begin a text in UTF-8. It is no text.
 pub const MARK: &str = "\u{feff}";
 /// Names and SHA-256 of the archives NAME-v1.zip.
@@ -99,8 +103,8 @@ impl Archive {
 /// Where a corpus comes from.
 #[derive(Debug, Clone)]
 pub enum Source {
-    /// The small corpus embedded in the binary.
-    Sample,
+    /// Stories that a grammar makes, and how many bytes of them.
+    Sample(u64),
     /// A folder with a text file a split.
     Folder(PathBuf),
     /// A text file, and which shares of it, 0 to 1, are set aside for validation and for the test.
@@ -128,7 +132,8 @@ impl Source {
             .into());
         }
         match source {
-            "sample" => Ok(Self::Sample),
+            "sample" => Ok(Self::Sample(sample::BYTES)),
+            made if made.starts_with("sample:") => sample_of(made),
             folder if Path::new(folder).is_dir() => Ok(Self::Folder(folder.into())),
             file if Path::new(file).is_file() && file.ends_with(".txt") => Ok(Self::File(file.into(), [0.0; 2])),
             _ => {
@@ -170,11 +175,7 @@ impl Source {
     /// download cannot be written.
     pub fn texts(&self, downloads: &Path) -> Result<[Text; 3]> {
         let texts = match self {
-            Self::Sample => [
-                Text::Embedded("sample/train.txt", include_str!("sample/train.txt")),
-                Text::Embedded("sample/valid.txt", include_str!("sample/valid.txt")),
-                Text::Embedded("sample/test.txt", include_str!("sample/test.txt")),
-            ],
+            Self::Sample(bytes) => Split::ALL.map(|split| Text::Made(split, sample::text(split, *bytes))),
             Self::Folder(folder) => files_in(folder)?.map(Text::File),
             Self::File(path, shares) => parts_of(path, *shares)?,
             Self::Published(archive) => {
@@ -208,10 +209,23 @@ impl Source {
 impl Display for Source {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Sample => f.write_str("sample"),
+            Self::Sample(sample::BYTES) => f.write_str("sample"),
+            Self::Sample(bytes) => write!(f, "sample:{}MB", bytes / MB),
             Self::Folder(path) | Self::File(path, _) => path.display().fmt(f),
             Self::Published(archive) => f.write_str(&archive.name),
         }
+    }
+}
+
+/// A sample of so many megabytes, from `sample:30MB`.
+fn sample_of(source: &str) -> Result<Source> {
+    let megabytes = source.strip_prefix("sample:").and_then(|size| size.strip_suffix("MB")).map(str::parse::<u64>);
+    match megabytes {
+        Some(Ok(megabytes @ 1..=MAX_SAMPLE_MB)) => Ok(Source::Sample(megabytes * MB)),
+        _ => Err(Error::Usage(format!(
+            "--source {source}: expected sample, or its size in whole megabytes from 1 to {MAX_SAMPLE_MB}, as in sample:30MB"
+        ))
+        .into()),
     }
 }
 
@@ -307,8 +321,8 @@ fn open_zip(file: &Path) -> Result<ZipArchive<File>> {
 /// The text of one split, read as a stream.
 #[derive(Debug)]
 pub enum Text {
-    /// A name and a text in the binary.
-    Embedded(&'static str, &'static str),
+    /// A split of the sample.
+    Made(Split, String),
     /// A file.
     File(PathBuf),
     /// These bytes of a file.
@@ -331,7 +345,7 @@ impl Text {
     /// Data if the file or the entry is not there, or declares more than any corpus holds.
     pub fn size(&self) -> Result<u64> {
         match self {
-            Self::Embedded(_, text) => Ok(text.len() as u64),
+            Self::Made(_, text) => Ok(text.len() as u64),
             Self::File(path) => Ok(path.metadata().map_err(|e| Error::read(path, e))?.len()),
             Self::Part(_, range) => Ok(range.end - range.start),
             Self::Nothing => Ok(0),
@@ -366,7 +380,7 @@ impl Text {
     fn read<T>(&self, work: impl FnOnce(&mut dyn Read) -> Result<T>) -> Result<T> {
         let open = |path: &Path| File::open(path).map_err(|e| Error::read(path, e));
         match self {
-            Self::Embedded(_, text) => work(&mut text.as_bytes()),
+            Self::Made(_, text) => work(&mut text.as_bytes()),
             Self::Nothing => work(&mut std::io::empty()),
             Self::File(path) => work(&mut open(path)?),
             Self::Part(path, range) => {
@@ -440,7 +454,7 @@ impl Text {
 impl Display for Text {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Embedded(name, _) => f.write_str(name),
+            Self::Made(split, _) => write!(f, "the sample's {split} split"),
             Self::File(path) => path.display().fmt(f),
             Self::Part(path, range) => write!(f, "bytes {} to {} of {}", range.start, range.end, path.display()),
             Self::Nothing => f.write_str("no text"),
