@@ -35,8 +35,12 @@ pub fn parts(shape: &Shape, setting: &Setting) -> Vec<(&'static str, i64)> {
     let moments = 8 * setting.moments;
     let (head, returned) = head(shape, setting);
     // The weights and moments as they were, and one of the moments once more as it is written.
-    let snapshot = if setting.device == Device::Cpu { 4 * parameters + moments + moments / 2 } else { 0 };
-    let beside = if setting.saves_meanwhile { snapshot } else { (snapshot - returned).max(0) };
+    let (snapshot, copy) = if setting.device == Device::Cpu { (4 * parameters + moments, moments / 2) } else { (0, 0) };
+    // The copy is made first, and the next step's head comes later; after the last step no head comes.
+    let beside = match setting.saves_meanwhile {
+        true => snapshot + (copy - returned).max(0),
+        false => (snapshot + copy - returned).max(0),
+    };
     vec![
         ("weights", parameters * (4 + copy)),
         ("gradients", parameters * (4 + copy + wire)),
@@ -98,11 +102,11 @@ fn block(shape: &Shape, setting: &Setting) -> i64 {
     states * state * bytes + rest
 }
 
-/// The most that a block's backward pass works with, besides what is kept: the gradients before and after the nonlinearity,
-/// and those around them.
+/// The most that a block's backward pass works with, besides what is kept: the gradients before and after the nonlinearity and
+/// those around them, which come to 8 states, and as much again, as measured, for the gaps between pieces of many sizes.
 fn backward(shape: &Shape, setting: &Setting) -> i64 {
     let (state, bytes) = state(shape, setting);
-    8 * state * bytes
+    16 * state * bytes
 }
 
 /// The most that the head works with, and how much of it goes back to the system afterwards.

@@ -19,7 +19,7 @@ fn what_it_says_is_what_the_run_does() {
         "8 sequences a step: 1 ranks x 4 micro-steps x 2 sequences of at most 32 tokens\n".into(),
         "length      8 steps, 2.05 k tokens, ".into(),
         // Steps 3, 6 and 8.
-        format!("B for a checkpoint, {:.0} kB for the 3 ", 36.0 * f64::from(parameters) / 1e3),
+        format!("B for a checkpoint, {:.2} MB for the 3 ", 36.0 * f64::from(parameters) / 1e6),
         "program and libraries\n".into(),
         "in all\n".into(),
     ] {
