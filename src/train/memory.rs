@@ -30,7 +30,7 @@ pub struct Setting {
 /// The most that a rank holds at a time, without the program itself: (what for, bytes), in the order in which it comes.
 pub fn parts(shape: &Shape, setting: &Setting) -> Vec<(&'static str, i64)> {
     let parameters = shape.parameters();
-    let copy = if setting.kind == Kind::Float { 0 } else { 2 };
+    let narrow = if setting.kind == Kind::Float { 0 } else { 2 };
     let wire = if setting.has_wire { 2 } else { 0 };
     let moments = 8 * setting.moments;
     let (head, returned) = head(shape, setting);
@@ -42,8 +42,8 @@ pub fn parts(shape: &Shape, setting: &Setting) -> Vec<(&'static str, i64)> {
         false => (snapshot + copy - returned).max(0),
     };
     vec![
-        ("weights", parameters * (4 + copy)),
-        ("gradients", parameters * (4 + copy + wire)),
+        ("weights", parameters * (4 + narrow)),
+        ("gradients", parameters * (4 + narrow + wire)),
         ("moments", moments),
         ("activations", kept(shape, setting)),
         ("head", head),
