@@ -73,6 +73,9 @@ def load_config(text, overrides=()):
         if not equals or key not in DEFAULTS:
             sys.exit(f"--set {item}: expected KEY=VALUE with a key of: {', '.join(DEFAULTS)}")
         config[key] = parse(value)
+    for key in ("train.tokens", "train.epochs"):
+        if config.get(key) is not None:
+            sys.exit(f"{key}: expected train.steps; `lockstep train --dry-run` says how many")
     for key, default in DEFAULTS.items():  # 3e-4 is text to YAML 1.1
         config[key] = float(config[key]) if isinstance(default, float) else config[key]
     if config["model.preset"] is not None:

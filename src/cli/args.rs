@@ -83,6 +83,9 @@ pub enum Verb {
         /// How to train.
         #[command(flatten)]
         training: Training,
+        /// Only prints what the run would take: memory of each rank, steps and tokens, time, disk. Nothing is written.
+        #[arg(long)]
+        dry_run: bool,
     },
     /// Prints the configuration that `train` takes from the same arguments, or one value of it.
     #[command(
@@ -105,15 +108,19 @@ pub enum Verb {
         #[arg(long, conflicts_with_all = ["config", "print", "defaults"])]
         presets: bool,
     },
-    /// Evaluates a checkpoint, and prints a row of eval.csv with its header.
-    #[command(after_help = "Example:\n  lockstep eval --run-dir runs/wikitext2 --split test")]
+    /// Evaluates a checkpoint, and prints a row with the columns of eval.csv, and after them `accuracy`: the share of the
+    /// tokens that the model finds likeliest.
+    #[command(
+        after_help = "Examples:\n  lockstep eval --run-dir runs/wikitext2 --split test --stride 32\n  lockstep eval --run-dir \
+                      runs/wikitext2 --file story.txt --by-document documents.csv"
+    )]
     Eval {
         /// The run and its checkpoint.
         #[command(flatten)]
         run: Run,
-        /// The split to evaluate on.
-        #[arg(long, value_enum, default_value_t = SplitName::Valid)]
-        split: SplitName,
+        /// What to evaluate on.
+        #[command(flatten)]
+        text: Text,
     },
     /// Continues prompts with a trained model.
     #[command(
@@ -296,6 +303,25 @@ pub struct Run {
     /// Which checkpoint: `best`, `latest` or `step-N`.
     #[arg(long, default_value = "best")]
     pub checkpoint: String,
+}
+
+/// What is evaluated on, and how.
+#[derive(Debug, Args)]
+pub struct Text {
+    /// The split of the run's data to evaluate on.
+    #[arg(long, value_enum, default_value_t = SplitName::Valid)]
+    pub split: SplitName,
+    /// Evaluates on this text instead, with the run's tokenizer.
+    #[arg(long, value_name = "TEXT", conflicts_with = "split")]
+    pub file: Option<PathBuf>,
+    /// Slides a window of `data.block_size` tokens over the text by N tokens at a time, so that each token is predicted once,
+    /// and from at least `data.block_size` - N tokens before it. Without it, blocks stand side by side.
+    #[arg(long, value_name = "N")]
+    pub stride: Option<usize>,
+    /// Also writes a table with a row for each document: an article that begins with a line ` = Title = `, or a text that
+    /// ends with `<|endoftext|>`.
+    #[arg(long, value_name = "CSV")]
+    pub by_document: Option<PathBuf>,
 }
 
 /// A split that can be evaluated on.

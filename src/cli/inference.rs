@@ -3,17 +3,20 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use tch::{Device, Kind};
 
-use super::args::{Run, SplitName};
+use super::args::{Run, SplitName, Text};
 use super::checkpoint::checkpoints;
 use super::print;
 use crate::comm::Comm;
-use crate::config::{Config, DeviceChoice, Plan};
+use crate::config::{Config, Data, DeviceChoice, Layout, Plan};
 use crate::data::loader::Samples;
-use crate::data::prepare::DataDir;
+use crate::data::prepare::{encode_file, DataDir};
+use crate::data::shard::Shard;
 use crate::error::{Error, Result};
+use crate::files::write_durably;
 use crate::model::generate::{generate, Sampling};
 use crate::model::Gpt;
 use crate::run::checkpoint::{self, State};
@@ -21,7 +24,8 @@ use crate::run::{self, find_checkpoint, tables, RunDir};
 use crate::tokenizer::Tokenizer;
 use crate::torch;
 use crate::train;
-use crate::train::evaluate::Evaluation;
+use crate::train::documents::{documents, DocumentRow};
+use crate::train::evaluate::{Evaluation, Sums};
 
 /// A run's model, loaded from one of its checkpoints.
 pub struct Loaded {
@@ -119,10 +123,74 @@ fn check(run: &Run, path: &Path) -> Result<State> {
         .map_err(|e| e.context("the checkpoint cannot be used; --checkpoint latest takes the newest good one"))
 }
 
-/// Evaluates a checkpoint on a split; rank 0 prints the row.
-pub fn eval(comm: &Comm, run: &Run, split: SplitName) -> Result<()> {
+/// Evaluates a checkpoint on a split or a file; rank 0 prints the row.
+pub fn eval(comm: &Comm, run: &Run, text: &Text) -> Result<()> {
     let Loaded { plan, tokenizer, model, device, state } = load(run, comm.world_size, comm.local_rank)?;
-    let config = &plan.config.data;
+    let Data { layout, block_size, .. } = plan.config.data;
+    if let Some(stride) = text.stride {
+        check_stride(stride, layout, block_size)?;
+    }
+    let (shard, split, bytes) = match &text.file {
+        Some(file) => {
+            let (shard, size) = encode_file(file, &tokenizer)?;
+            (shard, file.display().to_string(), size.bytes)
+        }
+        None => split_of(run, &plan.config.data, &tokenizer, text.split)?,
+    };
+    let evaluation = Evaluation {
+        split,
+        bytes,
+        samples: match text.stride {
+            Some(stride) => Samples::for_sliding(shard, block_size, stride)?,
+            None => Samples::for_evaluation(shard, layout, block_size)?,
+        },
+        layout,
+        micro_batch: plan.micro_batch,
+        padding: i64::from(tokenizer.end_of_text()),
+    };
+    let documents = match text.by_document {
+        Some(_) => documents(evaluation.samples.shard(), &tokenizer)?,
+        None => Vec::new(),
+    };
+    let start = Instant::now();
+    let starts: Vec<usize> = documents.iter().map(|document| document.start).collect();
+    let starts = if starts.is_empty() { &[0] } else { &starts[..] };
+    let parts = evaluation.measure(comm, &model, device, starts, |_| ())?;
+    if !comm.is_root() {
+        return Ok(());
+    }
+    let mut sums = Sums::default();
+    parts.iter().for_each(|part| sums += *part);
+    let row = tables::with_header(&[evaluation.row(state.step, sums, start)])?;
+    let (header, row) = row.trim_end().split_once('\n').unwrap_or_default();
+    let accuracy = sums.accuracy().map(|share| share.to_string()).unwrap_or_default();
+    print::text(&format!("{header},accuracy\n{row},{accuracy}\n"))?;
+    match &text.by_document {
+        Some(path) => {
+            let rows = documents.iter().zip(&parts).enumerate();
+            let rows: Vec<DocumentRow> = rows.map(|(at, (document, sums))| document.row(at + 1, sums)).collect();
+            write_durably(path, tables::with_header(&rows)?.as_bytes())
+        }
+        None => Ok(()),
+    }
+}
+
+/// Refuses a stride that a run cannot be evaluated with.
+fn check_stride(stride: usize, layout: Layout, block_size: usize) -> Result<()> {
+    let expected = match layout {
+        Layout::Paragraphs => {
+            "a run with data.layout: packed; this one reads each line alone, and no window slides over it".into()
+        }
+        Layout::Packed if !(1..=block_size).contains(&stride) => {
+            format!("1 to the run's data.block_size, {block_size}")
+        }
+        Layout::Packed => return Ok(()),
+    };
+    Err(Error::Usage(format!("--stride {stride}: expected {expected}")).into())
+}
+
+/// A split of a run's data, its name, and the bytes of its text.
+fn split_of(run: &Run, config: &Data, tokenizer: &Tokenizer, split: SplitName) -> Result<(Shard, String, u64)> {
     let data = DataDir::open(&config.dir)?;
     if data.train.tokenizer_digest() != tokenizer.digest() {
         return Err(Error::Data(format!(
@@ -136,22 +204,10 @@ pub fn eval(comm: &Comm, run: &Run, split: SplitName) -> Result<()> {
         ))
         .into());
     }
-    let (shard, split) = match split {
-        SplitName::Valid => (data.valid, "valid"),
-        SplitName::Test => (data.test, "test"),
-    };
-    let evaluation = Evaluation {
-        split,
-        samples: Samples::for_evaluation(shard, config.layout, config.block_size)?,
-        layout: config.layout,
-        micro_batch: plan.micro_batch,
-        padding: i64::from(tokenizer.end_of_text()),
-    };
-    let row = evaluation.run(comm, &model, device, state.step, |_| ())?;
-    if comm.is_root() {
-        print::text(&tables::with_header(&[row])?)?;
-    }
-    Ok(())
+    Ok(match split {
+        SplitName::Valid => (data.valid, "valid".into(), data.meta.valid.bytes),
+        SplitName::Test => (data.test, "test".into(), data.meta.test.bytes),
+    })
 }
 
 /// Refuses numbers that no distribution has.

@@ -68,7 +68,18 @@ pub fn run(cli: &Cli) -> Result<()> {
         Verb::Config { presets: true, .. } => config::show_presets(),
         Verb::Config { defaults: true, .. } => print::text(&template()),
         Verb::Config { config, training, print: key, .. } => config::show(config.as_deref(), training, key.as_deref()),
-        Verb::Train { config, training } => {
+        Verb::Train { config, training, dry_run: true } => {
+            StopRequest::end_at_once()?;
+            let config = config::file(config.as_deref(), training)?;
+            let parsed = training_config(&config, &training.overrides)?;
+            on_every_rank(deadlines(&parsed.fault), |comm| {
+                log::start(cli, None, comm.is_root());
+                let plan = parsed.validate(comm.world_size);
+                let plan = plan.map_err(|e| in_place(e, &config, &training.overrides))?;
+                train::dry_run(comm, plan, print::line)
+            })
+        }
+        Verb::Train { config, training, dry_run: false } => {
             // From the start: a launcher may ask for a stop while MPI is still gathering the ranks.
             let stop = StopRequest::install()?;
             Config::check_names(&training.allow_config_change)?;
@@ -92,7 +103,7 @@ pub fn run(cli: &Cli) -> Result<()> {
                 watchdog.end(train::train(comm, &watchdog, &stop, plan, &run_dir, &resume, allowed))
             })
         }
-        Verb::Eval { run, split } => on_every_rank(Deadlines::default(), |comm| inference::eval(comm, run, *split)),
+        Verb::Eval { run, text } => on_every_rank(Deadlines::default(), |comm| inference::eval(comm, run, text)),
         Verb::Generate { run, prompt, tokens, temperature, top_k, top_p, seed, samples } => {
             let sampling = Sampling { temperature: *temperature, top_k: *top_k, top_p: *top_p, seed: *seed };
             inference::check_sampling(&sampling)?;
@@ -187,7 +198,7 @@ fn refuse_ranks(verb: &Verb) -> Result<()> {
 /// The threads that a verb computes with for long, as [`torch::set_threads`] takes them; `None` for other verbs.
 fn computing_threads(verb: &Verb) -> Option<Option<usize>> {
     let (config, overrides) = match verb {
-        Verb::Train { config, training } => (config::file(config.as_deref(), training).ok()?, &training.overrides),
+        Verb::Train { config, training, .. } => (config::file(config.as_deref(), training).ok()?, &training.overrides),
         Verb::Checkpoint { action: CheckpointAction::Prove { config, overrides, .. } } => (config.clone(), overrides),
         Verb::Eval { .. } | Verb::Generate { .. } => return Some(None),
         _ => return None,

@@ -219,6 +219,7 @@ impl Config {
                 self.fault.save_deadline_s.to_string(),
             ),
             (self.train.steps > 0, "train.steps", "1 or more", self.train.steps.to_string()),
+            (self.train.epochs != Some(0), "train.epochs", "1 or more", "0".into()),
             (self.train.log_every > 0, "train.log_every", "1 or more", self.train.log_every.to_string()),
             (self.train.keep_last > 0, "train.keep_last", "1 or more", self.train.keep_last.to_string()),
         ];

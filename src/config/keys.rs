@@ -118,6 +118,8 @@ mod tests {
             "comm.bucket_mib",
             "comm.grad_dtype",
             "train.steps",
+            "train.tokens",
+            "train.epochs",
             "train.log_every",
             "train.eval_every",
             "train.save_every",

@@ -5,6 +5,7 @@
 
 mod check;
 mod keys;
+mod length;
 mod names;
 mod place;
 mod yaml;
@@ -17,6 +18,7 @@ use serde_json::Value;
 
 pub use check::{Plan, Shape};
 pub use keys::{keys, template, Key};
+pub use length::Tokens;
 pub use place::in_place;
 
 use crate::error::{Error, Result};
@@ -301,9 +303,17 @@ pub enum Schedule {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Train {
-    /// Optimizer steps.
+    /// Optimizer steps. A file gives at most one of `train.steps`, `train.tokens` and `train.epochs`; `--set` with one of them
+    /// replaces what the file says.
     #[schemars(extend("x-free-on-resume" = true))]
     pub steps: usize,
+    /// Instead of steps: how many tokens to predict, as train.csv counts them, for example `300M`, `1.5B` or `300_000_000`. The
+    /// run ends with the first step that reaches them.
+    #[schemars(extend("x-free-on-resume" = true))]
+    pub tokens: Option<Tokens>,
+    /// Instead of steps: how often to see each sample of the training split. The run ends with the first step that has.
+    #[schemars(extend("x-free-on-resume" = true))]
+    pub epochs: Option<usize>,
     /// The loss that a step minimises.
     pub loss: Loss,
     /// A run directory or a checkpoint whose weights a new run begins with. If its blocks are longer than
@@ -429,6 +439,8 @@ impl Default for Train {
     fn default() -> Self {
         Self {
             steps: 1000,
+            tokens: None,
+            epochs: None,
             loss: Loss::TokenMean,
             init_from: None,
             log_every: 1,

@@ -1,7 +1,7 @@
 //! Which key is meant by a name that is none.
 
 /// What other programs call the keys of a configuration.
-const ALIASES: [(&str, &str); 25] = [
+const ALIASES: [(&str, &str); 27] = [
     ("seed", "random_seed manual_seed"),
     ("device", "accelerator"),
     ("precision", "dtype amp bf16 fp16 mixed_precision"),
@@ -31,10 +31,9 @@ const ALIASES: [(&str, &str); 25] = [
     ("optim.schedule", "scheduler lr_scheduler lr_schedule lr_scheduler_type decay"),
     ("optim.warmup_steps", "warmup warmup_iters lr_warmup_steps num_warmup_steps warmup_ratio"),
     ("optim.decay_steps", "lr_decay_iters lr_decay_steps decay_iters"),
-    (
-        "train.steps",
-        "epochs num_epochs n_epochs max_epochs num_train_epochs max_steps max_iters iterations iters n_steps",
-    ),
+    ("train.steps", "max_steps max_iters iterations iters n_steps"),
+    ("train.epochs", "num_epochs n_epochs max_epochs num_train_epochs"),
+    ("train.tokens", "max_tokens n_tokens num_tokens total_tokens train_tokens"),
     ("train.eval_every", "eval_interval eval_steps eval_freq validate_every"),
     ("train.save_every", "save_interval save_steps checkpoint_every checkpoint_interval ckpt_every"),
 ];

@@ -5,8 +5,9 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-use serde_yaml::{Mapping, Value};
+pub(super) use serde_yaml::{Mapping, Value};
 
+use super::length;
 use super::names::meant;
 use super::place::{in_place, set_of, wrong, About};
 use super::{keys, usage, Config, Key, Model, Train};
@@ -36,10 +37,16 @@ impl Config {
             root = Value::Mapping(Mapping::new());
         }
         let known = serde_yaml::to_value(Self::with_every_key())?;
+        length::at_most_one(&root)?;
+        let mut overriding = Value::Null;
         for item in overrides {
             let (key, value) = read_override(item)?;
-            set(&mut root, key, value).or_else(|e| wrong(About::Set(item.clone()), e.to_string()))?;
+            set(&mut root, key, value.clone()).or_else(|e| wrong(About::Set(item.clone()), e.to_string()))?;
+            // What the file has in this place may stand in the way there, and has been refused then.
+            set(&mut overriding, key, value)?;
         }
+        length::at_most_one(&overriding)?;
+        length::settle(&mut root, &overriding);
         let paths: Vec<String> = leaves(&known, "").into_iter().map(|(path, _)| path).collect();
         check_keys(&root, &known, "", &paths)?;
         // A float that YAML writes like a whole number (lr: 1) or without a dot (3e-4, which YAML 1.1 reads as text).
@@ -120,7 +127,13 @@ impl Config {
 
     /// The resolved configuration as YAML, for `config.yaml`.
     pub fn to_yaml(&self) -> Result<String> {
-        Ok(serde_yaml::to_string(self)?)
+        Ok(serde_yaml::to_string(&self.as_value()?)?)
+    }
+
+    fn as_value(&self) -> Result<Value> {
+        let mut root = serde_yaml::to_value(self)?;
+        length::leave_open(&self.train, &mut root);
+        Ok(root)
     }
 }
 
@@ -334,5 +347,5 @@ fn leaves(value: &Value, prefix: &str) -> Vec<(String, Value)> {
 }
 
 fn flatten(config: &Config) -> Result<BTreeMap<String, Value>> {
-    Ok(leaves(&serde_yaml::to_value(config)?, "").into_iter().collect())
+    Ok(leaves(&config.as_value()?, "").into_iter().collect())
 }

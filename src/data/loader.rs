@@ -33,8 +33,9 @@ pub struct Samples {
 }
 
 enum Cut {
-    /// Blocks of this many targets from the start of the stream; the last may be shorter if `tail` keeps it.
-    Blocks { length: usize, count: usize },
+    /// Blocks of this many targets, `stride` tokens from one to the next: all but the last `stride` targets of a block are
+    /// those of blocks before, and only context. The last block may be shorter if `tail` keeps it.
+    Blocks { length: usize, stride: usize, count: usize },
     /// (first token, tokens) of each piece.
     Pieces(Vec<(usize, u32)>),
 }
@@ -57,15 +58,31 @@ impl Samples {
         Self::cut(shard, layout, block_size, true)
     }
 
+    /// Cuts a split for evaluation with a window that slides over the stream: each token but the first is a target once,
+    /// and sees at least `block_size - stride` tokens before it (if so many are there). `stride` is 1 to `block_size`, and
+    /// `block_size` gives the blocks of [`Samples::for_evaluation`].
+    ///
+    /// # Errors
+    /// As [`Samples::for_training`].
+    pub fn for_sliding(shard: Shard, block_size: usize, stride: usize) -> Result<Self> {
+        let targets = shard.n_tokens().saturating_sub(1);
+        let count = targets.min(1) + targets.saturating_sub(block_size).div_ceil(stride);
+        Self::checked(shard, Layout::Packed, Cut::Blocks { length: block_size, stride, count }, block_size, true)
+    }
+
     fn cut(shard: Shard, layout: Layout, block_size: usize, tail: bool) -> Result<Self> {
         let targets = shard.n_tokens().saturating_sub(1);
         let cut = match layout {
             Layout::Packed => {
                 let count = if tail { targets.div_ceil(block_size) } else { targets / block_size };
-                Cut::Blocks { length: block_size, count }
+                Cut::Blocks { length: block_size, stride: block_size, count }
             }
             Layout::Paragraphs => Cut::Pieces(pieces(&shard, block_size)?),
         };
+        Self::checked(shard, layout, cut, block_size, tail)
+    }
+
+    fn checked(shard: Shard, layout: Layout, cut: Cut, block_size: usize, tail: bool) -> Result<Self> {
         let samples = Self { shard, cut };
         if samples.shard.n_tokens() == 0 {
             let message = "the split is empty; set some text aside for it with `lockstep prepare --test 5%`";
@@ -107,8 +124,8 @@ impl Samples {
     /// The tokens of a sample, one more than it has targets.
     fn tokens(&self, sample: usize) -> Range<usize> {
         match &self.cut {
-            Cut::Blocks { length, .. } => {
-                let start = sample * length;
+            Cut::Blocks { length, stride, .. } => {
+                let start = sample * stride;
                 start..(start + length + 1).min(self.shard.n_tokens())
             }
             Cut::Pieces(pieces) => {
@@ -118,9 +135,19 @@ impl Samples {
         }
     }
 
+    /// Where a sample's targets are in the split. They are the last of its tokens.
+    pub fn target_places(&self, sample: usize) -> Range<usize> {
+        let tokens = self.tokens(sample);
+        let context = match &self.cut {
+            Cut::Blocks { length, stride, .. } if sample > 0 => length - stride,
+            _ => 0,
+        };
+        tokens.start + 1 + context..tokens.end
+    }
+
     /// How many targets a sample has.
     pub fn targets(&self, sample: usize) -> usize {
-        self.tokens(sample).len() - 1
+        self.target_places(sample).len()
     }
 
     /// Reads samples as one batch; `weight` gives what each target of a sample of n targets counts.
@@ -134,7 +161,7 @@ impl Samples {
         device: Device,
         weight: impl Fn(usize) -> f32,
     ) -> Result<Batch> {
-        let width = samples.iter().map(|&sample| self.targets(sample)).max().unwrap_or(0);
+        let width = samples.iter().map(|&sample| self.tokens(sample).len() - 1).max().unwrap_or(0);
         let size = samples.len() * width;
         // Inputs, then targets: one copy takes both to a GPU.
         let mut ids = vec![0i64; 2 * size];
@@ -149,7 +176,8 @@ impl Samples {
             let place = row * width..row * width + n;
             inputs[place.clone()].copy_from_slice(&tokens[..n]);
             targets[place.clone()].copy_from_slice(&tokens[1..]);
-            weights[place].fill(weight(n));
+            let counted = self.targets(sample);
+            weights[place.end - counted..place.end].fill(weight(counted));
         }
         let counted: Vec<i64> = (0..size as i64).filter(|&place| weights[place as usize] > 0.0).collect();
         let counted = (counted.len() < size).then(|| send(Tensor::from_slice(&counted), device));
@@ -217,6 +245,31 @@ impl Loader {
         (first..first + self.batch_size as u64)
             .map(|number| permute(self.seed, number / epoch_length, number % epoch_length, epoch_length) as usize)
             .collect()
+    }
+
+    /// The first number of steps after which [`Loader::targets`] add up to at least so many; as [`Loader::global_batch`], this
+    /// is a function of the data and the seed.
+    pub fn steps_to_targets(&self, targets: u64) -> usize {
+        let n = self.samples.len() as u64;
+        let all: u64 = (0..self.samples.len()).map(|sample| self.samples.targets(sample) as u64).sum();
+        let targets = targets.max(1);
+        let (epochs, mut left) = ((targets - 1) / all, (targets - 1) % all + 1);
+        let mut samples = 0;
+        while left > 0 {
+            let sample = permute(self.seed, epochs, samples, n) as usize;
+            left = left.saturating_sub(self.samples.targets(sample) as u64);
+            samples += 1;
+        }
+        self.steps_to_samples(epochs * n + samples)
+    }
+
+    /// The first number of steps that see every sample so many times.
+    pub fn steps_to_epochs(&self, epochs: usize) -> usize {
+        self.steps_to_samples(epochs as u64 * self.samples.len() as u64)
+    }
+
+    fn steps_to_samples(&self, samples: u64) -> usize {
+        samples.div_ceil(self.batch_size as u64) as usize
     }
 
     /// This rank's contiguous share of a global batch.

@@ -228,6 +228,20 @@ fn encode_split(split: Split, text: &Text, tokenizer: &Tokenizer, mut shard: Sha
     Ok(SplitMeta { tokens: counts.tokens, lines: counts.lines, words: counts.words, bytes })
 }
 
+/// Tokenizes a text file, which is no part of a data folder. Its ids lie in a file without a name, which goes with them.
+///
+/// # Errors
+/// Data if the text cannot be read, is not UTF-8 or has no word, Storage if there is no space for the ids.
+pub fn encode_file(path: &Path, tokenizer: &Tokenizer) -> Result<(Shard, SplitMeta)> {
+    // Ranks of one machine must not meet.
+    let ids = std::env::temp_dir().join(format!("lockstep-eval-{}.bin", std::process::id()));
+    let writer = ShardWriter::create(&ids, tokenizer.vocab_size(), tokenizer.digest())?;
+    let size = encode_split(Split::Test, &Text::File(path.into()), tokenizer, writer)?;
+    let shard = Shard::open(&ids);
+    fs::remove_file(&ids).map_err(|e| Error::write(&ids, e))?;
+    Ok((shard?, size))
+}
+
 /// Only an absent or empty folder, or one that holds a data folder's files and nothing else, may be
 /// replaced; damage is no hindrance, as long as one shard still begins like one.
 fn refuse_foreign(out: &Path) -> Result<()> {

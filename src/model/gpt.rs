@@ -7,7 +7,7 @@
 use tch::{no_grad, Device, Kind, Tensor};
 
 use super::cache::Cache;
-use super::head::{self, Targets};
+use super::head::{self, Score, Targets};
 use super::parameters::Parameters;
 use crate::config::{Activation, Norm, Shape};
 use crate::random::mix;
@@ -24,6 +24,11 @@ impl Shape {
             .sum();
         let tied = if self.tied_head { self.vocab_size * self.n_embd } else { 0 };
         6.0 * (matrices + tied) as f64 + (12 * self.n_layer * self.n_embd * self.block_size) as f64
+    }
+
+    /// How many parameters there are.
+    pub fn parameters(&self) -> i64 {
+        self.tensors().iter().map(|(_, shape, _)| shape.iter().product::<i64>()).sum()
     }
 
     /// (name, shape, decay) of every parameter, in the order in which backward finishes their gradients.
@@ -216,11 +221,11 @@ impl Gpt {
         no_grad(|| hidden.linear(&self.head, None::<&Tensor>).to_kind(Kind::Float))
     }
 
-    /// The negative log-likelihood of (B, T) targets, summed with (B, T) weights: an evaluation's numerator. `counted` as in
+    /// How well each of (B, T) targets that counts is predicted, row after row, with (B, T) weights. `counted` as in
     /// [`Gpt::forward_backward`].
-    pub fn loss(&self, inputs: &Tensor, targets: &Tensor, weights: &Tensor, counted: Option<&Tensor>) -> f64 {
+    pub fn scores(&self, inputs: &Tensor, targets: &Tensor, weights: &Tensor, counted: Option<&Tensor>) -> Vec<Score> {
         let hidden = self.hidden(inputs, None);
-        head::loss(&hidden, &self.head, &Targets { ids: targets, weights, counted })
+        head::scores(&hidden, &self.head, &Targets { ids: targets, weights, counted })
     }
 
     /// One micro-step: the weighted loss of a batch, (1,) fp64 on the model's device, its gradients added to the flat gradient.

@@ -32,7 +32,7 @@ pub fn last_row<R: Row>(path: &Path) -> Result<Option<R>> {
     });
     // A short file, or one that a spreadsheet saved, is read as a whole; so is one with an error, which has its line there.
     let rows = match tail {
-        Ok(Some(bytes)) => read(path, &bytes).or_else(|_| Table::rows(path))?,
+        Ok(Some(bytes)) => read(path, &bytes).map(|(rows, _)| rows).or_else(|_| Table::rows(path))?,
         _ => Table::rows(path)?,
     };
     Ok(rows.into_iter().next_back())
@@ -77,11 +77,11 @@ impl<R: Row> Growing<R> {
         bytes.truncate(bytes.iter().rposition(|&byte| byte == b'\n').map_or(0, |end| end + 1));
         let end = start + bytes.len() as u64;
         let (anew, rows) = match anew {
-            true => (true, read(&self.path, &bytes)?),
+            true => (true, read(&self.path, &bytes)?.0),
             false => {
                 let head = header::<R>() + "\n";
                 match read(&self.path, &[head.as_bytes(), &bytes].concat()) {
-                    Ok(rows) => (false, rows),
+                    Ok((rows, _)) => (false, rows),
                     // Under a header of another version; or an error, whose line in the whole file is what a person can use.
                     Err(_) => (true, Table::rows(&self.path)?),
                 }

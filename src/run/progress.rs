@@ -59,17 +59,17 @@ impl Progress {
 }
 
 /// The batches of an evaluation: a bar on a terminal, elsewhere a line now and then if it takes long.
-pub struct EvaluationProgress {
+pub struct EvaluationProgress<'a> {
     bar: ProgressBar,
-    split: &'static str,
+    split: &'a str,
     batches: usize,
     last_line: Instant,
     pace: Pace,
 }
 
-impl EvaluationProgress {
+impl<'a> EvaluationProgress<'a> {
     /// Before the first of a rank's batches of a split.
-    pub fn new(split: &'static str, batches: usize) -> Self {
+    pub fn new(split: &'a str, batches: usize) -> Self {
         let now = Instant::now();
         let bar = bar(batches, "evaluating: {pos}/{len} batches, {wide_msg}");
         Self { bar, split, batches, last_line: now, pace: Pace::from(0, now) }
@@ -89,7 +89,7 @@ impl EvaluationProgress {
     }
 }
 
-impl Drop for EvaluationProgress {
+impl Drop for EvaluationProgress<'_> {
     fn drop(&mut self) {
         self.bar.finish_and_clear();
         BARS.remove(&self.bar);

@@ -59,7 +59,7 @@ pub struct EvalRow {
     /// Optimizer steps done.
     #[serde(deserialize_with = "whole")]
     pub step: usize,
-    /// `valid` or `test`.
+    /// `valid` or `test`; with `eval --file` the file.
     pub split: String,
     /// Mean over all tokens of the split, without dropout.
     pub loss: f64,
@@ -72,6 +72,9 @@ pub struct EvalRow {
     pub tokens: u64,
     /// Time that the evaluation took.
     pub eval_s: f64,
+    /// Total negative log-likelihood in bits, over the bytes of the split's text: to compare any vocabularies. The total is
+    /// over the tokens that `tokens` counts; with `data.layout: paragraphs` that leaves out the first of each piece.
+    pub bits_per_byte: Option<f64>,
 }
 
 /// A row of ranks.csv: a rank that has become slow.
@@ -95,6 +98,9 @@ pub struct RankRow {
 
 /// A row that belongs to a step.
 pub trait Row: Default + Serialize + DeserializeOwned {
+    /// How many columns the first version of the table had, if later ones have more.
+    const FIRST_COLUMNS: Option<usize> = None;
+
     /// The step that the row is about.
     fn step(&self) -> usize;
 }
@@ -106,6 +112,8 @@ impl Row for TrainRow {
 }
 
 impl Row for EvalRow {
+    const FIRST_COLUMNS: Option<usize> = Some(7);
+
     fn step(&self) -> usize {
         self.step
     }
@@ -140,6 +148,8 @@ pub fn header<R: Default + Serialize>() -> String {
 pub struct Table {
     path: PathBuf,
     file: File,
+    /// How many columns the file has: fewer than the rows if an older version began it.
+    columns: usize,
 }
 
 impl Table {
@@ -149,15 +159,15 @@ impl Table {
     /// # Errors
     /// Storage, if the file cannot be written, or holds something else than this log; then nothing is changed.
     pub fn open<R: Row>(path: &Path, step: usize) -> Result<(Self, Vec<R>)> {
-        let mut rows: Vec<R> = Self::rows(path)?;
+        let (mut rows, columns) = Self::read::<R>(path)?;
         rows.retain(|row| row.step() <= step);
-        let mut text = (header::<R>() + "\n").into_bytes();
+        let mut text = first_cells(&header::<R>(), columns);
         for row in &rows {
-            text.extend(line(row)?);
+            text += &line(row, columns)?;
         }
-        write_durably(path, &text)?;
+        write_durably(path, text.as_bytes())?;
         let file = OpenOptions::new().append(true).open(path).map_err(|e| Error::write(path, e))?;
-        Ok((Self { path: path.to_path_buf(), file }, rows))
+        Ok((Self { path: path.to_path_buf(), file, columns }, rows))
     }
 
     /// The rows of a file, without a half-written one at its end; none if there is no file.
@@ -165,9 +175,14 @@ impl Table {
     /// # Errors
     /// Storage, if the file holds something else than this log.
     pub fn rows<R: Row>(path: &Path) -> Result<Vec<R>> {
+        Ok(Self::read(path)?.0)
+    }
+
+    /// The rows of a file, and how many columns it has.
+    fn read<R: Row>(path: &Path) -> Result<(Vec<R>, usize)> {
         match fs::read(path) {
             Ok(bytes) => read(path, &bytes),
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => read(path, &[]),
             Err(e) => Err(Error::Storage(format!("cannot read {}: {e}", path.display())).into()),
         }
     }
@@ -185,9 +200,9 @@ impl Table {
     /// # Errors
     /// Storage, if the row cannot be written.
     pub fn append<R: Row>(&mut self, row: &R) -> Result<()> {
-        let line = line(row)?;
+        let line = line(row, self.columns)?;
         let length = self.file.metadata().map_err(|e| Error::write(&self.path, e))?.len();
-        self.file.write_all(&line).map_err(|e| {
+        self.file.write_all(line.as_bytes()).map_err(|e| {
             // A full disk takes a part of a row; the file keeps whole ones.
             let _ = self.file.set_len(length);
             Error::write(&self.path, e)
@@ -195,10 +210,16 @@ impl Table {
     }
 }
 
-fn line(row: &impl Serialize) -> Result<Vec<u8>> {
+/// A row's line in a file of so many columns.
+fn line(row: &impl Serialize, columns: usize) -> Result<String> {
     let mut writer = csv::WriterBuilder::new().has_headers(false).from_writer(Vec::new());
     writer.serialize(row)?;
-    Ok(writer.into_inner()?)
+    Ok(first_cells(&String::from_utf8(writer.into_inner()?)?, columns))
+}
+
+/// The first cells of a line, as a line. No cell of ours has a comma.
+fn first_cells(line: &str, columns: usize) -> String {
+    line.trim_end().split(',').take(columns).collect::<Vec<_>>().join(",") + "\n"
 }
 
 /// A whole number; a spreadsheet may have saved it as 3.07E+04.
@@ -211,18 +232,22 @@ fn whole<'de, D: Deserializer<'de>, N: TryFrom<u64>>(cell: D) -> std::result::Re
 }
 
 /// The rows of a file, as this program or a spreadsheet has written it. Part of a row at its end is what a crash left: it is
-/// dropped. Nothing else is, since it may be somebody's.
-pub(super) fn read<R: Row>(path: &Path, bytes: &[u8]) -> Result<Vec<R>> {
+/// dropped. Nothing else is, since it may be somebody's. Also returns how many columns the file has: columns that came later
+/// than the file are unknown in its rows.
+pub(super) fn read<R: Row>(path: &Path, bytes: &[u8]) -> Result<(Vec<R>, usize)> {
     const MARK: &[u8] = b"\xef\xbb\xbf";
     let bytes = bytes.strip_prefix(MARK).unwrap_or(bytes);
     let expected = header::<R>();
+    let all = expected.split(',').count();
     if expected.as_bytes().starts_with(bytes) {
-        return Ok(Vec::new());
+        return Ok((Vec::new(), all));
     }
     let mut lines = bytes.split_inclusive(|&b| b == b'\n').peekable();
     let found = lines.next().unwrap_or_default();
-    let columns = expected.split(',').count();
-    if !cells(found, columns).iter().copied().eq(expected.split(',')) {
+    let names = cells(found, all);
+    let columns = names.len();
+    let is_known = (R::FIRST_COLUMNS.unwrap_or(all)..=all).contains(&columns);
+    if !(is_known && names.into_iter().eq(expected.split(',').take(columns))) {
         let found: String = String::from_utf8_lossy(&found[..found.len().min(300)]).trim_end().into();
         return Err(Error::Storage(format!(
             "{} does not have the columns of this log: expected {expected}, found {}; move it away or use another \
@@ -233,7 +258,7 @@ pub(super) fn read<R: Row>(path: &Path, bytes: &[u8]) -> Result<Vec<R>> {
         .into());
     }
     let mut rows: Vec<R> = Vec::new();
-    let refuse = |line: usize, what: String| -> Result<Vec<R>> {
+    let refuse = |line: usize, what: String| -> Result<(Vec<R>, usize)> {
         let path = path.display();
         let remedy = "nothing was changed; repair the line, or move the file away to go on without it";
         Err(Error::Storage(format!("{path}, line {line}: {what}; {remedy}")).into())
@@ -244,7 +269,9 @@ pub(super) fn read<R: Row>(path: &Path, bytes: &[u8]) -> Result<Vec<R>> {
             break;
         }
         let number = rows.len() + 2;
-        let row: R = match csv::StringRecord::from(cells.clone()).deserialize(None) {
+        let mut record = csv::StringRecord::from(cells.clone());
+        (columns..all).for_each(|_| record.push_field(""));
+        let row: R = match record.deserialize(None) {
             Ok(row) if cells.len() == columns => row,
             _ => {
                 let found: String = String::from_utf8_lossy(&line[..line.len().min(300)]).trim_end().into();
@@ -259,7 +286,7 @@ pub(super) fn read<R: Row>(path: &Path, bytes: &[u8]) -> Result<Vec<R>> {
             _ => rows.push(row),
         }
     }
-    Ok(rows)
+    Ok((rows, columns))
 }
 
 /// A line's cells, without the quotes that a spreadsheet may put around them, up to one more than there are columns. No cell of
@@ -302,7 +329,7 @@ mod tests {
     use super::*;
 
     fn row(step: usize) -> EvalRow {
-        EvalRow { step, split: "valid".into(), loss: 1.5, ppl: 4.5, word_ppl: None, tokens: 9, eval_s: 0.1 }
+        EvalRow { step, split: "valid".into(), loss: 1.5, ppl: 4.5, tokens: 9, eval_s: 0.1, ..EvalRow::default() }
     }
 
     #[test]
@@ -323,7 +350,7 @@ mod tests {
             assert_eq!(kept.len(), lines.saturating_sub(1).min(3), "cut at byte {cut}");
             let text = fs::read_to_string(&path).unwrap();
             assert_eq!(text.lines().count(), kept.len() + 1);
-            assert!(text.starts_with("step,split,loss,ppl,word_ppl,tokens,eval_s\n"));
+            assert!(text.starts_with("step,split,loss,ppl,word_ppl,tokens,eval_s,bits_per_byte\n"));
         }
     }
 
@@ -360,7 +387,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("eval.csv");
         let head = header::<EvalRow>();
-        let rows = ["4,valid,1.5,4.5,,9,0.1", "8,valid,1.25,3.5,,30700,0.1"];
+        let rows = ["4,valid,1.5,4.5,,9,0.1,1.75", "8,valid,1.25,3.5,,30700,0.1,1.5"];
         let ours = format!("{head}\n{}\n{}\n", rows[0], rows[1]);
         let theirs = ours.replace("30700", "3.07E+04").replace("\n8,", "\n8.0,").replace("1.25", "1.25E0");
         let quoted = theirs.replace("valid", "\"valid\"").replace("step,split", "\"step\",\"split\"");
@@ -370,6 +397,24 @@ mod tests {
             assert_eq!((kept.len(), kept[1].step, kept[1].tokens), (2, 8, 30700), "{text:?}");
             let kept = fs::read_to_string(&path).unwrap();
             assert_eq!(kept.replace(".0,", ","), ours.replace(".0,", ","), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn an_older_versions_file_goes_on_under_its_own_header() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("eval.csv");
+        let older = "step,split,loss,ppl,word_ppl,tokens,eval_s\n4,valid,1.5,4.5,,9,0.1\n";
+        fs::write(&path, older).unwrap();
+        let (mut log, kept) = Table::open::<EvalRow>(&path, 4).unwrap();
+        assert_eq!(kept, [row(4)]);
+        log.append(&EvalRow { bits_per_byte: Some(1.25), ..row(8) }).unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), format!("{older}8,valid,1.5,4.5,,9,0.1\n"));
+        assert_eq!(Table::rows::<EvalRow>(&path).unwrap(), [row(4), row(8)]);
+        for other in [older.replace(",eval_s", ""), older.replace("eval_s", "bits_per_byte"), "step,loss\n".into()] {
+            fs::write(&path, &other).unwrap();
+            assert!(Table::open::<EvalRow>(&path, 4).is_err(), "{other}");
+            assert_eq!(fs::read_to_string(&path).unwrap(), other);
         }
     }
 

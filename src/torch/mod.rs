@@ -23,7 +23,7 @@ pub use self::libtorch::{
     use_deterministic_kernels, AdamWNumbers,
 };
 pub use self::mark::{Mark, Marks};
-pub use self::peak::{describe_peak, measure_peak};
+pub use self::peak::{describe_peak, measure_peak, measure_product};
 pub use self::threads::{bound_waiting, set_threads};
 use crate::error::{Error, Result};
 
@@ -132,10 +132,19 @@ pub fn synchronize(device: Device) {
     }
 }
 
+/// The memory of this process that is resident now, in MiB; `None` if the system does not say.
+pub fn resident_mib() -> Option<f64> {
+    status_mib("VmRSS:")
+}
+
 /// `None` if the system does not say.
 fn peak_resident_mib() -> Option<f64> {
+    status_mib("VmHWM:")
+}
+
+fn status_mib(field: &str) -> Option<f64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix(field))?;
     let kib: f64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kib / 1024.0)
 }

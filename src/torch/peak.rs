@@ -13,19 +13,33 @@ pub fn measure_peak(device: Device, kind: Kind) -> f64 {
     // is busy with smaller ones, and would take a minute for the largest.
     let (smallest, largest, products, limit) =
         if device.is_cuda() { (512, 8192, 8, 0.4) } else { (1024, 1024, 1, 0.15) };
-    let peak = measured(smallest, largest, products, Duration::from_secs_f64(limit), |n| product(n, kind, device));
+    let peak = measured(smallest, largest, products, Duration::from_secs_f64(limit), |n| product([n; 3], kind, device));
     if let Device::Cuda(index) = device {
         libtorch::forget_memory(index);
     }
     peak
 }
 
-/// Multiplies two (n, n) matrices so often, and returns how long that took; `None` if the device has no memory for
+/// Measures in FLOP/s how fast this device multiplies (m, k) by (k, n), in about a fifth of a second or two products. NaN if
+/// it has no memory for them.
+pub fn measure_product(sizes: [i64; 3], device: Device, kind: Kind) -> f64 {
+    let Some(work) = product(sizes, kind, device) else { return f64::NAN };
+    // The first also chooses a kernel.
+    work(1);
+    let start = Instant::now();
+    let mut best = work(1);
+    while start.elapsed() < Duration::from_millis(200) {
+        best = best.min(work(1));
+    }
+    2.0 * sizes.iter().map(|&n| n as f64).product::<f64>() / best.as_secs_f64()
+}
+
+/// Multiplies an (m, k) by a (k, n) matrix so often, and returns how long that took; `None` if the device has no memory for
 /// them.
-fn product(n: i64, kind: Kind, device: Device) -> Option<impl Fn(u32) -> Duration> {
+fn product([m, k, n]: [i64; 3], kind: Kind, device: Device) -> Option<impl Fn(u32) -> Duration> {
     // Not equal ones: a GPU takes less power for numbers whose bits do not change, and runs faster than it ever trains.
-    let matrix = || Tensor::f_randn([n, n], (kind, device)).ok();
-    let (a, b, product) = (matrix()?, matrix()?, matrix()?);
+    let matrix = |rows, columns| Tensor::f_randn([rows, columns], (kind, device)).ok();
+    let (a, b, product) = (matrix(m, k)?, matrix(k, n)?, matrix(m, n)?);
     Some(move |times| {
         let start = Instant::now();
         for _ in 0..times {

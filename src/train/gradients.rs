@@ -29,6 +29,17 @@ impl Bucket {
     }
 }
 
+/// How many of the optimizer's elements a rank keeps, of `numel`.
+pub fn kept_elements(numel: i64, options: &CommOptions, zero1: bool, rank: usize, world_size: usize) -> i64 {
+    match zero1 && world_size > 1 {
+        true => {
+            let part = |bucket: Bucket| bucket.parts[rank + 1] - bucket.parts[rank];
+            buckets(numel, options.bucket_mib, world_size).into_iter().map(part).sum::<usize>() as i64
+        }
+        false => numel,
+    }
+}
+
 /// The buckets of one model, and how far a step has come with them.
 pub struct Gradients {
     buckets: Vec<Bucket>,
@@ -184,6 +195,9 @@ mod tests {
                         assert!(bucket.parts.iter().all(|&n| n % UNIT as usize == 0 || n == bucket.length as usize));
                     }
                     assert_eq!(next, numel);
+                    let options = CommOptions { bucket_mib: mib, ..CommOptions::default() };
+                    let kept = |rank| kept_elements(numel, &options, true, rank, world_size);
+                    assert_eq!((0..world_size).map(kept).sum::<i64>(), numel);
                 }
             }
         }

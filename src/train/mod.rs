@@ -3,8 +3,11 @@
 //! done between two steps ([`between`]), and numbers that are not finite ([`nonfinite`]).
 
 mod between;
+pub mod documents;
+mod dry_run;
 pub mod evaluate;
 mod gradients;
+mod memory;
 mod nonfinite;
 pub mod prove;
 mod report;
@@ -15,6 +18,7 @@ use std::path::{Path, PathBuf};
 
 use tch::{Device, Kind, Tensor};
 
+pub use self::dry_run::dry_run;
 use self::evaluate::Evaluation;
 use self::gradients::Gradients;
 use self::report::{Report, Speed};

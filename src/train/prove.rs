@@ -31,8 +31,7 @@ pub fn prove(
     let half = steps / 2;
     let mut config = config.clone();
     // As short as can be: what does not change the weights is left out, and the learning rate follows from `steps`.
-    config.train = Train {
-        steps,
+    let brief = Train {
         log_every: 1,
         eval_every: 0,
         save_every: half,
@@ -41,6 +40,7 @@ pub fn prove(
         tensorboard: false,
         ..config.train
     };
+    config.train = brief.of_steps(steps);
     if comm.is_root() {
         let made = folder.parent().map_or(Ok(()), fs::create_dir_all).and_then(|()| fs::create_dir(folder));
         made.map_err(|e| match e.kind() {

@@ -1,6 +1,6 @@
 //! What comes before the first step: opening, resuming, and agreeing.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};
@@ -11,7 +11,7 @@ use super::gradients::Gradients;
 use super::report::Speed;
 use super::{kind, Resume, Trainer};
 use crate::comm::Comm;
-use crate::config::{Auto, Config, Data, Layout, Plan, Schedule};
+use crate::config::{Auto, Config, Data, Layout, Plan, Schedule, Tokens, Train};
 use crate::data::loader::{Loader, Samples};
 use crate::data::prepare::DataDir;
 use crate::error::{Error, Result};
@@ -29,46 +29,80 @@ use crate::tokenizer::Tokenizer;
 use crate::torch::{self, Marks};
 use crate::watch::{Phase, Watchdog};
 
+/// What a run reads, opened and checked.
+pub(super) struct Opened {
+    pub threads: usize,
+    pub tokenizer: Tokenizer,
+    pub tokenizer_file: PathBuf,
+    /// SHA-256 of the training tokens.
+    pub data_sha256: String,
+    pub loader: Loader,
+    pub valid: Option<Evaluation>,
+}
+
+/// Opens what a run reads, and puts the number of its steps into the plan, if that follows from the data.
+pub(super) fn open(comm: &Comm, plan: &mut Plan) -> Result<Opened> {
+    let config = &plan.config;
+    let threads = torch::set_threads(match config.threads {
+        Auto::Number(n) => Some(n),
+        Auto::Auto => None,
+    })?;
+    let data = DataDir::open(&config.data.dir)?;
+    let tokenizer = Tokenizer::from_file(&data.tokenizer)?;
+    let (layout, block_size) = (config.data.layout, config.data.block_size);
+    let padding = i64::from(tokenizer.end_of_text());
+    let in_split = |split: &'static str| move |e: anyhow::Error| e.context(format!("the {split} split"));
+    let data_sha256 = hex(&data.train.digest());
+    let loader = Loader {
+        samples: Samples::for_training(data.train, layout, block_size).map_err(in_split("training"))?,
+        seed: config.seed,
+        batch_size: config.data.batch_size,
+        micro_batch: plan.micro_batch,
+        loss: config.train.loss,
+        padding,
+        rank: comm.rank,
+        world_size: comm.world_size,
+    };
+    let valid = match config.train.eval_every {
+        0 => None,
+        _ => Some(Evaluation {
+            split: "valid".into(),
+            samples: Samples::for_evaluation(data.valid, layout, block_size).map_err(in_split("validation"))?,
+            layout,
+            bytes: data.meta.valid.bytes,
+            micro_batch: plan.micro_batch,
+            padding,
+        }),
+    };
+    let tokenizer_file = data.tokenizer;
+    let steps = steps(&config.train, &loader);
+    plan.config.train = plan.config.train.clone().of_steps(steps);
+    Ok(Opened { threads, tokenizer, tokenizer_file, data_sha256, loader, valid })
+}
+
+/// How many steps the configuration asks for with this data; says so if it does not name them.
+fn steps(train: &Train, loader: &Loader) -> usize {
+    let (asked, steps) = match (train.tokens, train.epochs) {
+        (Some(Tokens(tokens)), _) => (format!("train.tokens {tokens}"), loader.steps_to_targets(tokens)),
+        (None, Some(epochs)) => (format!("train.epochs {epochs}"), loader.steps_to_epochs(epochs)),
+        (None, None) => return train.steps,
+    };
+    info!("{asked}: that takes {steps} steps of {} sequences", loader.batch_size);
+    steps
+}
+
 impl<'a> Trainer<'a> {
     pub(super) fn new(
         comm: &'a Comm,
         watchdog: &'a Watchdog,
         device: Device,
         stop: &'a StopRequest,
-        plan: Plan,
+        mut plan: Plan,
         run_dir: &Path,
     ) -> Result<Self> {
+        let Opened { threads, tokenizer, tokenizer_file, data_sha256, loader, valid } = open(comm, &mut plan)?;
         let config = &plan.config;
-        let threads = torch::set_threads(match config.threads {
-            Auto::Number(n) => Some(n),
-            Auto::Auto => None,
-        })?;
-        let data = DataDir::open(&config.data.dir)?;
-        let tokenizer = Tokenizer::from_file(&data.tokenizer)?;
-        let (layout, block_size) = (config.data.layout, config.data.block_size);
-        let padding = i64::from(tokenizer.end_of_text());
-        let in_split = |split: &'static str| move |e: anyhow::Error| e.context(format!("the {split} split"));
-        let data_sha256 = hex(&data.train.digest());
-        let loader = Loader {
-            samples: Samples::for_training(data.train, layout, block_size).map_err(in_split("training"))?,
-            seed: config.seed,
-            batch_size: config.data.batch_size,
-            micro_batch: plan.micro_batch,
-            loss: config.train.loss,
-            padding,
-            rank: comm.rank,
-            world_size: comm.world_size,
-        };
-        let valid = match config.train.eval_every {
-            0 => None,
-            _ => Some(Evaluation {
-                split: "valid",
-                samples: Samples::for_evaluation(data.valid, layout, block_size).map_err(in_split("validation"))?,
-                layout,
-                micro_batch: plan.micro_batch,
-                padding,
-            }),
-        };
+        let layout = config.data.layout;
         let kind = kind(config.precision);
         let cudnn_attention =
             kind == Kind::BFloat16 && layout == Layout::Packed && torch::cudnn_attention_is_exact(config.model.dropout);
@@ -94,7 +128,7 @@ impl<'a> Trainer<'a> {
             device,
             marks: Marks::on(device)?,
             tokenizer,
-            tokenizer_file: data.tokenizer,
+            tokenizer_file,
             loader,
             valid,
             model,

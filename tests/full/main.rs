@@ -6,6 +6,7 @@ mod common;
 mod corruption;
 #[cfg(feature = "mpi")]
 mod documents;
+mod dry_run;
 mod errors;
 mod hugging_face;
 mod lease;

@@ -348,8 +348,8 @@ fn csv_repair() {
         let record = csv::StringRecord::from(cells.split(',').collect::<Vec<_>>());
         train.append(&record.deserialize::<TrainRow>(None).unwrap()).unwrap();
     }
-    let evaluated =
-        "step,split,loss,ppl,word_ppl,tokens,eval_s\n4,valid,6.1,445.8,,900,0.1\n8,valid,5.5,244.7,,900,0.1\n";
+    let evaluated = "step,split,loss,ppl,word_ppl,tokens,eval_s,bits_per_byte\n4,valid,6.1,445.8,,900,0.1,2.5\n\
+        8,valid,5.5,244.7,,900,0.1,2.25\n";
     let corpus = [fs::read(&path).unwrap(), evaluated.into()];
     fuzz(
         &corpus,

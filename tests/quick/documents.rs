@@ -14,6 +14,7 @@ use lockstep::compare::CompareRow;
 use lockstep::config::{self, Config, PRESETS};
 use lockstep::error::EXIT_CODES;
 use lockstep::run::tables::{EvalRow, RankRow, TrainRow};
+use lockstep::train::documents::DocumentRow;
 use schemars::{schema_for, Schema};
 
 use crate::common::documents::{documents, root};
@@ -65,6 +66,7 @@ fn generated() -> Vec<(&'static str, String)> {
         ("presets", table(["preset", "n_layer", "n_head", "n_embd"], presets)),
         ("train.csv", columns(&schema_for!(TrainRow))),
         ("eval.csv", columns(&schema_for!(EvalRow))),
+        ("by-document", columns(&schema_for!(DocumentRow))),
         ("ranks.csv", columns(&schema_for!(RankRow))),
         ("compare.csv", columns(&schema_for!(CompareRow))),
         ("exit-codes", table(["exit code", "meaning"], codes)),

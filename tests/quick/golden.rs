@@ -121,7 +121,7 @@ fn logits_loss_and_gradients() {
             assert!(distance(&logits, &golden.tensors["logits"]) < 1e-5, "{case}: logits");
             let expected = golden.tensors["loss"].double_value(&[0]);
             let losses = [
-                model.loss(inputs, targets, weights, None),
+                model.scores(inputs, targets, weights, None).iter().map(|score| score.loss).sum(),
                 model.forward_backward(inputs, targets, weights, None, 0, &mut |_, _| ()).double_value(&[0]),
             ];
             for loss in losses {

@@ -116,6 +116,23 @@ fn a_batch_holds_what_it_says() {
 }
 
 #[test]
+fn a_length_in_tokens_ends_with_the_step_that_reaches_it() {
+    for layout in [Layout::Packed, Layout::Paragraphs] {
+        let loader = loader(layout, Loss::TokenMean, 12, 0, 1);
+        let epoch: usize = (0..loader.samples.len()).map(|sample| loader.samples.targets(sample)).sum();
+        for tokens in [1, 2, 47, 48, 49, 1000, epoch - 1, epoch, epoch + 1, 3 * epoch, 3 * epoch + 500] {
+            let counted =
+                |steps: usize| (0..steps).map(|step| loader.targets(&loader.global_batch(step))).sum::<usize>();
+            let steps = loader.steps_to_targets(tokens as u64);
+            assert!(counted(steps) >= tokens, "{layout:?}: {tokens} tokens in {steps} steps");
+            assert!(counted(steps - 1) < tokens, "{layout:?}: {tokens} tokens in {steps} steps");
+        }
+        assert_eq!(loader.steps_to_epochs(1), loader.samples.len().div_ceil(12));
+        assert_eq!(loader.steps_to_epochs(5), (5 * loader.samples.len()).div_ceil(12));
+    }
+}
+
+#[test]
 fn padding_is_end_of_text_and_counts_nothing() {
     let loader = loader(Layout::Paragraphs, Loss::SequenceMean, 12, 0, 1);
     let batch = loader.micro_batch(&loader.global_batch(0), 0, Device::Cpu).unwrap();

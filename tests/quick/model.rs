@@ -53,6 +53,36 @@ fn batch(shape: [i64; 2]) -> [Tensor; 3] {
     [tokens.narrow(1, 0, shape[1]), tokens.narrow(1, 1, shape[1]), weights]
 }
 
+/// An evaluation's loss.
+fn loss(model: &Gpt, [inputs, targets, weights]: [&Tensor; 3], counted: Option<&Tensor>) -> f64 {
+    model.scores(inputs, targets, weights, counted).iter().map(|score| score.loss).sum()
+}
+
+#[test]
+fn scores_are_those_of_whole_rows_of_logits() {
+    let _turn = generator();
+    let [inputs, targets, weights] = batch([3, 12]);
+    let counted = Tensor::from_slice(&[1i64, 2, 11, 12, 30]);
+    for kind in [Kind::Float, Kind::BFloat16] {
+        let mut model = Gpt::new(SMALL, Device::Cpu, kind);
+        model.initialize(3);
+        let logits = model.logits(&model.hidden(&inputs, None)).view([-1, 40]).to_kind(Kind::Double);
+        let nll = -logits.log_softmax(1, Kind::Double).gather(1, &targets.reshape([-1, 1]), false);
+        let likeliest = logits.argmax(1, false).eq_tensor(&targets.reshape([-1]));
+        for rows in [None, Some(&counted)] {
+            let scores = model.scores(&inputs, &targets, &weights, rows);
+            let expected = rows.map_or_else(|| (0..36).collect(), |rows| Vec::<i64>::try_from(rows).unwrap());
+            assert_eq!(scores.len(), expected.len());
+            for (score, row) in scores.iter().zip(expected) {
+                assert!((score.loss * 36.0 / nll.double_value(&[row, 0]) - 1.0).abs() < 1e-5, "{kind:?}, row {row}");
+                assert_eq!(score.is_likeliest, likeliest.int64_value(&[row]) == 1, "{kind:?}, row {row}");
+            }
+        }
+    }
+    let none = Tensor::from_slice::<i64>(&[]);
+    assert_eq!(model(SMALL).scores(&inputs, &targets, &weights, Some(&none)), []);
+}
+
 #[test]
 fn the_cache_changes_nothing() {
     let _turn = generator();
@@ -148,7 +178,7 @@ fn padding_changes_neither_loss_nor_gradient() {
         let found = padded.forward_backward(&ids, &goals, &weights, counted, 0, &mut |_, _| ()).double_value(&[0]);
         assert!((found / expected - 1.0).abs() < 1e-6);
         assert_close(&padded.parameters.grad, &plain.parameters.grad, 1e-5);
-        assert!((padded.loss(&ids, &goals, &weights, counted) / expected - 1.0).abs() < 1e-6);
+        assert!((loss(&padded, [&ids, &goals, &weights], counted) / expected - 1.0).abs() < 1e-6);
     }
 }
 
@@ -160,7 +190,7 @@ fn a_weight_seen_everywhere_is_that_weight_at_each_target() {
         let computed = |weights: &Tensor| {
             let mut model = Gpt::new(SMALL, Device::Cpu, kind);
             model.initialize(1);
-            let loss = model.loss(&inputs, &targets, weights, None);
+            let loss = loss(&model, [&inputs, &targets, weights], None);
             (
                 loss,
                 model.forward_backward(&inputs, &targets, weights, None, 0, &mut |_, _| ()).double_value(&[0]),

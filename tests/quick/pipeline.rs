@@ -12,7 +12,7 @@ use crate::common::{flip, numbers, snapshot, table, Workspace};
 const TRAIN_COLUMNS: &str =
     "step,tokens,loss,ppl,lr,grad_norm,step_ms,data_ms,compute_ms,comm_exposed_ms,optimizer_ms,\
     tokens_per_s,mfu,memory_mib,world_size,elapsed_s";
-const EVAL_COLUMNS: &str = "step,split,loss,ppl,word_ppl,tokens,eval_s";
+const EVAL_COLUMNS: &str = "step,split,loss,ppl,word_ppl,tokens,eval_s,bits_per_byte";
 
 #[test]
 fn a_run_directory_holds_what_is_documented() {
@@ -80,6 +80,8 @@ fn a_run_directory_holds_what_is_documented() {
         let per_word = number("loss") * number("tokens") / (valid("words") + valid("lines"));
         assert!((per_word.exp() / number("word_ppl") - 1.0).abs() < 1e-9);
         assert!(number("eval_s") > 0.0);
+        let bits = number("loss") * number("tokens") / 2f64.ln();
+        assert!((bits / valid("bytes") / number("bits_per_byte") - 1.0).abs() < 1e-9);
     }
     let best: serde_json::Value = serde_json::from_slice(&fs::read(run.join("best.json")).unwrap()).unwrap();
     assert_eq!((best["step"].as_u64(), best["loss"].to_string()), (Some(12), rows[2]["loss"].clone()));
@@ -101,6 +103,7 @@ fn unknown_is_an_empty_cell_and_rows_follow_log_every() {
     let (_, rows) = table(&fs::read_to_string(work.path("run/eval.csv")).unwrap());
     assert_eq!(rows.len(), 3);
     assert!(rows.iter().all(|row| row["word_ppl"].is_empty() && !row["ppl"].is_empty()));
+    assert!(rows.iter().all(|row| row["bits_per_byte"].parse::<f64>().unwrap() > 0.0));
 }
 
 #[test]
@@ -112,7 +115,8 @@ fn eval_prints_the_row_that_the_run_wrote() {
     let (_, written) = table(&fs::read_to_string(work.path("run/eval.csv")).unwrap());
     let evaluate = |more: &str| {
         let (columns, mut rows) = table(&work.lockstep(&format!("eval --run-dir run {more}")).ok().stdout);
-        assert_eq!((columns.join(","), rows.len()), (EVAL_COLUMNS.into(), 1));
+        assert_eq!((columns.join(","), rows.len()), (format!("{EVAL_COLUMNS},accuracy"), 1));
+        assert!((0.0..1.0).contains(&rows[0].remove("accuracy").unwrap().parse::<f64>().unwrap()));
         assert!(rows[0].remove("eval_s").unwrap().parse::<f64>().unwrap() > 0.0);
         rows.remove(0)
     };
@@ -130,6 +134,22 @@ fn eval_prints_the_row_that_the_run_wrote() {
     let test = evaluate("--split test");
     assert_eq!((&test["split"], &test["step"]), (&"test".to_string(), &written[best]["step"]));
     assert_ne!(test["tokens"], written[best]["tokens"]);
+}
+
+#[test]
+fn a_run_begun_by_an_older_version_keeps_its_header() {
+    let work = Workspace::new();
+    work.train("run", "--set train.steps=4").ok();
+    let path = work.path("run/eval.csv");
+    let older = fs::read_to_string(&path).unwrap();
+    let without_last = |line: &str| line.rsplit_once(',').unwrap().0.to_owned() + "\n";
+    let older: String = older.lines().map(without_last).collect();
+    fs::write(&path, &older).unwrap();
+    work.train("run", "--set train.steps=8").ok();
+    let now = fs::read_to_string(&path).unwrap();
+    let (columns, rows) = table(&now);
+    assert!(now.starts_with(&older), "{now}");
+    assert_eq!((columns.join(",") + ",bits_per_byte", rows.len()), (EVAL_COLUMNS.into(), 2));
 }
 
 #[test]
@@ -274,6 +294,43 @@ fn a_run_goes_on_with_its_own_configuration_and_keeps_the_one_it_leaves() {
     let whole = fs::read_to_string(work.path("run/config.yaml")).unwrap();
     fs::write(work.path("run/config.yaml"), &whole[..whole.len() - 5]).unwrap();
     work.lockstep("train --run-dir run").fails(4, &["run/config.yaml is cut short"]);
+}
+
+#[test]
+fn a_length_in_tokens_or_epochs_becomes_steps_that_a_resumed_run_keeps() {
+    let work = Workspace::new();
+    let sizes = |run: &str| {
+        let config = fs::read_to_string(work.path(run).join("config.yaml")).unwrap();
+        let line = config.lines().find_map(|line| line.strip_prefix("  steps: ")).unwrap().to_owned();
+        assert!(config.contains("\n  tokens: null\n  epochs: null\n"), "{config}");
+        let tokens = numbers(&work.path(run).join("train.csv"), "tokens");
+        (line, tokens.len(), tokens.last().copied().unwrap())
+    };
+    // 256 targets a step.
+    work.train("run", "--set train.tokens=2K").ok().says(&["train.tokens 2000", "8 steps"]);
+    assert_eq!(sizes("run"), ("8".into(), 8, 2048.0));
+    // The same length is complete, a longer one goes on, whatever it is given in.
+    work.train("run", "--set train.tokens=2_048").ok().says(&["complete", "8 steps"]);
+    work.train("run", "--set train.tokens=2049").ok().says(&["resuming", "after 8 steps"]);
+    assert_eq!(sizes("run"), ("9".into(), 9, 2304.0));
+    work.train("run", "").ok().says(&["resuming", "after 9 steps"]);
+    assert_eq!(sizes("run"), ("12".into(), 12, 3072.0));
+    work.trained("straight");
+    let losses = |run: &str| numbers(&work.path(run).join("train.csv"), "loss");
+    assert_eq!(losses("run"), losses("straight"));
+
+    // Lines alone have as many targets as they have.
+    let lines = "--set data.layout=paragraphs --set data.batch_size=64 --set train.eval_every=0 --set model.n_embd=4";
+    work.train("lines", &format!("{lines} --set train.tokens=9K")).ok();
+    let counted = numbers(&work.path("lines/train.csv"), "tokens");
+    assert!(
+        counted.len() > 2 && counted[counted.len() - 1] >= 9000.0 && counted[counted.len() - 2] < 9000.0,
+        "{counted:?}"
+    );
+    work.train("epoch", &format!("{lines} --set train.epochs=1")).ok().says(&["train.epochs 1"]);
+    let (steps, ..) = sizes("epoch");
+    let read = numbers(&work.path("epoch/train.csv"), "tokens");
+    assert_eq!(steps, read.len().to_string());
 }
 
 #[test]

@@ -138,3 +138,35 @@ fn ranks_that_mpi_does_not_join_are_refused() {
     assert!(said.contains("mpirun") && said.contains("--mpi=pmix"), "{said}");
     assert!(!run.dir.exists(), "nothing may be written by a rank that trains a model of its own");
 }
+
+#[test]
+fn ranks_share_an_evaluation_of_any_text() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = "data: {block_size: 32, batch_size: 8, micro_batch: 4}\nmodel: {preset: gpt-nano}\n\
+                  train: {steps: 2, eval_every: 0}\n";
+    let text = folder.path().join("text");
+    let article = "The water rose above the bridge , and people left their houses for the hills . ".repeat(20);
+    std::fs::write(&text, format!(" = One = \n \n {article}\n \n = Two = \n \n {article}{article}\n")).unwrap();
+    let evaluate = |ranks: usize| {
+        let run = Run::new(folder.path(), "run", config, ranks);
+        if ranks == 1 {
+            assert!(run.start(&[]).success());
+        }
+        let table = folder.path().join(format!("documents-{ranks}.csv"));
+        let mut command = run.verb("eval");
+        command.arg("--run-dir").arg(&run.dir).arg("--file").arg(&text).args(["--stride", "7"]);
+        let output = command.arg("--by-document").arg(&table).stdout(Stdio::piped()).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let printed = folder.path().join("printed.csv");
+        std::fs::write(&printed, output.stdout).unwrap();
+        [rows(&printed), rows(&table)].concat()
+    };
+    let (alone, shared) = (evaluate(1), evaluate(3));
+    assert_eq!((alone.len(), shared.len()), (3, 3));
+    for (alone, shared) in alone.iter().zip(&shared) {
+        for column in ["loss", "tokens", "bits_per_byte", "accuracy"] {
+            let [one, three] = [alone, shared].map(|row| row[column].parse::<f64>().unwrap());
+            assert!((one - three).abs() <= 1e-9 * one, "{column}: {one} and {three}");
+        }
+    }
+}

@@ -1,6 +1,7 @@
 //! ZeRO-1 on two ranks; `full/zero1.rs` has more of them.
 
 use std::fs;
+use std::process::Stdio;
 
 use crate::common::zero1::{assert_ways_alike, bucketed, optimizer_files};
 
@@ -20,4 +21,22 @@ fn a_lost_part_of_the_state_is_no_checkpoint() {
     assert!(output.status.success(), "{text}");
     assert!(text.contains("passing over a checkpoint") && text.contains("rank-0001-of-0002"), "{text}");
     assert!(text.contains("resuming from") && text.contains("after 3 steps"), "{text}");
+}
+
+#[test]
+fn a_dry_run_counts_each_ranks_part_and_writes_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = bucketed(folder.path(), "planned", 2);
+    let moments = |zero1: &str| -> f64 {
+        let mut command = run.command(&["--dry-run", "--set", zero1]);
+        let output = command.stdout(Stdio::piped()).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        assert_eq!(text.matches("12 sequences a step: 2 ranks x 2 micro-steps x 3 sequences").count(), 1, "{text}");
+        text.lines().find_map(|line| line.strip_suffix("  moments")).unwrap().trim().parse().unwrap()
+    };
+    let (whole, part) = (moments("optim.zero1=false"), moments("optim.zero1=true"));
+    // Rank 0 has at most a unit of 16 KiB more than half of each bucket and moment.
+    assert!((whole / 2.0 - 0.1..whole / 2.0 + 0.3).contains(&part), "{part} of {whole} MiB");
+    assert!(!run.dir.exists());
 }

@@ -23,32 +23,39 @@ pub struct Targets<'a> {
     pub counted: Option<&'a Tensor>,
 }
 
-/// The sum over rows of weight times negative log-likelihood. `hidden` (..., C), `head` (V, C).
-pub fn loss(hidden: &Tensor, head: &Tensor, targets: &Targets) -> f64 {
+/// How well a row's target is predicted.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Score {
+    /// Weight times negative log-likelihood.
+    pub loss: f64,
+    /// Whether no other token is likelier.
+    pub is_likeliest: bool,
+}
+
+/// The scores of the rows that count, in their order. `hidden` (..., C), `head` (V, C).
+pub fn scores(hidden: &Tensor, head: &Tensor, targets: &Targets) -> Vec<Score> {
     no_grad(|| {
         let rows = Rows::new(hidden, targets);
         if runs_on_cores(&rows, head) {
-            return rows
-                .share(head, false)
-                .into_par_iter()
-                .map(Share::compute)
-                .map(|done| done.loss)
-                .collect::<Vec<_>>()
-                .iter()
-                .sum();
+            let done: Vec<Done> = rows.share(head, false).into_par_iter().map(Share::compute).collect();
+            return done.into_iter().flat_map(|share| share.scores).collect();
         }
-        let mut total = zero(head);
-        for (hidden, targets, weights) in rows.chunks(head) {
+        let score = |(hidden, targets, weights): (Tensor, Tensor, Tensor)| {
             let logits = hidden.mm(&head.tr()).to_kind(Kind::Float); // (n, V)
-            let picked = logits.gather(1, &targets, false).squeeze_dim(1);
-            let nll = logits.logsumexp([1i64].as_slice(), false) - picked; // (n,)
-            let _ = total.g_add_(&(nll * weights.squeeze_dim(1)).sum(Kind::Double));
-        }
-        total.double_value(&[0])
+            let picked = logits.gather(1, &targets, false); // (n, 1)
+            let nll = logits.logsumexp([1i64].as_slice(), true) - &picked; // (n, 1)
+            let is_likeliest = picked.eq_tensor(&logits.amax([1i64].as_slice(), true)); // (n, 1)
+            Tensor::cat(&[(nll.to_kind(Kind::Double) * weights), is_likeliest.to_kind(Kind::Double)], 1)
+            // (n, 2)
+        };
+        let chunks: Vec<Tensor> = rows.chunks(head).map(score).collect();
+        // One copy for all chunks: each would wait for the device.
+        let numbers: Vec<f64> = if chunks.is_empty() { Vec::new() } else { values(&Tensor::cat(&chunks, 0)) };
+        numbers.chunks_exact(2).map(|row| Score { loss: row[0], is_likeliest: row[1] > 0.0 }).collect()
     })
 }
 
-/// [`loss`], (1,) fp64, and its gradients: the hidden states' is returned (shape and type of `hidden`), the head's is added
+/// The sum over rows of weight times negative log-likelihood, (1,) fp64, and its gradients: the hidden states' is returned (shape and type of `hidden`), the head's is added
 /// to `head_grad` (V, C) fp32.
 ///
 /// The loss is a tensor because a number would have to wait for a GPU, which the backward pass need not.
@@ -66,13 +73,34 @@ pub fn loss_and_gradients(
             for share in &done {
                 let _ = head_grad.g_add_(&share.head_grad);
             }
-            let loss: f64 = done.iter().map(|share| share.loss).sum();
+            let share_loss = |share: &Done| share.scores.iter().map(|score| score.loss).sum::<f64>();
+            let loss: f64 = done.iter().map(share_loss).sum();
             (Tensor::from_slice(&[loss]), done.into_iter().map(|share| share.grad).collect())
         } else {
             on_device(&rows, head, head_grad)
         };
         (loss, rows.scatter(&grads, hidden))
     })
+}
+
+/// The bytes that [`loss_and_gradients`] works with for N rows of C channels against V words, besides the gradient of the
+/// hidden states. `kind` is the type of the head, `threads` compute on a CPU.
+pub fn working_bytes(rows: i64, width: i64, words: i64, threads: i64, kind: Kind, device: Device) -> i64 {
+    if device == Device::Cpu && kind == Kind::Float {
+        let shares = shares(rows, words * width, threads);
+        return 4 * shares * words * (Share::chunk(words).min(rows) + width);
+    }
+    // Logits in fp32; in bf16 also as they were made, or as a gradient, and the head's gradient before it is added.
+    let logits = Rows::chunk(words).min(rows) * words;
+    match kind {
+        Kind::Float => 4 * logits,
+        _ => (4 + 2) * logits + 2 * words * width,
+    }
+}
+
+/// How many threads take a share of the rows, each with its own gradient of a head of so many elements.
+fn shares(rows: i64, head: i64, threads: i64) -> i64 {
+    threads.min(rows).min(Rows::HEAD_GRAD_ELEMENTS / head).max(1)
 }
 
 /// The loss and each chunk's gradient (n, C), by LibTorch's kernels.
@@ -121,7 +149,7 @@ struct Share {
 
 /// What became of a share; the gradients are undefined tensors if they were not wanted.
 struct Done {
-    loss: f64,
+    scores: Vec<Score>,
     grad: Tensor,
     head_grad: Tensor,
 }
@@ -130,11 +158,16 @@ impl Share {
     /// Elements of logits at a time: they, and the rows of the head that meet them, stay near the core.
     const CHUNK_ELEMENTS: i64 = 1 << 21;
 
+    /// Rows of a chunk against so many words.
+    fn chunk(words: i64) -> i64 {
+        (Self::CHUNK_ELEMENTS / words).clamp(16, 1024)
+    }
+
     fn compute(self) -> Done {
         no_grad(|| {
             let (n, c) = (self.hidden.size()[0], self.hidden.size()[1]);
             let v = self.head.size()[0];
-            let length = (Self::CHUNK_ELEMENTS / v).clamp(16, 1024);
+            let length = Self::chunk(v);
             let options = (Kind::Float, Device::Cpu);
             let logits = Tensor::empty([length.min(n), v], options);
             let (grad, mut head_grad) = if self.wants_grad {
@@ -142,7 +175,7 @@ impl Share {
             } else {
                 (Tensor::new(), Tensor::new())
             };
-            let mut loss = 0.0;
+            let mut scores = Vec::with_capacity(n as usize);
             for start in (0..n).step_by(length as usize) {
                 let rows = length.min(n - start);
                 let hidden = self.hidden.narrow(0, start, rows);
@@ -151,15 +184,15 @@ impl Share {
                 let first = start as usize;
                 for (row, logits) in floats(&mut logits).chunks_exact_mut(v as usize).enumerate() {
                     let (target, weight) = (self.targets[first + row] as usize, self.weights[first + row]);
-                    let nll = softmax::cross_entropy(logits, target, self.wants_grad.then_some(weight));
-                    loss += f64::from(nll) * f64::from(weight);
+                    let (nll, is_likeliest) = softmax::cross_entropy(logits, target, self.wants_grad.then_some(weight));
+                    scores.push(Score { loss: f64::from(nll) * f64::from(weight), is_likeliest });
                 }
                 if self.wants_grad {
                     let _ = head_grad.addmm_(&logits.tr(), &hidden);
                     let _ = logits.mm_out(&grad.narrow(0, start, rows), &self.head);
                 }
             }
-            Done { loss, grad, head_grad }
+            Done { scores, grad, head_grad }
         })
     }
 }
@@ -190,6 +223,11 @@ impl Rows {
     /// Elements of logits that a chunk of LibTorch's kernels works on.
     const CHUNK_ELEMENTS: i64 = 1 << 26;
 
+    /// Rows of a chunk against so many words.
+    fn chunk(words: i64) -> i64 {
+        (Self::CHUNK_ELEMENTS / words).clamp(16, 8192)
+    }
+
     fn new(hidden: &Tensor, targets: &Targets) -> Self {
         let width = hidden.size().last().copied().unwrap_or(1);
         let hidden = hidden.reshape([-1, width]);
@@ -206,7 +244,7 @@ impl Rows {
     /// Hidden states (n, C), targets (n, 1) and weights (n, 1) of each chunk.
     fn chunks(&self, head: &Tensor) -> impl Iterator<Item = (Tensor, Tensor, Tensor)> + '_ {
         let rows = self.hidden.size()[0];
-        let length = (Self::CHUNK_ELEMENTS / head.size()[0]).clamp(16, 8192);
+        let length = Self::chunk(head.size()[0]);
         (0..rows).step_by(length as usize).map(move |start| {
             let part = |tensor: &Tensor| tensor.narrow(0, start, length.min(rows - start));
             (part(&self.hidden), part(&self.targets), part(&self.weights))
@@ -218,7 +256,7 @@ impl Rows {
         let rows = self.hidden.size()[0];
         let mut threads = (rayon::current_num_threads() as i64).min(rows);
         if wants_grad {
-            threads = threads.min(Self::HEAD_GRAD_ELEMENTS / (head.numel() as i64)).max(1);
+            threads = shares(rows, head.numel() as i64, threads);
         }
         let targets: Vec<i64> = values(&self.targets);
         let weights: Vec<f32> = values(&self.weights);

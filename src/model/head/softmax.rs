@@ -7,11 +7,11 @@
 /// Accumulators side by side: enough for four AVX-512 registers to be in flight.
 const LANES: usize = 64;
 
-/// The negative log-likelihood of `target` under the softmax of `logits`.
+/// The negative log-likelihood of `target` under the softmax of `logits`, and whether no other logit is larger.
 ///
 /// With a `weight`, the logits are replaced by the gradient of weight times that: weight * (softmax - one-hot).
 /// `target` must be an index of `logits`.
-pub fn cross_entropy(logits: &mut [f32], target: usize, weight: Option<f32>) -> f32 {
+pub fn cross_entropy(logits: &mut [f32], target: usize, weight: Option<f32>) -> (f32, bool) {
     #[cfg(target_arch = "x86_64")]
     {
         if is_x86_feature_detected!("avx512f") {
@@ -28,13 +28,13 @@ pub fn cross_entropy(logits: &mut [f32], target: usize, weight: Option<f32>) -> 
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,fma")]
-fn avx512(logits: &mut [f32], target: usize, weight: Option<f32>) -> f32 {
+fn avx512(logits: &mut [f32], target: usize, weight: Option<f32>) -> (f32, bool) {
     row(logits, target, weight, f32::mul_add)
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-fn avx2(logits: &mut [f32], target: usize, weight: Option<f32>) -> f32 {
+fn avx2(logits: &mut [f32], target: usize, weight: Option<f32>) -> (f32, bool) {
     row(logits, target, weight, f32::mul_add)
 }
 
@@ -45,7 +45,7 @@ fn row(
     target: usize,
     weight: Option<f32>,
     multiply_add: impl Fn(f32, f32, f32) -> f32 + Copy,
-) -> f32 {
+) -> (f32, bool) {
     let picked = logits[target];
     let largest = fold(logits, f32::NEG_INFINITY, |most, x| if x > most { x } else { most });
     let sum = match weight {
@@ -83,7 +83,7 @@ fn row(
         }
         logits[target] -= weight;
     }
-    sum.ln() - (picked - largest)
+    (sum.ln() - (picked - largest), picked == largest)
 }
 
 #[inline(always)]
@@ -141,15 +141,19 @@ mod tests {
     #[test]
     fn every_compilation_agrees_with_double_precision() {
         let plain = |logits: &mut [f32], target, weight| row(logits, target, weight, |a, b, c| a * b + c);
+        // In the first the target is the likeliest.
         for length in [1, 2, 63, 64, 65, 1000] {
             let logits: Vec<f32> = (0..length).map(|i| ((i * 7919) % 1009) as f32 / 17.0 - 30.0).collect();
             let target = length / 2;
             let (loss, gradient) = exact(&logits, target, 0.25);
-            for compute in [&plain as &dyn Fn(&mut [f32], usize, Option<f32>) -> f32, &cross_entropy] {
+            let likeliest = logits.iter().all(|&x| x <= logits[target]);
+            for compute in [&plain as &dyn Fn(&mut [f32], usize, Option<f32>) -> (f32, bool), &cross_entropy] {
                 let mut found = logits.clone();
-                let only = compute(&mut found, target, None);
+                let (only, is_likeliest) = compute(&mut found, target, None);
+                assert_eq!(is_likeliest, likeliest);
                 assert_eq!(found, logits, "without a weight the logits stay");
-                let both = compute(&mut found, target, Some(0.25));
+                let (both, is_likeliest) = compute(&mut found, target, Some(0.25));
+                assert_eq!(is_likeliest, likeliest);
                 assert!((f64::from(only) - loss).abs() < 1e-5 * (1.0 + loss), "{only} {loss}");
                 assert!((f64::from(both) - loss).abs() < 1e-5 * (1.0 + loss), "{both} {loss}");
                 for (found, expected) in found.iter().zip(&gradient) {
@@ -173,9 +177,9 @@ mod tests {
 
     #[test]
     fn what_is_not_finite_shows() {
-        assert!(cross_entropy(&mut [1.0, f32::NAN, 2.0], 0, None).is_nan());
+        assert!(cross_entropy(&mut [1.0, f32::NAN, 2.0], 0, None).0.is_nan());
         let mut with_infinity = vec![0.0; 100];
         with_infinity[70] = f32::INFINITY;
-        assert!(!cross_entropy(&mut with_infinity, 0, None).is_finite());
+        assert!(!cross_entropy(&mut with_infinity, 0, None).0.is_finite());
     }
 }
