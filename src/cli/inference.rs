@@ -12,7 +12,7 @@ use super::print;
 use crate::comm::Comm;
 use crate::config::{Config, DeviceChoice, Plan};
 use crate::data::loader::Samples;
-use crate::data::prepare::DataDir;
+use crate::data::folder::DataDir;
 use crate::error::{Error, Result};
 use crate::model::generate::{generate, Sampling};
 use crate::model::Gpt;

@@ -46,8 +46,8 @@ impl Evaluation {
         enter(Phase::Exchange);
         let totals = comm.sum(&[nll, tokens as f64])?;
         let (nll, tokens) = (totals[0], totals[1]);
-        let shard = self.samples.shard();
-        let words = shard.n_words() as f64 + shard.n_lines() as f64;
+        let shards = self.samples.shards();
+        let words = shards.n_words() as f64 + shards.n_lines() as f64;
         let loss = nll / tokens;
         Ok(EvalRow {
             step,

@@ -13,7 +13,7 @@ use super::{kind, Resume, Trainer};
 use crate::comm::Comm;
 use crate::config::{Auto, Config, Data, Layout, Plan, Schedule};
 use crate::data::loader::{Loader, Samples};
-use crate::data::prepare::DataDir;
+use crate::data::folder::DataDir;
 use crate::error::{Error, Result};
 use crate::files::hex;
 use crate::host;
@@ -368,7 +368,7 @@ impl<'a> Trainer<'a> {
                  once"
             ));
         }
-        let tokens = self.valid.as_ref().map(|valid| valid.samples.shard().n_tokens());
+        let tokens = self.valid.as_ref().map(|valid| valid.samples.shards().n_tokens());
         if let Some(tokens) = tokens.filter(|tokens| *layout == Layout::Packed && tokens <= block_size) {
             found.push(format!(
                 "data.block_size is {block_size}, the validation split has {tokens} tokens: it is evaluated as one block that \

@@ -18,7 +18,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use lockstep::config::{Activation, Config, Norm, Optim, Shape};
-use lockstep::data::prepare::{prepare, DataDir};
+use lockstep::data::corpus::Choices;
+use lockstep::data::folder::DataDir;
+use lockstep::data::prepare::prepare;
 use lockstep::data::shard::Shard;
 use lockstep::data::wikitext::{Archive, Source};
 use lockstep::files::hex;
@@ -198,7 +200,7 @@ fn data_folder(folder: &Path) -> PathBuf {
     for split in ["train", "valid", "test"] {
         fs::write(text.join(format!("{split}.txt")), "A line of words.\nAnd one more line.\n".repeat(9)).unwrap();
     }
-    prepare(&Source::Folder(text), "bpe:270", &folder.join("data")).unwrap();
+    prepare(&Source::Folder(text), &Choices::default(), "bpe:270", &folder.join("data")).unwrap();
     folder.join("data")
 }
 

@@ -19,7 +19,7 @@ fn write(path: &Path, vocab_size: usize, lines: &[Vec<u32>]) -> Counts {
     for line in lines {
         writer.write_line(line, 2).unwrap();
     }
-    writer.finish().unwrap()
+    writer.finish().unwrap().0
 }
 
 /// Three lines of a vocabulary whose ids take two or four bytes; the second line is empty.
