@@ -12,7 +12,6 @@ use super::print;
 use crate::comm::Comm;
 use crate::config::{Config, DeviceChoice, Plan};
 use crate::data::loader::Samples;
-use crate::data::folder::DataDir;
 use crate::error::{Error, Result};
 use crate::model::generate::{generate, Sampling};
 use crate::model::Gpt;
@@ -20,7 +19,7 @@ use crate::run::checkpoint::{self, State};
 use crate::run::{self, find_checkpoint, tables, RunDir};
 use crate::tokenizer::Tokenizer;
 use crate::torch;
-use crate::train;
+use crate::train::{self, open_data};
 use crate::train::evaluate::Evaluation;
 
 /// A run's model, loaded from one of its checkpoints.
@@ -123,7 +122,7 @@ fn check(run: &Run, path: &Path) -> Result<State> {
 pub fn eval(comm: &Comm, run: &Run, split: SplitName) -> Result<()> {
     let Loaded { plan, tokenizer, model, device, state } = load(run, comm.world_size, comm.local_rank)?;
     let config = &plan.config.data;
-    let data = DataDir::open(&config.dir)?;
+    let data = open_data(comm, &config.dir, || ())?;
     if data.train.tokenizer_digest() != tokenizer.digest() {
         return Err(Error::Data(format!(
             "{} was tokenized with another tokenizer (vocabulary {}) than {} was trained with (vocabulary {}); prepare the \

@@ -6,6 +6,7 @@ use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};
 use tracing::{info, warn};
 
+use super::data::open_data;
 use super::evaluate::Evaluation;
 use super::gradients::Gradients;
 use super::report::Speed;
@@ -13,7 +14,6 @@ use super::{kind, Resume, Trainer};
 use crate::comm::Comm;
 use crate::config::{Auto, Config, Data, Layout, Plan, Schedule};
 use crate::data::loader::{Loader, Samples};
-use crate::data::folder::DataDir;
 use crate::error::{Error, Result};
 use crate::files::hex;
 use crate::host;
@@ -43,7 +43,7 @@ impl<'a> Trainer<'a> {
             Auto::Number(n) => Some(n),
             Auto::Auto => None,
         })?;
-        let data = DataDir::open(&config.data.dir)?;
+        let data = open_data(comm, &config.data.dir, || watchdog.enter(Phase::StartUp, 0))?;
         let tokenizer = Tokenizer::from_file(&data.tokenizer)?;
         let (layout, block_size) = (config.data.layout, config.data.block_size);
         let padding = i64::from(tokenizer.end_of_text());

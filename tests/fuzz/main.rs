@@ -303,10 +303,8 @@ fn archive() {
             fs::write(&path, bytes).unwrap();
             let sha256 = hex(&Sha256::digest(bytes));
             let archive = Archive { name: "wikitext-2".into(), url: "http://127.0.0.1:9/".into(), sha256 };
-            let texts = Source::Published(archive).texts(&downloads);
-            let read = texts.is_ok_and(|texts| {
-                texts.iter().all(|text| text.size().is_ok() && text.for_each_chunk(|_| Ok(())).is_ok())
-            });
+            let corpus = Source::Published(archive).corpus(&Choices::default(), &downloads);
+            let read = corpus.is_ok_and(|corpus| corpus.for_each_text("read", |_| Ok(())).is_ok());
             let there: Vec<_> = fs::read_dir(folder.path()).unwrap().chain(fs::read_dir(&downloads).unwrap()).collect();
             assert_eq!(there.len(), 2);
             read
@@ -331,8 +329,8 @@ fn archive_of_one_endless_line() {
     let sha256 = hex(&Sha256::digest(&bytes));
     let archive = Archive { name: "wikitext-2".into(), url: "http://127.0.0.1:9/".into(), sha256 };
     let (error, peak) = memory::peak(|| {
-        let [text, ..] = Source::Published(archive).texts(folder.path()).unwrap();
-        text.for_each_chunk(|_| Ok(())).unwrap_err().to_string()
+        let corpus = Source::Published(archive).corpus(&Choices::default(), folder.path()).unwrap();
+        corpus.for_each_text("read", |_| Ok(())).unwrap_err().to_string()
     });
     assert!(error.contains("a line has more than"), "{error}");
     assert!(peak < 256 << 20, "{peak} bytes");

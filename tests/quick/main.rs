@@ -24,4 +24,5 @@ mod pipeline;
 mod prepare;
 mod sample;
 mod shard;
+mod text;
 mod tokenizer;

@@ -10,7 +10,7 @@ use lockstep::data::corpus::Choices;
 use lockstep::data::folder::{DataDir, Meta};
 use lockstep::data::inputs::{Aside, Packing};
 use lockstep::data::prepare::prepare as prepare_with;
-use lockstep::data::shard::Shard;
+use lockstep::data::shard::Shards;
 use lockstep::data::wikitext::{Source, Split, Text};
 use lockstep::error::exit_code;
 use lockstep::tokenizer::Tokenizer;
@@ -61,7 +61,7 @@ fn names(folder: &Path) -> Vec<String> {
 }
 
 /// The text of a shard's ids, line by line.
-fn text_of(shard: &Shard, tokenizer: &Tokenizer) -> Vec<u8> {
+fn text_of(shard: &Shards, tokenizer: &Tokenizer) -> Vec<u8> {
     let mut text = Vec::new();
     let mut lines = Vec::new();
     shard.for_each_line(|line| lines.push(line)).unwrap();

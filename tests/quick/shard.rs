@@ -172,6 +172,31 @@ fn a_file_that_is_cut_while_it_is_in_use_is_named() {
 }
 
 #[test]
+fn a_file_that_is_changed_while_it_is_in_use_is_named() {
+    let folder = TempDir::new().unwrap();
+    let path = small(&folder, 300);
+    let shard = Shard::open(&path).unwrap();
+    shard.check_unchanged().unwrap();
+    // The same size, and even the same content: who wrote cannot be trusted to have written only that.
+    let bytes = fs::read(&path).unwrap();
+    let before = fs::metadata(&path).unwrap().modified().unwrap();
+    while fs::metadata(&path).unwrap().modified().unwrap() == before {
+        fs::write(&path, &bytes).unwrap();
+    }
+    let error = shard.check_unchanged().unwrap_err();
+    assert_eq!(exit_code(&error), 3, "{error}");
+    let expected = format!("{}: expected the file as it was when it was opened", path.display());
+    assert!(error.to_string().contains(&expected), "{error}");
+    // Another file in its place is another file: this one is still there, and whole.
+    let shard = Shard::open(&path).unwrap();
+    let other = folder.path().join("other.bin");
+    fs::write(&other, &bytes[..130]).unwrap();
+    fs::rename(&other, &path).unwrap();
+    shard.check_unchanged().unwrap();
+    shard.verify().unwrap();
+}
+
+#[test]
 fn a_writer_that_does_not_finish_leaves_nothing() {
     let folder = TempDir::new().unwrap();
     let path = folder.path().join("x.bin");
