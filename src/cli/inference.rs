@@ -19,8 +19,8 @@ use crate::run::checkpoint::{self, State};
 use crate::run::{self, find_checkpoint, tables, RunDir};
 use crate::tokenizer::Tokenizer;
 use crate::torch;
-use crate::train::{self, open_data};
 use crate::train::evaluate::Evaluation;
+use crate::train::{self, open_data};
 
 /// A run's model, loaded from one of its checkpoints.
 pub struct Loaded {

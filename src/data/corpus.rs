@@ -59,7 +59,9 @@ impl Choices {
         match self {
             _ if !self.is_none() => wrong("--valid and --test split a file"),
             Self { text_field: Some(_), .. } => wrong("--text-field names a field of .jsonl and .parquet files"),
-            Self { documents: Some(Documents::Record), .. } => wrong("--documents record is for .jsonl and .parquet files"),
+            Self { documents: Some(Documents::Record), .. } => {
+                wrong("--documents record is for .jsonl and .parquet files")
+            }
             _ => Ok(()),
         }
     }
@@ -94,7 +96,8 @@ impl Held {
                 Aside::Share(_) => None,
             })
             .collect();
-        let names = names.ok_or_else(|| Error::Usage(format!("{option}: expected one percentage, or files, found both")))?;
+        let names =
+            names.ok_or_else(|| Error::Usage(format!("{option}: expected one percentage, or files, found both")))?;
         match names[..] {
             [] => Ok(Self::Nothing),
             _ => find(option, &names).map(Self::Files),
@@ -154,7 +157,9 @@ impl OwnFiles {
             Some(Documents::Record) => {
                 if let Some(text) = all().find(is_text) {
                     let path = text.path.display();
-                    return refused(format!("--documents record: {path} has no records; expected line, file or blank-line"));
+                    return refused(format!(
+                        "--documents record: {path} has no records; expected line, file or blank-line"
+                    ));
                 }
             }
             Some(_) if !all().any(|input| is_text(&input)) => {
@@ -163,7 +168,9 @@ impl OwnFiles {
             _ => {}
         }
         if choices.text_field.is_some() && !all().any(|input| matches!(input.format, Format::Jsonl | Format::Parquet)) {
-            return refused("--text-field: expected a .jsonl or .parquet file, whose field it names; leave it out".into());
+            return refused(
+                "--text-field: expected a .jsonl or .parquet file, whose field it names; leave it out".into(),
+            );
         }
         Ok(own)
     }
@@ -197,7 +204,8 @@ impl OwnFiles {
         let shares = [self.valid.share(), self.test.share()];
         let draws = shares != [0.0; 2];
         let mut parts = Vec::new();
-        let splits = [(Split::Train, &self.files[..]), (Split::Valid, self.valid.files()), (Split::Test, self.test.files())];
+        let splits =
+            [(Split::Train, &self.files[..]), (Split::Valid, self.valid.files()), (Split::Test, self.test.files())];
         for (split, files) in splits {
             for Input { path, format, packing } in files {
                 let text = Text::File(path.clone(), *packing);

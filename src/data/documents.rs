@@ -50,7 +50,10 @@ impl Sorter {
     /// Sets these shares of the documents aside for validation and for the test; together they are below 1.
     pub fn new([valid, test]: [f64; 2]) -> Self {
         // The test split takes its documents first, and validation its share of the rest.
-        Self { valid: Draw { share: valid / (1.0 - test), key: 1, seen: 0 }, test: Draw { share: test, key: 2, seen: 0 } }
+        Self {
+            valid: Draw { share: valid / (1.0 - test), key: 1, seen: 0 },
+            test: Draw { share: test, key: 2, seen: 0 },
+        }
     }
 
     /// The split of the next document.
@@ -224,7 +227,8 @@ mod tests {
 
     #[test]
     fn each_stretch_of_documents_sets_one_aside() {
-        for (valid, test) in [(0.05, 0.05), (0.5, 0.25), (0.01, 0.0), (0.3, 0.3), (0.999, 0.0), (1.0 / 3.0, 1.0 / 7.0)] {
+        for (valid, test) in [(0.05, 0.05), (0.5, 0.25), (0.01, 0.0), (0.3, 0.3), (0.999, 0.0), (1.0 / 3.0, 1.0 / 7.0)]
+        {
             let mut sorter = Sorter::new([valid, test]);
             let splits: Vec<Split> = (0..21_000).map(|_| sorter.next()).collect();
             let count = |split| splits.iter().filter(|&&other| other == split).count() as f64;

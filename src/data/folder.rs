@@ -148,8 +148,9 @@ impl DataDir {
             let shard = Shard::open_unverified(&file)?;
             let made_by = hex(&shard.tokenizer_digest());
             if (&made_by, shard.vocab_size()) != (&digest, meta.vocab_size) {
-                let expected = format!("a shard of the folder's tokenizer {digest}, vocabulary {}", meta.vocab_size);
-                let found = format!("one of {made_by}, vocabulary {}", shard.vocab_size());
+                let expected =
+                    format!("a shard of the folder's tokenizer {digest}, with a vocabulary of {}", meta.vocab_size);
+                let found = format!("one of {made_by}, with a vocabulary of {}", shard.vocab_size());
                 return Err(wrong(&file, &expected, &found));
             }
             Ok(shard)

@@ -81,7 +81,8 @@ fn header_of(path: &Path, start: &[u8], size: u64) -> Result<u64> {
         Some(MAGIC) => match (number(1), number(2)) {
             (Some(VERSION), Some(count)) if size == HEADER as u64 + 2 * u64::from(count) => Ok(HEADER as u64),
             (Some(VERSION), Some(count)) => {
-                let expected = format!("a file of {} bytes, for the {count} ids of its header", 2 * u64::from(count) + 1024);
+                let expected =
+                    format!("a file of {} bytes, for the {count} ids of its header", 2 * u64::from(count) + 1024);
                 wrong(&expected, format!("{size} bytes; make the file again"))
             }
             (version, _) => wrong("version 1 of llm.c's files", format!("{version:?}")),

@@ -25,7 +25,12 @@ const ROWS: usize = 256;
 ///
 /// # Errors
 /// Those of `each`; data, naming the line, if it holds something else.
-pub fn jsonl(text: &Text, field: &str, bar: &ProgressBar, mut each: impl FnMut(Vec<String>) -> Result<()>) -> Result<()> {
+pub fn jsonl(
+    text: &Text,
+    field: &str,
+    bar: &ProgressBar,
+    mut each: impl FnMut(Vec<String>) -> Result<()>,
+) -> Result<()> {
     let mut before = 0;
     text.for_each_chunk(bar, |chunk, _| {
         let lines: Vec<&str> = chunk.split_inclusive('\n').collect();
@@ -34,7 +39,9 @@ pub fn jsonl(text: &Text, field: &str, bar: &ProgressBar, mut each: impl FnMut(V
         for (number, document) in documents.into_iter().enumerate() {
             let document = document.map_err(|reason| {
                 let line = before + number + 1;
-                Error::Data(format!("{text}, line {line}: expected an object with a text in \"{field}\", found {reason}"))
+                Error::Data(format!(
+                    "{text}, line {line}: expected an object with a text in \"{field}\", found {reason}"
+                ))
             })?;
             found.extend(document.filter(|document| !document.is_empty()));
         }
@@ -46,12 +53,14 @@ pub fn jsonl(text: &Text, field: &str, bar: &ProgressBar, mut each: impl FnMut(V
 
 /// The document in a line; what else it holds, if it has none.
 fn document(line: &str, field: &str) -> std::result::Result<Option<String>, String> {
-    if line.trim().is_empty() {
+    let line = line.trim();
+    if line.is_empty() {
         return Ok(None);
     }
     let mut json = serde_json::Deserializer::from_str(line);
     let value = Field(field).deserialize(&mut json).and_then(|value| json.end().map(|()| value));
-    match value.map_err(|e| e.to_string())? {
+    // It knows of one line only, and calls it the first.
+    match value.map_err(|e| e.to_string().replace("at line 1 column", "at column"))? {
         Some(Value::String(text)) => Ok(Some(text)),
         Some(Value::Null) => Ok(None),
         Some(other) => Err(format!("{} there", short(&other.to_string()))),
@@ -135,11 +144,7 @@ pub fn parquet(
 }
 
 /// The documents of the next rows, up to about [`CHUNK`] bytes; `None` after the last row of the group.
-fn some_rows(
-    path: &Path,
-    column: &mut ColumnReaderImpl<ByteArrayType>,
-    row: &mut u64,
-) -> Result<Option<Vec<String>>> {
+fn some_rows(path: &Path, column: &mut ColumnReaderImpl<ByteArrayType>, row: &mut u64) -> Result<Option<Vec<String>>> {
     let (mut documents, mut bytes, first) = (Vec::new(), 0, *row);
     while bytes < CHUNK {
         let (mut present, mut values) = (Vec::new(), Vec::new());

@@ -124,7 +124,7 @@ impl Source {
             [name] => Self::known(name, url)?,
             _ => None,
         };
-        if let (None, Some(url)) = (&known, url) {
+        if let (false, Some(url)) = (matches!(known, Some(Self::Published(_))), url) {
             return Err(Error::Usage(format!(
                 "--url {url} with --source {}: only {} are downloaded; leave --url out",
                 names.join(" "),
@@ -332,9 +332,7 @@ impl Text {
         match self {
             Self::File(_, Packing::Gzip | Packing::Zstd) => {
                 let bar = download::byte_bar("measure", self.size()?);
-                self.read(&bar, |reader| {
-                    std::io::copy(reader, &mut std::io::sink()).map_err(|e| self.unreadable(e))
-                })
+                self.read(&bar, |reader| std::io::copy(reader, &mut std::io::sink()).map_err(|e| self.unreadable(e)))
             }
             _ => self.size(),
         }
@@ -395,7 +393,9 @@ impl Text {
                 _ if read == 0 => buffer.len(),
                 Some(newline) => held + newline + 1,
                 None if buffer.len() as u64 > MAX_LINE => {
-                    return Err(self.unreadable(format!("a line has more than {MAX_LINE} bytes; break it into several")));
+                    return Err(
+                        self.unreadable(format!("a line has more than {MAX_LINE} bytes; break it into several"))
+                    );
                 }
                 None => continue,
             };

@@ -17,24 +17,24 @@ use crate::error::Result;
 /// Data, naming the file, if this rank finds damage, which then ends the others, too; communication, if another does not
 /// answer before the start-up's deadline.
 pub fn open_data(comm: &Comm, path: &Path, next: impl FnMut()) -> Result<DataDir> {
+    if comm.world_size == 1 {
+        return DataDir::open(path);
+    }
     let data = DataDir::open_unverified(path)?;
     let deadline = comm.deadlines.startup;
     // Opening takes some nodes longer than others.
     comm.barrier(deadline)?;
-    let host = comm.host();
+    let (rank, host) = (comm.rank, comm.host());
     let found = comm.gather_text(&format!("{host} {}", data.identity()))?;
-    let same: Vec<usize> = (0..found.len()).filter(|&rank| found[rank] == found[comm.rank]).collect();
-    let (rank, path) = (comm.rank, path.display());
-    let begun = Instant::now();
-    match same[..] {
-        [only] => info!("rank {only} verifies {path} on {host}"),
-        [first, ..] if first == rank => info!("rank {rank} verifies {path} on {host} for ranks {same:?}"),
-        [first, ..] => info!("rank {rank} waits for the word of rank {first}, which verifies {path} on {host}"),
-        [] => {}
-    }
-    if same.first() == Some(&rank) {
+    let same: Vec<usize> = (0..found.len()).filter(|&other| found[other] == found[rank]).collect();
+    let (first, path) = (same[0], path.display());
+    if first == rank {
+        info!("rank {rank} verifies {path} for ranks {same:?}, on {host}");
+        let begun = Instant::now();
         data.verify(next)?;
         info!("rank {rank} has verified {path} in {:.1} s", begun.elapsed().as_secs_f64());
+    } else {
+        info!("rank {rank} waits for the word of rank {first}, which verifies {path} on {host}");
     }
     comm.barrier(deadline)?;
     Ok(data)

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use lockstep::data::download::fetch;
 use lockstep::data::corpus::Choices;
+use lockstep::data::download::fetch;
 use lockstep::data::folder::DataDir;
 use lockstep::data::prepare::prepare;
 use lockstep::data::wikitext::{Archive, Source};

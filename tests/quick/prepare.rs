@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 
 use indicatif::ProgressBar;
 use lockstep::config::Layout;
-use lockstep::data::loader::Samples;
 use lockstep::data::corpus::Choices;
 use lockstep::data::folder::{DataDir, Meta};
 use lockstep::data::inputs::{Aside, Packing};
+use lockstep::data::loader::Samples;
 use lockstep::data::prepare::prepare as prepare_with;
 use lockstep::data::shard::Shards;
 use lockstep::data::wikitext::{Source, Split, Text};
@@ -246,7 +246,11 @@ fn a_folder_must_hold_each_split_once() {
 #[test]
 fn a_source_or_tokenizer_that_is_none_is_a_usage_error() {
     fails(parse("wikitext-3"), 2, &["wikitext-3", "sample", "wikitext-103-raw", "a folder"]);
-    fails(Source::parse(&["sample".into()], Some("http://x"), &Choices::default()), 2, &["--url http://x", "leave --url out"]);
+    fails(
+        Source::parse(&["sample".into()], Some("http://x"), &Choices::default()),
+        2,
+        &["--url http://x", "leave --url out"],
+    );
     let folder = TempDir::new().unwrap();
     let source = small(folder.path());
     let out = folder.path().join("out");

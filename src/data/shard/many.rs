@@ -186,7 +186,9 @@ impl Shards {
     pub fn digest(&self) -> [u8; 32] {
         match &self.shards[..] {
             [only] => only.digest(),
-            several => several.iter().fold(Sha256::new(), |hash, shard| hash.chain_update(shard.digest())).finalize().into(),
+            several => {
+                several.iter().fold(Sha256::new(), |hash, shard| hash.chain_update(shard.digest())).finalize().into()
+            }
         }
     }
 
@@ -219,9 +221,10 @@ impl Shards {
     /// # Errors
     /// As [`Shard::for_each_line`].
     pub fn for_each_line(&self, mut each: impl FnMut(Range<usize>)) -> Result<()> {
-        self.shards.iter().zip(&self.starts).try_for_each(|(shard, start)| {
-            shard.for_each_line(|line| each(start + line.start..start + line.end))
-        })
+        self.shards
+            .iter()
+            .zip(&self.starts)
+            .try_for_each(|(shard, start)| shard.for_each_line(|line| each(start + line.start..start + line.end)))
     }
 
     /// As [`Shard::tokens`], of a range of the whole split.

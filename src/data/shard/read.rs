@@ -229,11 +229,9 @@ impl Shard {
     }
 
     fn read(&self, at: usize, bytes: &mut [u8]) -> Result<()> {
-        self.file.read_exact_at(bytes, at as u64).map_err(|e| {
-            match e.kind() {
-                ErrorKind::UnexpectedEof => self.cut(self.file.metadata().map_or(0, |file| file.len())),
-                _ => Error::read(&self.path, e),
-            }
+        self.file.read_exact_at(bytes, at as u64).map_err(|e| match e.kind() {
+            ErrorKind::UnexpectedEof => self.cut(self.file.metadata().map_or(0, |file| file.len())),
+            _ => Error::read(&self.path, e),
         })
     }
 
