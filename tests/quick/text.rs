@@ -387,7 +387,7 @@ fn ids_of_other_trainers_are_taken_as_they_are() {
     let error = fresh.prepare_with("bpe:300", &[plain], &share(0.25)).unwrap_err();
     assert_eq!(exit_code(&error), 2);
     assert!(error.to_string().contains("no text to train a tokenizer on"), "{error}");
-    let mut wrong = nano.clone();
+    let mut wrong = nano.repeat(3);
     wrong[1001] = 50_257;
     for (name, bytes, parts) in [
         ("beyond", bin(&wrong), &["expected ids below 50257", "found 50257 at byte offset 2002"][..]),

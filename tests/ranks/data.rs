@@ -67,11 +67,11 @@ fn a_shard_that_is_changed_under_a_run_ends_it_with_3_and_is_named() {
 
 #[test]
 fn one_rank_of_a_node_verifies_the_data_for_all() {
-    let place = Place::new(3);
+    let place = Place::new(4);
     let mut going = place.start();
     going.until("step 1", || (last_step(&place.run.dir) >= 1).then_some(()));
     let logs = place.logs();
-    assert!(logs[0].contains("rank 0 verifies ") && logs[0].contains("for ranks [0, 1, 2]"), "{}", logs[0]);
+    assert!(logs[0].contains("rank 0 verifies ") && logs[0].contains("for ranks [0, 1, 2, 3]"), "{}", logs[0]);
     assert!(logs[0].contains("rank 0 has verified "), "{}", logs[0]);
     for log in &logs[1..] {
         assert!(log.contains("waits for the word of rank 0") && !log.contains("has verified"), "{log}");
@@ -79,7 +79,7 @@ fn one_rank_of_a_node_verifies_the_data_for_all() {
     drop(going);
 
     // Damage that only the checksum shows, found by one, ends all.
-    let place = Place::new(3);
+    let place = Place::new(4);
     flip(&place.shard(), 1001);
     let (code, said) = place.start().ends();
     assert_eq!(code, Some(3), "{said}");
