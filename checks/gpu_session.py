@@ -298,7 +298,7 @@ class Session:
 
     def config(self, name, values, data=None):
         """A configuration file. JSON is YAML, and needs no library to be read."""
-        data = str(data or self.data or self.sample("bpe:1024"))
+        data = str(data or self.data or self.sample("bpe:800"))
         path = self.work / f"{name}.yaml"
         values = values | {"device": self.device, "data": values["data"] | {"dir": data}}
         path.write_text(json.dumps(values))

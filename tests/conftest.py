@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+
 from virtual_cluster import BINARY, ROOT, start
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 import runs
 from outcomes import Failed
 from processes import Processes, start, until

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 
 import pytest
+
 from virtual_cluster import BINARY, ROOT, script
 
 pytestmark = pytest.mark.full

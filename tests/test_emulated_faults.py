@@ -5,6 +5,7 @@ ends as if nothing had happened.
 """
 
 import pytest
+
 from emulation import Emulation
 from runs import same
 

@@ -12,6 +12,7 @@ import subprocess
 from functools import partial
 
 import pytest
+
 from emulation import BINARY, FAILED, LIBRARIES, ROOT, Emulation, apart, figures
 
 FP32, BF16 = 1e-5, 0.02  # relative, in every step's loss

@@ -1,6 +1,7 @@
 """Jobs with GPUs on a real Slurm from launch/cluster, whose nodes have emulated GPUs."""
 
 import pytest
+
 from emulation import Emulation, apart
 
 pytestmark = pytest.mark.full

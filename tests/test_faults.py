@@ -1,6 +1,7 @@
 """Short drills that no other test covers; launch/faults runs all drills, and their long forms."""
 
 import pytest
+
 from drills import DRILLS
 
 pytestmark = pytest.mark.full

@@ -11,14 +11,15 @@ import time
 import types
 from pathlib import Path
 
+import pandas as pd
+import pytest
+import yaml
+
 import gpu_check
 import gpu_driver
 import gpu_record
 import gpu_session
 import gpu_speed
-import pandas as pd
-import pytest
-import yaml
 from gpu_check import Check, difference
 from outcomes import Failed, NotRun
 from processes import Processes, until

@@ -290,6 +290,36 @@ exit "${SCONTROL:-0}"
 }
 
 
+def test_the_quickstart_shows_learning_and_resuming(tmp_path):
+    """On this clone's build, so it builds and installs nothing."""
+    for folder in ("launch", "configs", "analysis"):
+        shutil.copytree(
+            ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    for folder in (".venv", "target"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    cargo = tmp_path / "tools/cargo"
+    cargo.parent.mkdir()
+    cargo.write_text("#!/bin/sh\n")
+    cargo.chmod(0o755)
+    environment = os.environ | {"PATH": f"{cargo.parent}:{os.environ['PATH']}"}
+    command = [tmp_path / "launch/quickstart"]
+    said = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert said.returncode == 0, said.stdout + said.stderr
+    assert "yes: all weights have the same bits" in said.stdout
+    assert "yes: so have loss and gradient norm of each of the 400 steps" in said.stdout
+    # Each prompt's first line stands beside itself: what the model knew after 1, 200 and 400 steps.
+    assert any(line.count(" One day") == 3 for line in said.stdout.splitlines()), said.stdout
+    assert (tmp_path / "runs/sample/plots/loss.png").exists()
+
+    # Asked again, it trains nothing, and still shows it all.
+    rows = (tmp_path / "runs/sample-stopped/train.csv").read_bytes()
+    again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "It goes on" not in again.stdout and "same bits" in again.stdout
+    assert (tmp_path / "runs/sample-stopped/train.csv").read_bytes() == rows
+
+
 def in_a_job(folder, commands, **environment):
     """Runs commands in bash as in a job script, after its preparations."""
     for name, text in SLURM.items():

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from runs import same
 from virtual_cluster import BINARY, ROOT, script, start, wait_until
 

@@ -26,6 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+
 from presets import presets
 
 # torch and yaml are imported late: the reader and the schedule do not need them.

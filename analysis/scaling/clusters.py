@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, replace
 
 import pandas as pd
+
 from presets import presets
 
 from .cost import (

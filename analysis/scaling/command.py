@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+
 from measurements import Unusable
 
 from . import clusters, draw

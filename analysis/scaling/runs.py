@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import yaml
+
 from measurements import Unusable, read_csv
 
 from .cost import GRADIENT_BYTES, Model, Setting, largest_micro_batch

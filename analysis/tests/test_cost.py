@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+
 from scaling import clusters, cost
 from scaling.cost import Machine, Model, MpiLink, Setting, step
 

@@ -3,8 +3,9 @@
 import struct
 
 import numpy as np
-import peer
 import pytest
+
+import peer
 
 
 def write_shard(path, lines, vocab_size=300, n_words=7):

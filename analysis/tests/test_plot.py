@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import pandas as pd
-import plot
 import pytest
 from command_line import call, started
 from made_runs import EVAL_HEADER, TRAIN_HEADER, make_run, train_row
+
+import plot
 from measurements import read_run, trend
 
 PLOT = Path(__file__).resolve().parent.parent / "plot.py"

@@ -9,7 +9,6 @@ import shutil
 import browser
 import numpy as np
 import pytest
-import report
 from command_line import call, started
 from made_runs import (
     RANKS_HEADER,
@@ -20,6 +19,8 @@ from made_runs import (
     train_row,
     write_csv,
 )
+
+import report
 
 # What would make a browser ask for something that is not in the file.
 LOADS = re.compile(

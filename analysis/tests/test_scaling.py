@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import yaml
 from command_line import call, started
+
 from scaling import command, cost, fit
 from scaling.runs import PARTS, Run, read_run
 

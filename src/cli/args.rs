@@ -41,7 +41,7 @@ pub enum Verb {
         after_help = "Example:\n  lockstep prepare --source wikitext-2-raw --tokenizer bpe:8192 --out data/wikitext-2"
     )]
     Prepare {
-        /// `sample` (comes with the program), `wikitext-2`, `wikitext-2-raw`, `wikitext-103`, `wikitext-103-raw` (downloaded,
+        /// `sample` (stories that a grammar makes), `wikitext-2`, `wikitext-2-raw`, `wikitext-103`, `wikitext-103-raw` (downloaded,
         /// checksum verified), a folder with train.txt, valid.txt and test.txt, or wiki.train.tokens and so on; or files of
         /// your own, folders of them, or patterns: .txt and .jsonl (both also as .gz or .zst), .parquet, and token ids in
         /// nanoGPT's or llm.c's .bin.

@@ -312,7 +312,7 @@ pub struct Train {
     /// Steps between rows of train.csv.
     #[schemars(extend("x-free-on-resume" = true))]
     pub log_every: usize,
-    /// Steps between evaluations on the validation split, besides the last step; 0 for none.
+    /// Steps between evaluations on the validation split, besides the first and the last step; 0 for none.
     #[schemars(extend("x-free-on-resume" = true))]
     pub eval_every: usize,
     /// Steps between checkpoints, besides the last step; 0 for that one only.
@@ -321,7 +321,7 @@ pub struct Train {
     /// Checkpoints to keep, beside the best one.
     #[schemars(extend("x-free-on-resume" = true))]
     pub keep_last: usize,
-    /// Steps between samples of generated text, besides the last step; 0 for none.
+    /// Steps between samples of generated text, besides the first and the last step; 0 for none.
     #[schemars(extend("x-free-on-resume" = true))]
     pub sample_every: usize,
     /// What the samples begin with.

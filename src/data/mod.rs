@@ -1,4 +1,4 @@
-//! From text to batches: where text comes from ([`wikitext`], [`inputs`]), the documents in it ([`corpus`]), files of token
+//! From text to batches: where text comes from ([`wikitext`], [`inputs`], [`sample`]), the documents in it ([`corpus`]), files of token
 //! ids ([`shard`]) in a data folder ([`prepare`](mod@prepare), [`folder`]), and who reads what when ([`loader`]).
 
 pub mod corpus;
@@ -10,5 +10,6 @@ pub mod inputs;
 pub mod loader;
 pub mod prepare;
 mod records;
+pub mod sample;
 pub mod shard;
 pub mod wikitext;

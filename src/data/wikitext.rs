@@ -1,4 +1,4 @@
-//! Where text comes from: the embedded sample, a folder, one's own files, or WikiText's published archives.
+//! Where text comes from: the sample, a folder, one's own files, or WikiText's published archives.
 //!
 //! A [`Source`] is what `--source` names; [`Source::corpus`] makes it readable. A [`Text`] of it is read as a stream of whole
 //! lines. WikiText's formats: tokenized (`wiki.train.tokens`, rare words
@@ -15,8 +15,8 @@ use indicatif::ProgressBar;
 use zip::ZipArchive;
 
 use super::corpus::{Choices, Corpus, OwnFiles};
-use super::download;
 use super::inputs::Packing;
+use super::{download, sample};
 use crate::error::{Error, Result};
 
 /// Text is read in pieces of about this many bytes, cut at a line's end: enough for every core to fill
@@ -28,6 +28,10 @@ const MAX_TEXT: u64 = 2 << 30;
 const MIRROR: &str = "https://wikitext.smerity.com";
 /// The longest line: lines are read whole, and a few bytes of an archive can stand for any number of them.
 const MAX_LINE: u64 = 64 << 20;
+/// A sample's size is given in these.
+const MB: u64 = 1_000_000;
+/// The sample is made in memory.
+const MAX_SAMPLE_MB: u64 = 1000;
 /// A byte order mark, with which some programs begin a text in UTF-8. It is no text.
 pub const MARK: &str = "\u{feff}";
 /// Names and SHA-256 of the archives NAME-v1.zip.
@@ -102,8 +106,8 @@ impl Archive {
 /// Where a corpus comes from.
 #[derive(Debug, Clone)]
 pub enum Source {
-    /// The small corpus embedded in the binary.
-    Sample,
+    /// Stories that a grammar makes, and how many bytes of them.
+    Sample(u64),
     /// A folder with a text file a split.
     Folder(PathBuf),
     /// One's own files.
@@ -154,7 +158,10 @@ impl Source {
             return Ok(Some(Self::Published(archive)));
         }
         if name == "sample" {
-            return Ok(Some(Self::Sample));
+            return Ok(Some(Self::Sample(sample::BYTES)));
+        }
+        if name.starts_with("sample:") {
+            return sample_of(name).map(Some);
         }
         if url.is_some() || Path::new(name).exists() || name.contains(['*', '?', '[', '.', '/']) {
             return Ok(None);
@@ -174,11 +181,7 @@ impl Source {
     /// download cannot be written.
     pub fn corpus(&self, choices: &Choices, downloads: &Path) -> Result<Corpus> {
         let texts = match self {
-            Self::Sample => [
-                Text::Embedded("sample/train.txt", include_str!("sample/train.txt")),
-                Text::Embedded("sample/valid.txt", include_str!("sample/valid.txt")),
-                Text::Embedded("sample/test.txt", include_str!("sample/test.txt")),
-            ],
+            Self::Sample(bytes) => Split::ALL.map(|split| Text::Made(split, sample::text(split, *bytes))),
             Self::Folder(folder) => files_in(folder)?.map(|path| Text::File(path, Packing::Plain)),
             Self::Files(files) => return files.corpus(choices),
             Self::Published(archive) => {
@@ -202,11 +205,24 @@ impl Source {
 impl Display for Source {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Sample => f.write_str("sample"),
+            Self::Sample(sample::BYTES) => f.write_str("sample"),
+            Self::Sample(bytes) => write!(f, "sample:{}MB", bytes / MB),
             Self::Folder(path) => path.display().fmt(f),
             Self::Files(files) => files.fmt(f),
             Self::Published(archive) => f.write_str(&archive.name),
         }
+    }
+}
+
+/// A sample of so many megabytes, from `sample:30MB`.
+fn sample_of(source: &str) -> Result<Source> {
+    let megabytes = source.strip_prefix("sample:").and_then(|size| size.strip_suffix("MB")).map(str::parse::<u64>);
+    match megabytes {
+        Some(Ok(megabytes @ 1..=MAX_SAMPLE_MB)) => Ok(Source::Sample(megabytes * MB)),
+        _ => Err(Error::Usage(format!(
+            "--source {source}: expected sample, or its size in whole megabytes from 1 to {MAX_SAMPLE_MB}, as in sample:30MB"
+        ))
+        .into()),
     }
 }
 
@@ -290,8 +306,8 @@ fn open_zip(file: &Path) -> Result<ZipArchive<File>> {
 /// A text that is read as a stream.
 #[derive(Debug)]
 pub enum Text {
-    /// A name and a text in the binary.
-    Embedded(&'static str, &'static str),
+    /// A split of the sample.
+    Made(Split, String),
     /// A file.
     File(PathBuf, Packing),
     /// An entry of a zip archive.
@@ -310,7 +326,7 @@ impl Text {
     /// Data if the file or the entry is not there, or declares more than any corpus holds.
     pub fn size(&self) -> Result<u64> {
         match self {
-            Self::Embedded(_, text) => Ok(text.len() as u64),
+            Self::Made(_, text) => Ok(text.len() as u64),
             Self::File(path, _) => Ok(path.metadata().map_err(|e| Error::read(path, e))?.len()),
             Self::Entry { archive, name } => {
                 let mut zip = open_zip(archive)?;
@@ -363,7 +379,7 @@ impl Text {
     /// Gives the text's bytes to `work`.
     fn read<T>(&self, bar: &ProgressBar, work: impl FnOnce(&mut dyn Read) -> Result<T>) -> Result<T> {
         match self {
-            Self::Embedded(_, text) => work(&mut bar.wrap_read(text.as_bytes())),
+            Self::Made(_, text) => work(&mut bar.wrap_read(text.as_bytes())),
             Self::File(path, packing) => {
                 let file = bar.wrap_read(File::open(path).map_err(|e| Error::read(path, e))?);
                 match packing {
@@ -429,7 +445,7 @@ impl Text {
 impl Display for Text {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Embedded(name, _) => f.write_str(name),
+            Self::Made(split, _) => write!(f, "the sample's {split} split"),
             Self::File(path, _) => path.display().fmt(f),
             Self::Entry { archive, name } => write!(f, "{name} in {}", archive.display()),
         }

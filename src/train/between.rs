@@ -24,7 +24,7 @@ impl<'a> Trainer<'a> {
         let last = step == plan.steps;
         let due = |every: usize| every > 0 && (last || step.is_multiple_of(every));
         let mut save = last || due(plan.save_every);
-        let sample = due(plan.sample_every);
+        let sample = due(plan.sample_every) || (plan.sample_every > 0 && step == 1);
         if due(plan.eval_every) {
             // What is on its way belongs to the best evaluation so far, which this one may change.
             self.wait_for_save()?;

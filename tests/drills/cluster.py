@@ -14,11 +14,10 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from drills.lab import BINARY, GONE_S, ROOT, Drill, Lab
 from outcomes import Failed, NotRun
 from processes import until
 from virtual_cluster import Cluster
-
-from drills.lab import BINARY, GONE_S, ROOT, Drill, Lab
 
 # The nodes send so slowly that a step takes a third of a second but hardly any CPU time.
 SLOW = "4mbit"

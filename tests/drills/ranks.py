@@ -13,10 +13,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
-from outcomes import Failed, NotRun
-from runs import CURVE
 
 from drills.lab import GONE_S, Drill, Run
+from outcomes import Failed, NotRun
+from runs import CURVE
 
 # Steps are long enough to kill a rank in one. The deadline is too long to end ranks that others
 # should end.

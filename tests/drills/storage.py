@@ -15,10 +15,9 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from drills.lab import Drill
 from outcomes import Failed, NotRun
 from runs import CURVE, EVALUATION
-
-from drills.lab import Drill
 
 SHIM = Path(__file__).with_name("shim.c")
 # Writes everything that a run can write, in as few steps as possible: the last save purges the

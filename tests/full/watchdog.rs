@@ -3,10 +3,12 @@
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
 use std::process::Command;
 use std::thread::sleep;
 use std::time::Duration;
+
+use lockstep::data::sample;
+use lockstep::data::wikitext::Split;
 
 use crate::common::runs::{fifo, last_step, says, signal, Going, Run, ENDLESS};
 use crate::common::{binary, finish, in_memory, rows, sample};
@@ -67,7 +69,7 @@ fn a_stderr_that_nobody_reads_does_not_keep_a_hanging_rank_alive() {
 #[test]
 fn a_long_evaluation_makes_progress() {
     let folder = in_memory();
-    let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/data/sample/valid.txt")).unwrap();
+    let text = sample::text(Split::Valid, sample::BYTES);
     // More and more text, until this machine needs longer than the allowed 1 s plus the watchdog's 5 s.
     for doublings in 0.. {
         let data = folder.path().join(format!("data-{doublings}"));

@@ -6,6 +6,8 @@ use std::fs;
 use std::os::unix::ffi::OsStrExt;
 
 use lockstep::config::Config;
+use lockstep::data::sample;
+use lockstep::data::wikitext::Split;
 use lockstep::error::exit_code;
 
 use crate::common::{copy_folder, not_run, numbers, table, Workspace, TINY};
@@ -193,8 +195,7 @@ fn data_that_cannot_be_trained_on_is_refused() {
 fn weights_do_not_meet_ids_of_another_vocabulary_of_the_same_size() {
     let work = Workspace::new();
     work.trained("run");
-    let text = [include_str!("../../src/data/sample/valid.txt"), include_str!("../../src/data/sample/test.txt")];
-    fs::write(work.path("book.txt"), text.concat()).unwrap();
+    fs::write(work.path("book.txt"), sample::text(Split::Valid, sample::BYTES)).unwrap();
     work.lockstep("-q prepare --source book.txt --valid 20% --tokenizer bpe:512 --out other").ok();
     let parts = ["other/tokenizer.json is not the tokenizer that run was trained with (run/tokenizer.json)", "prepare"];
     for from in ["run", "run/checkpoints/step-00000008"] {

@@ -107,7 +107,7 @@ fn a_disk_full_between_checkpoints_leaves_whole_rows() {
 #[test]
 fn a_full_disk_during_prepare_keeps_the_old_data_folder() {
     let work = Workspace::new();
-    let script = "mount -t tmpfs -o size=192k none mnt; prepare='prepare --source sample --out mnt/made'
+    let script = "mount -t tmpfs -o size=400k none mnt; prepare='prepare --source sample --out mnt/made'
         $lockstep -q $prepare --tokenizer data/tokenizer.json || exit 1
         $lockstep -q $prepare --tokenizer bpe:300; code=$?; ls mnt; cp -r mnt/made out; exit $code";
     let Some(said) = work.with_mounts(script) else { return };

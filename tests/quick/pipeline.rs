@@ -29,7 +29,7 @@ fn a_run_directory_holds_what_is_documented() {
         ["best.json", "config.yaml", "eval.csv", "ranks.csv", "tokenizer.json", "train.csv"]
             .into_iter()
             .map(String::from)
-            .chain(["samples/step-00000006.txt", "samples/step-00000012.txt"].map(String::from))
+            .chain([1, 6, 12].map(|step| format!("samples/step-{step:08}.txt")))
             .collect();
     for step in [4, 8, 12] {
         for file in ["MANIFEST.json", "model.safetensors", "optimizer.safetensors", "state.json"] {

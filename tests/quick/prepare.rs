@@ -10,6 +10,7 @@ use lockstep::data::folder::{DataDir, Meta};
 use lockstep::data::inputs::{Aside, Packing};
 use lockstep::data::loader::Samples;
 use lockstep::data::prepare::prepare as prepare_with;
+use lockstep::data::sample;
 use lockstep::data::shard::Shards;
 use lockstep::data::wikitext::{Source, Split, Text};
 use lockstep::error::exit_code;
@@ -89,8 +90,7 @@ fn the_sample_becomes_a_data_folder_that_gives_back_its_text() {
     let tokenizer = Tokenizer::from_file(&data.tokenizer).unwrap();
     assert_eq!(tokenizer.digest(), data.train.tokenizer_digest());
     for (split, shard) in [(Split::Train, &data.train), (Split::Valid, &data.valid), (Split::Test, &data.test)] {
-        let path = format!("{}/src/data/sample/{split}.txt", env!("CARGO_MANIFEST_DIR"));
-        let text = fs::read_to_string(path).unwrap();
+        let text = sample::text(split, sample::BYTES);
         assert!(text_of(shard, &tokenizer) == text.as_bytes(), "{split}");
         let said = meta.split(split);
         assert_eq!(said.bytes, text.len() as u64);
