@@ -122,7 +122,7 @@ fn check(run: &Run, path: &Path) -> Result<State> {
 pub fn eval(comm: &Comm, run: &Run, split: SplitName) -> Result<()> {
     let Loaded { plan, tokenizer, model, device, state } = load(run, comm.world_size, comm.local_rank)?;
     let config = &plan.config.data;
-    let data = open_data(comm, &config.dir, || ())?;
+    let (data, _) = open_data(comm, &config.dir, || ())?;
     if data.train.tokenizer_digest() != tokenizer.digest() {
         return Err(Error::Data(format!(
             "{} was tokenized with another tokenizer (vocabulary {}) than {} was trained with (vocabulary {}); prepare the \

@@ -85,7 +85,7 @@ fn header_of(path: &Path, start: &[u8], size: u64) -> Result<u64> {
                     format!("a file of {} bytes, for the {count} ids of its header", 2 * u64::from(count) + 1024);
                 wrong(&expected, format!("{size} bytes; make the file again"))
             }
-            (version, _) => wrong("version 1 of llm.c's files", format!("{version:?}")),
+            (version, _) => wrong("version 1 of llm.c's files", version.unwrap_or(0).to_string()),
         },
         _ if size % 2 == 1 => wrong(ids, format!("an odd number of bytes, {size}")),
         _ => Ok(0),

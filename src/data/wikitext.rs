@@ -15,7 +15,7 @@ use indicatif::ProgressBar;
 use zip::ZipArchive;
 
 use super::corpus::{Choices, Corpus, OwnFiles};
-use super::inputs::Packing;
+use super::inputs::{find, Packing, ENDINGS};
 use super::{download, sample};
 use crate::error::{Error, Result};
 
@@ -138,9 +138,12 @@ impl Source {
         }
         match (known, names) {
             (Some(source), _) => choices.none_for(&source).map(|()| source),
-            // A folder with a file for each split needs no choices, and one that begins like such a folder is meant as one.
+            // A folder with a file for each split needs no choices, and without them, any folder is meant as such a one that
+            // has some of these files, or no other that is read.
             (_, [name]) if Path::new(name).is_dir() => match sets_in(Path::new(name)) {
-                sets if sets.iter().any(is_complete) || choices.is_none() && missing(&sets).is_some() => {
+                sets if sets.iter().any(is_complete)
+                    || choices.is_none() && (missing(&sets).is_some() || find("--source", names).is_err()) =>
+                {
                     let source = Self::Folder(name.into());
                     choices.none_for(&source).map(|()| source)
                 }
@@ -243,7 +246,7 @@ fn files_in(folder: &Path) -> Result<[PathBuf; 3]> {
     let complete: Vec<_> = (0..sets.len()).filter(|&i| is_complete(&sets[i])).collect();
     let wrong = match complete[..] {
         [only] => return Ok(sets[only].clone()),
-        [] => missing(&sets).unwrap_or_else(|| "found none of them".into()),
+        [] => missing(&sets).unwrap_or_else(|| format!("found none of them, and none that ends with {ENDINGS}")),
         _ => format!(
             "found {}; keep one in the folder",
             complete.iter().map(|&i| PATTERNS[i]).collect::<Vec<_>>().join(" and ")

@@ -11,14 +11,14 @@ use crate::error::Result;
 
 /// Opens the data folder. Of the ranks that find the same files, on one node, the first checks every byte, and the others wait
 /// for it: hashing takes time, and a rank's file is as good as its neighbour's. All ranks must call it; `next` is called
-/// before each file that this one verifies.
+/// before each file that this one verifies. Returns which rank has verified this one's files, too.
 ///
 /// # Errors
 /// Data, naming the file, if this rank finds damage, which then ends the others, too; communication, if another does not
 /// answer before the start-up's deadline.
-pub fn open_data(comm: &Comm, path: &Path, next: impl FnMut()) -> Result<DataDir> {
+pub fn open_data(comm: &Comm, path: &Path, next: impl FnMut()) -> Result<(DataDir, usize)> {
     if comm.world_size == 1 {
-        return DataDir::open(path);
+        return DataDir::open(path).map(|data| (data, 0));
     }
     let data = DataDir::open_unverified(path)?;
     let deadline = comm.deadlines.startup;
@@ -37,5 +37,5 @@ pub fn open_data(comm: &Comm, path: &Path, next: impl FnMut()) -> Result<DataDir
         info!("rank {rank} waits for the word of rank {first}, which verifies {path} on {host}");
     }
     comm.barrier(deadline)?;
-    Ok(data)
+    Ok((data, first))
 }

@@ -93,6 +93,8 @@ struct Trainer<'a> {
     marks: Marks,
     tokenizer: Tokenizer,
     tokenizer_file: PathBuf,
+    /// The rank that has verified this one's data.
+    verifier: usize,
     loader: Loader,
     valid: Option<Evaluation>,
     model: Gpt,

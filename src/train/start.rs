@@ -43,7 +43,7 @@ impl<'a> Trainer<'a> {
             Auto::Number(n) => Some(n),
             Auto::Auto => None,
         })?;
-        let data = open_data(comm, &config.data.dir, || watchdog.enter(Phase::StartUp, 0))?;
+        let (data, verifier) = open_data(comm, &config.data.dir, || watchdog.enter(Phase::StartUp, 0))?;
         let tokenizer = Tokenizer::from_file(&data.tokenizer)?;
         let (layout, block_size) = (config.data.layout, config.data.block_size);
         let padding = i64::from(tokenizer.end_of_text());
@@ -95,6 +95,7 @@ impl<'a> Trainer<'a> {
             marks: Marks::on(device)?,
             tokenizer,
             tokenizer_file: data.tokenizer,
+            verifier,
             loader,
             valid,
             model,
@@ -417,6 +418,12 @@ impl<'a> Trainer<'a> {
             self.plan.accumulation,
             self.plan.micro_batch,
         );
+        let (rank, dir) = (self.comm.rank, self.plan.config.data.dir.display());
+        match self.verifier {
+            _ if self.comm.world_size == 1 => {}
+            verifier if verifier == rank => info!("rank {rank} has verified {dir} for the ranks of its node"),
+            verifier => info!("rank {rank} has waited for the word of rank {verifier}, which has verified {dir}"),
+        }
         if let Some(text) = torch::describe_peak(self.device, self.model.kind(), self.peak) {
             info!("{text}");
         }

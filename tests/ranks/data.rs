@@ -70,11 +70,14 @@ fn one_rank_of_a_node_verifies_the_data_for_all() {
     let place = Place::new(4);
     let mut going = place.start();
     going.until("step 1", || (last_step(&place.run.dir) >= 1).then_some(()));
-    let logs = place.logs();
-    assert!(logs[0].contains("rank 0 verifies ") && logs[0].contains("for ranks [0, 1, 2, 3]"), "{}", logs[0]);
-    assert!(logs[0].contains("rank 0 has verified "), "{}", logs[0]);
-    for log in &logs[1..] {
-        assert!(log.contains("waits for the word of rank 0") && !log.contains("has verified"), "{log}");
+    let said = going.said();
+    assert!(said.contains("rank 0 verifies ") && said.contains("for ranks [0, 1, 2, 3]"), "{said}");
+    for (rank, log) in place.logs().iter().enumerate() {
+        let expected = match rank {
+            0 => "rank 0 has verified ".into(),
+            _ => format!("rank {rank} has waited for the word of rank 0, which has verified "),
+        };
+        assert!(log.contains(&expected), "{log}");
     }
     drop(going);
 
