@@ -5,6 +5,7 @@ use std::fs;
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::slice::from_ref;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -151,7 +152,7 @@ fn files_of_every_kind_become_documents() {
     bench.write("in/notes.pdf", "x");
     bench.write("in/.hidden.txt", "x");
     let folder = bench.path("in").to_str().unwrap().to_owned();
-    let meta = bench.prepare(&[folder.clone()], &halves()).unwrap();
+    let meta = bench.prepare(from_ref(&folder), &halves()).unwrap();
     let texts = bench.texts();
     let found: BTreeSet<&str> = documents(&texts).into_iter().collect();
     let mut expected =
@@ -182,12 +183,12 @@ fn parquet_is_read_as_pyarrow_wrote_it() {
     for compression in ["none", "snappy", "gzip", "zstd", "lz4"] {
         let bench = Bench::new();
         let file = format!("{GOLDEN}/{compression}.parquet");
-        bench.prepare(&[file.clone()], &halves()).unwrap();
+        bench.prepare(from_ref(&file), &halves()).unwrap();
         let texts = bench.texts();
         let found: BTreeSet<&str> = documents(&texts).into_iter().collect();
         assert_eq!(found, BTreeSet::from(GOLDEN_TEXTS), "{compression}");
         let titles = Choices { text_field: Some("title".into()), ..halves() };
-        bench.prepare(&[file.clone()], &titles).unwrap();
+        bench.prepare(from_ref(&file), &titles).unwrap();
         let texts = bench.texts();
         assert_eq!(documents(&texts).len(), 5);
         assert!(documents(&texts).iter().all(|title| title.starts_with("Title ")));
@@ -196,7 +197,7 @@ fn parquet_is_read_as_pyarrow_wrote_it() {
         for wrong in ["none", "id", "tags", "tags.list.element"] {
             let choices = Choices { text_field: Some(wrong.into()), ..halves() };
             let expected = format!("expected a column \"{wrong}\" of texts");
-            bench.refused(&[file.clone()], &choices, 3, &[&expected, "text (BYTE_ARRAY)", "--text-field"]);
+            bench.refused(from_ref(&file), &choices, 3, &[&expected, "text (BYTE_ARRAY)", "--text-field"]);
         }
     }
 }
@@ -262,9 +263,9 @@ fn documents_are_split_and_each_is_in_one_split() {
     for (unit, count) in [(Documents::BlankLine, 400), (Documents::Line, 1600)] {
         let choices =
             Choices { test: vec![Aside::Share(0.1)], documents: Some(unit), document_ends: true, ..share(0.05) };
-        bench.prepare(&[file.clone()], &choices).unwrap();
+        bench.prepare(from_ref(&file), &choices).unwrap();
         let texts = bench.texts();
-        let [train, valid, test] = texts.each_ref().map(|text| documents(std::slice::from_ref(text)).len());
+        let [train, valid, test] = texts.each_ref().map(|text| documents(from_ref(text)).len());
         assert_eq!(train + valid + test, count);
         assert!(valid.abs_diff(count / 20) <= 1 && test.abs_diff(count / 10) <= 1, "{valid} {test}");
         if unit == Documents::BlankLine {
@@ -272,7 +273,7 @@ fn documents_are_split_and_each_is_in_one_split() {
             assert_eq!(all, (0..400).map(poem).collect());
         }
         // Asked again, the same.
-        bench.prepare(&[file.clone()], &choices).unwrap();
+        bench.prepare(from_ref(&file), &choices).unwrap();
         assert_eq!(bench.texts(), texts);
     }
     // A folder that has its splits keeps them; its documents may end visibly, too.
@@ -291,7 +292,7 @@ fn splits_may_be_files_of_their_own() {
         ["train", "valid", "test"].map(|name| bench.write(&format!("my-{name}.txt"), format!("{name}\n")));
     let named = |names: &[&String]| names.iter().map(|name| Aside::Named(name.to_string())).collect::<Vec<_>>();
     let choices = Choices { valid: named(&[&valid]), test: named(&[&test]), ..Choices::default() };
-    bench.prepare(&[train.clone()], &choices).unwrap();
+    bench.prepare(from_ref(&train), &choices).unwrap();
     assert_eq!(bench.texts(), ["train\n", "valid\n", "test\n"].map(String::from));
     // A share of the documents beside a file.
     let lines = bench.write("lines.txt", "a b\n".repeat(100));
@@ -310,29 +311,29 @@ fn splits_may_be_files_of_their_own() {
     std::os::unix::fs::symlink(&train, &link).unwrap();
     for twin in [&train, &link.to_str().unwrap().to_owned()] {
         let choices = Choices { valid: named(&[twin]), ..Choices::default() };
-        fresh.refused(&[train.clone()], &choices, 2, &["--valid ", "the same file as --source", twice]);
+        fresh.refused(from_ref(&train), &choices, 2, &["--valid ", "the same file as --source", twice]);
     }
     fresh.refused(&[train.clone(), train.clone()], &share(0.5), 2, &[twice]);
     let both = Choices { valid: vec![Aside::Share(0.1), Aside::Named(valid.clone())], ..Choices::default() };
-    fresh.refused(&[train.clone()], &both, 2, &["--valid: expected one percentage, or files, found both"]);
+    fresh.refused(from_ref(&train), &both, 2, &["--valid: expected one percentage, or files, found both"]);
     let much = Choices { test: vec![Aside::Share(0.5)], ..share(0.5) };
-    fresh.refused(&[train.clone()], &much, 2, &["leave nothing to train on"]);
+    fresh.refused(from_ref(&train), &much, 2, &["leave nothing to train on"]);
     fresh.refused(
-        &[train.clone()],
+        from_ref(&train),
         &Choices::default(),
         2,
         &["my-train.txt: a file has no validation split", "--valid 5%"],
     );
     let empty = fresh.write("empty.txt", "");
-    fresh.refused(&[empty.clone()], &share(0.5), 3, &["empty.txt", "not a single word"]);
-    fresh.refused(&[train.clone()], &Choices { valid: named(&[&empty]), ..Choices::default() }, 3, &["empty.txt"]);
+    fresh.refused(from_ref(&empty), &share(0.5), 3, &["empty.txt", "not a single word"]);
+    fresh.refused(from_ref(&train), &Choices { valid: named(&[&empty]), ..Choices::default() }, 3, &["empty.txt"]);
     let record = Choices { documents: Some(Documents::Record), ..share(0.5) };
-    fresh.refused(&[train.clone()], &record, 2, &["my-train.txt has no records"]);
+    fresh.refused(from_ref(&train), &record, 2, &["my-train.txt has no records"]);
     let parquet = format!("{GOLDEN}/none.parquet");
     let line = Choices { documents: Some(Documents::Line), ..share(0.5) };
     fresh.refused(&[parquet], &line, 2, &["--documents: expected record"]);
     let field = Choices { text_field: Some("x".into()), ..share(0.5) };
-    fresh.refused(&[train.clone()], &field, 2, &["--text-field: expected a .jsonl or .parquet file"]);
+    fresh.refused(from_ref(&train), &field, 2, &["--text-field: expected a .jsonl or .parquet file"]);
     fresh.refused(&["sample".into()], &record, 2, &["--valid and --test split a file; sample"]);
     let few = Choices { documents: Some(Documents::File), ..share(0.01) };
     fresh.refused(&[train], &few, 3, &["not a single word is left for the valid split", "--valid"]);
@@ -368,7 +369,7 @@ fn ids_of_other_trainers_are_taken_as_they_are() {
     let wide = |ids: &[u16]| ids.iter().map(|&id| i64::from(id)).collect::<Vec<_>>();
 
     let valid = [Aside::Named(headed.clone())].into();
-    let meta = bench.prepare(&[plain.clone()], &Choices { valid, ..Choices::default() }).unwrap();
+    let meta = bench.prepare(from_ref(&plain), &Choices { valid, ..Choices::default() }).unwrap();
     let data = DataDir::open(&bench.path("out")).unwrap();
     assert_eq!((ids(&data.train), ids(&data.valid)), (wide(&nano), wide(&llm)));
     let text: String = (0..40).map(story).collect();
@@ -378,9 +379,9 @@ fn ids_of_other_trainers_are_taken_as_they_are() {
     assert_eq!(meta.train.lines, 40 * 4);
 
     // Split by documents.
-    bench.prepare(&[plain.clone()], &share(0.25)).unwrap();
+    bench.prepare(from_ref(&plain), &share(0.25)).unwrap();
     let texts = bench.texts();
-    assert_eq!(texts.each_ref().map(|text| documents(std::slice::from_ref(text)).len()), [30, 10, 0]);
+    assert_eq!(texts.each_ref().map(|text| documents(from_ref(text)).len()), [30, 10, 0]);
     assert_eq!(documents(&texts).into_iter().map(String::from).collect::<BTreeSet<_>>(), (0..40).map(story).collect());
 
     let fresh = Bench::new();
@@ -433,7 +434,7 @@ fn a_split_in_several_shards_is_the_same_split() {
         let batch = loader.samples.batch(&global, 0, Device::Cpu, |_| 1.0).unwrap();
         Vec::<i64>::try_from(Tensor::stack(&[batch.inputs, batch.targets], 0).reshape([-1])).unwrap()
     };
-    let one = bench.prepare(&[file.clone()], &share(0.1)).unwrap();
+    let one = bench.prepare(from_ref(&file), &share(0.1)).unwrap();
     let expected = (ids(&open().train), [Layout::Packed, Layout::Paragraphs].map(read));
     assert!(one.train.shards.is_empty());
 
@@ -478,7 +479,7 @@ fn a_split_in_several_shards_is_the_same_split() {
 fn a_folder_of_several_shards_is_replaced_whole() {
     let bench = Bench::new();
     let file = bench.write("book.txt", "some words on a line\n".repeat(3000));
-    bench.prepare(&[file.clone()], &Choices { shard_bytes: 10_000, ..share(0.1) }).unwrap();
+    bench.prepare(from_ref(&file), &Choices { shard_bytes: 10_000, ..share(0.1) }).unwrap();
     bench.prepare(&[file], &share(0.1)).unwrap();
     let mut names: Vec<_> = fs::read_dir(bench.path("out")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     names.sort();
