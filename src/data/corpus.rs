@@ -312,8 +312,8 @@ impl Corpus {
         self.parts.iter().find(|part| part.format == Format::Ids).map(Part::file)
     }
 
-    /// Calls `each` with what the texts consist of, many events at a time. Records and documents lack no newline at their ends
-    /// unless ends of text part them.
+    /// Calls `each` with what the texts consist of, many events at a time. Records and documents end with a newline, unless
+    /// ends of text part them.
     ///
     /// # Errors
     /// Those of `each`; data if a file cannot be read.
@@ -322,7 +322,7 @@ impl Corpus {
         let bar = byte_bar(label, texts().map(|part| part.text.size()).sum::<Result<u64>>()?);
         let mut sorter = Sorter::new(self.shares);
         for part in texts() {
-            let mut next = || part.to.unwrap_or_else(|| sorter.next());
+            let mut next = || part.to.unwrap_or_else(|| sorter.sort());
             let mut records = |documents: Vec<String>| {
                 let events = documents.into_iter().flat_map(|mut text| {
                     if !self.ends && !text.ends_with('\n') {
@@ -358,7 +358,7 @@ impl Corpus {
         for part in files() {
             let mut open = None;
             ids::for_each_piece(part.file(), tokenizer, &bar, |piece, ends| {
-                let split = *open.get_or_insert_with(|| part.to.unwrap_or_else(|| sorter.next()));
+                let split = *open.get_or_insert_with(|| part.to.unwrap_or_else(|| sorter.sort()));
                 if ends {
                     open = None;
                 }

@@ -57,7 +57,7 @@ impl Sorter {
     }
 
     /// The split of the next document.
-    pub fn next(&mut self) -> Split {
+    pub fn sort(&mut self) -> Split {
         if self.test.takes() {
             Split::Test
         } else if self.valid.takes() {
@@ -230,7 +230,7 @@ mod tests {
         for (valid, test) in [(0.05, 0.05), (0.5, 0.25), (0.01, 0.0), (0.3, 0.3), (0.999, 0.0), (1.0 / 3.0, 1.0 / 7.0)]
         {
             let mut sorter = Sorter::new([valid, test]);
-            let splits: Vec<Split> = (0..21_000).map(|_| sorter.next()).collect();
+            let splits: Vec<Split> = (0..21_000).map(|_| sorter.sort()).collect();
             let count = |split| splits.iter().filter(|&&other| other == split).count() as f64;
             assert!((count(Split::Valid) - 21_000.0 * valid).abs() < 2.0, "{valid} {test}");
             assert!((count(Split::Test) - 21_000.0 * test).abs() < 2.0, "{valid} {test}");
@@ -239,7 +239,7 @@ mod tests {
         let mut sorter = Sorter::new([0.05, 0.0]);
         let places: Vec<usize> = (0..50)
             .map(|_| {
-                let stretch: Vec<Split> = (0..20).map(|_| sorter.next()).collect();
+                let stretch: Vec<Split> = (0..20).map(|_| sorter.sort()).collect();
                 stretch.iter().position(|&split| split == Split::Valid).unwrap()
             })
             .collect();
