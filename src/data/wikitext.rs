@@ -138,10 +138,10 @@ impl Source {
         }
         match (known, names) {
             (Some(source), _) => choices.none_for(&source).map(|()| source),
-            // A folder with a file for each split needs no choices, and without them, any folder is meant as such a one that
-            // has some of these files, or no other that is read.
+            // A folder with files for at least two splits is meant as one with all three, so that no validation text is
+            // trained on. Without choices any folder is that has some of these files, or no other that is read.
             (_, [name]) if Path::new(name).is_dir() => match sets_in(Path::new(name)) {
-                sets if sets.iter().any(is_complete)
+                sets if sets.iter().any(|set| set.iter().filter(|file| file.is_file()).count() > 1)
                     || choices.is_none() && (missing(&sets).is_some() || find("--source", names).is_err()) =>
                 {
                     let source = Self::Folder(name.into());
