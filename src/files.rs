@@ -159,6 +159,12 @@ impl Partial {
         Ok(Self { path, out: out.to_path_buf() })
     }
 
+    /// Removes what this process has made for a place so far, while other threads of it may still write: they find no folder.
+    pub fn discard(out: &Path) {
+        let (path, gone) = (sibling(out, ".lockstep-partial"), sibling(out, ".lockstep-gone"));
+        let _ = fs::rename(path, &gone).and_then(|()| fs::remove_dir_all(gone));
+    }
+
     /// Where it is until then.
     pub fn path(&self) -> &Path {
         &self.path

@@ -57,6 +57,21 @@ impl StopRequest {
         Ok(())
     }
 
+    /// Lets `clean_up` run before SIGINT or SIGTERM end the process, for what would leave something half-made.
+    ///
+    /// # Errors
+    /// Usage, if the system refuses signal handlers or a thread.
+    pub fn end_cleanly(clean_up: impl FnOnce() + Send + 'static) -> Result<()> {
+        let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(refused)?;
+        let wait = move || {
+            if let Some(signal) = signals.forever().next() {
+                clean_up();
+                signal_hook::low_level::exit(128 + signal);
+            }
+        };
+        thread::Builder::new().name("signals".into()).spawn(wait).map(drop).map_err(Error::thread)
+    }
+
     /// Whether a signal has come.
     pub fn is_raised(&self) -> bool {
         self.raised.load(Ordering::Relaxed)

@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::data::inputs::Aside;
+
 /// Trains GPT language models, with one process or with several ranks.
 #[derive(Debug, Parser)]
 #[command(name = "lockstep", version, about)]
@@ -40,21 +42,34 @@ pub enum Verb {
     )]
     Prepare {
         /// `sample` (stories that a grammar makes), `wikitext-2`, `wikitext-2-raw`, `wikitext-103`, `wikitext-103-raw` (downloaded,
-        /// checksum verified), a .txt file, or a folder with train.txt, valid.txt and test.txt, or wiki.train.tokens and so on.
-        #[arg(long)]
-        source: String,
+        /// checksum verified), a folder with train.txt, valid.txt and test.txt, or wiki.train.tokens and so on; or files of
+        /// your own, folders of them, or patterns: .txt and .jsonl (both also as .gz or .zst), .parquet, and token ids in
+        /// nanoGPT's or llm.c's .bin.
+        #[arg(long, required = true, num_args = 1..)]
+        source: Vec<String>,
         /// `gpt2` (50,257 tokens), `bpe:N` (N tokens, trained on the training split), or the path of a tokenizer.json.
         #[arg(long)]
         tokenizer: String,
         /// The data folder to write.
         #[arg(long)]
         out: PathBuf,
-        /// How much of a file is set aside for validation: the end of it, or what is before the test split.
-        #[arg(long, value_parser = share, value_name = "N%")]
-        valid: Option<f64>,
-        /// How much of a file is set aside for a test; without it there is no test split.
-        #[arg(long, value_parser = share, value_name = "N%")]
-        test: Option<f64>,
+        /// What is set aside for validation: a share of the documents of your own files, or files. Of a single text file
+        /// without --documents it is the end, or what is before the test split.
+        #[arg(long, num_args = 1.., value_name = "N%|FILE")]
+        valid: Vec<Aside>,
+        /// What is set aside for a test; without it there is no test split.
+        #[arg(long, num_args = 1.., value_name = "N%|FILE")]
+        test: Vec<Aside>,
+        /// What counts as a document in text files, the default being each file if there are several. Records are documents
+        /// of their own. No document is in two splits.
+        #[arg(long, value_enum)]
+        documents: Option<DocumentName>,
+        /// Puts an `<|endoftext|>` after each document.
+        #[arg(long)]
+        document_ends: bool,
+        /// The field of .jsonl files, and the column of .parquet files, that holds the text; `text` if not given.
+        #[arg(long, value_name = "NAME")]
+        text_field: Option<String>,
         /// Another address to download the archive from.
         #[arg(long)]
         url: Option<String>,
@@ -269,11 +284,14 @@ pub enum Verb {
     },
 }
 
-/// A percentage as a number from 0 to 1.
-fn share(text: &str) -> Result<f64, String> {
-    let percent = text.strip_suffix('%').and_then(|number| number.parse::<f64>().ok());
-    let percent = percent.filter(|percent| 0.0 < *percent && *percent < 100.0);
-    percent.map(|percent| percent / 100.0).ok_or_else(|| "expected a percentage, for example 5%".into())
+/// What counts as a document.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[allow(missing_docs)]
+pub enum DocumentName {
+    Line,
+    File,
+    BlankLine,
+    Record,
 }
 
 /// The options of `train` besides its file.

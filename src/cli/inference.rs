@@ -13,8 +13,8 @@ use super::print;
 use crate::comm::Comm;
 use crate::config::{Config, Data, DeviceChoice, Layout, Plan};
 use crate::data::loader::Samples;
-use crate::data::prepare::{encode_file, DataDir};
-use crate::data::shard::Shard;
+use crate::data::prepare::encode_file;
+use crate::data::shard::Shards;
 use crate::error::{Error, Result};
 use crate::files::write_durably;
 use crate::model::generate::{generate, Sampling};
@@ -23,9 +23,9 @@ use crate::run::checkpoint::{self, State};
 use crate::run::{self, find_checkpoint, tables, RunDir};
 use crate::tokenizer::Tokenizer;
 use crate::torch;
-use crate::train;
 use crate::train::documents::{documents, DocumentRow};
 use crate::train::evaluate::{Evaluation, Sums};
+use crate::train::{self, open_data};
 
 /// A run's model, loaded from one of its checkpoints.
 pub struct Loaded {
@@ -130,26 +130,26 @@ pub fn eval(comm: &Comm, run: &Run, text: &Text) -> Result<()> {
     if let Some(stride) = text.stride {
         check_stride(stride, layout, block_size)?;
     }
-    let (shard, split, bytes) = match &text.file {
+    let (shards, split, bytes) = match &text.file {
         Some(file) => {
-            let (shard, size) = encode_file(file, &tokenizer)?;
-            (shard, file.display().to_string(), size.bytes)
+            let (shards, size) = encode_file(file, &tokenizer)?;
+            (shards, file.display().to_string(), size.bytes)
         }
-        None => split_of(run, &plan.config.data, &tokenizer, text.split)?,
+        None => split_of(comm, run, &plan.config.data, &tokenizer, text.split)?,
     };
     let evaluation = Evaluation {
         split,
         bytes,
         samples: match text.stride {
-            Some(stride) => Samples::for_sliding(shard, block_size, stride)?,
-            None => Samples::for_evaluation(shard, layout, block_size)?,
+            Some(stride) => Samples::for_sliding(shards, block_size, stride)?,
+            None => Samples::for_evaluation(shards, layout, block_size)?,
         },
         layout,
         micro_batch: plan.micro_batch,
         padding: i64::from(tokenizer.end_of_text()),
     };
     let documents = match text.by_document {
-        Some(_) => documents(evaluation.samples.shard(), &tokenizer)?,
+        Some(_) => documents(evaluation.samples.shards(), &tokenizer)?,
         None => Vec::new(),
     };
     let start = Instant::now();
@@ -190,8 +190,14 @@ fn check_stride(stride: usize, layout: Layout, block_size: usize) -> Result<()> 
 }
 
 /// A split of a run's data, its name, and the bytes of its text.
-fn split_of(run: &Run, config: &Data, tokenizer: &Tokenizer, split: SplitName) -> Result<(Shard, String, u64)> {
-    let data = DataDir::open(&config.dir)?;
+fn split_of(
+    comm: &Comm,
+    run: &Run,
+    config: &Data,
+    tokenizer: &Tokenizer,
+    split: SplitName,
+) -> Result<(Shards, String, u64)> {
+    let (data, _) = open_data(comm, &config.dir, || ())?;
     if data.train.tokenizer_digest() != tokenizer.digest() {
         return Err(Error::Data(format!(
             "{} was tokenized with another tokenizer (vocabulary {}) than {} was trained with (vocabulary {}); prepare the \

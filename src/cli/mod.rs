@@ -13,11 +13,13 @@ mod tokenize;
 use std::path::Path;
 use std::time::Duration;
 
-use self::args::{CheckpointAction, Cli, DeviceName, LogFormat, Verb};
+use self::args::{CheckpointAction, Cli, DeviceName, DocumentName, LogFormat, Verb};
 use crate::comm::{Comm, Deadlines};
 use crate::compare::{compare, Comparison};
 use crate::config::{in_place, template, Auto, Config, DeviceChoice, Fault};
-use crate::data::prepare::prepare;
+use crate::data::corpus::Choices;
+use crate::data::documents::Documents;
+use crate::data::prepare::{self, prepare};
 use crate::data::wikitext::Source;
 use crate::doctor;
 use crate::error::{exit_code, from_panic, tell_as_json, tell_end, Error, Result};
@@ -51,10 +53,24 @@ pub fn run(cli: &Cli) -> Result<()> {
         log::start(cli, None, true);
     }
     match &cli.verb {
-        Verb::Prepare { source, tokenizer, out, valid, test, url } => {
+        Verb::Prepare { source, tokenizer, out, valid, test, documents, document_ends, text_field, url } => {
+            let choices = Choices {
+                valid: valid.clone(),
+                test: test.clone(),
+                documents: documents.map(|name| match name {
+                    DocumentName::Line => Documents::Line,
+                    DocumentName::File => Documents::File,
+                    DocumentName::BlankLine => Documents::BlankLine,
+                    DocumentName::Record => Documents::Record,
+                }),
+                document_ends: *document_ends,
+                text_field: text_field.clone(),
+                ..Choices::default()
+            };
             torch::set_threads(None)?;
-            let source = Source::parse(source, url.as_deref())?.set_aside(*valid, *test)?;
-            let meta = prepare(&source, tokenizer, out)?;
+            StopRequest::end_cleanly(prepare::abandon)?;
+            let source = Source::parse(source, url.as_deref(), &choices)?;
+            let meta = prepare(&source, &choices, tokenizer, out)?;
             print::line(&format!(
                 "{}: {} train, {} valid, {} test tokens, vocabulary {}",
                 out.display(),

@@ -205,6 +205,8 @@ pub(super) fn sha256_of(path: &Path) -> Result<String> {
 
 /// A progress bar in bytes on stderr, visible on terminals only.
 pub(super) fn byte_bar(label: &'static str, total: u64) -> ProgressBar {
-    let style = ProgressStyle::with_template("{msg:10} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}");
+    let style = ProgressStyle::with_template(
+        "{msg:8} {wide_bar} {decimal_bytes}/{decimal_total_bytes}, {decimal_bytes_per_sec}, {eta} left",
+    );
     ProgressBar::new(total).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar())).with_message(label)
 }

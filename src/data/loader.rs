@@ -8,7 +8,7 @@ use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
 use crate::config::{Layout, Loss};
-use crate::data::shard::Shard;
+use crate::data::shard::Shards;
 use crate::error::{Error, Result};
 use crate::random::mix;
 
@@ -28,7 +28,7 @@ pub struct Batch {
 
 /// One split cut into samples: runs of tokens, each the input of the next.
 pub struct Samples {
-    shard: Shard,
+    shards: Shards,
     cut: Cut,
 }
 
@@ -45,8 +45,8 @@ impl Samples {
     ///
     /// # Errors
     /// Data, if the split is too short for a single sample.
-    pub fn for_training(shard: Shard, layout: Layout, block_size: usize) -> Result<Self> {
-        Self::cut(shard, layout, block_size, false)
+    pub fn for_training(shards: impl Into<Shards>, layout: Layout, block_size: usize) -> Result<Self> {
+        Self::cut(shards.into(), layout, block_size, false)
     }
 
     /// Cuts a split for evaluation: every token but the first of the stream (`packed`) or of a piece (`paragraphs`)
@@ -54,8 +54,8 @@ impl Samples {
     ///
     /// # Errors
     /// As [`Samples::for_training`].
-    pub fn for_evaluation(shard: Shard, layout: Layout, block_size: usize) -> Result<Self> {
-        Self::cut(shard, layout, block_size, true)
+    pub fn for_evaluation(shards: impl Into<Shards>, layout: Layout, block_size: usize) -> Result<Self> {
+        Self::cut(shards.into(), layout, block_size, true)
     }
 
     /// Cuts a split for evaluation with a window that slides over the stream: each token but the first is a target once,
@@ -64,39 +64,40 @@ impl Samples {
     ///
     /// # Errors
     /// As [`Samples::for_training`].
-    pub fn for_sliding(shard: Shard, block_size: usize, stride: usize) -> Result<Self> {
-        let targets = shard.n_tokens().saturating_sub(1);
+    pub fn for_sliding(shards: impl Into<Shards>, block_size: usize, stride: usize) -> Result<Self> {
+        let shards = shards.into();
+        let targets = shards.n_tokens().saturating_sub(1);
         let count = targets.min(1) + targets.saturating_sub(block_size).div_ceil(stride);
-        Self::checked(shard, Layout::Packed, Cut::Blocks { length: block_size, stride, count }, block_size, true)
+        Self::checked(shards, Layout::Packed, Cut::Blocks { length: block_size, stride, count }, block_size, true)
     }
 
-    fn cut(shard: Shard, layout: Layout, block_size: usize, tail: bool) -> Result<Self> {
-        let targets = shard.n_tokens().saturating_sub(1);
+    fn cut(shards: Shards, layout: Layout, block_size: usize, tail: bool) -> Result<Self> {
+        let targets = shards.n_tokens().saturating_sub(1);
         let cut = match layout {
             Layout::Packed => {
                 let count = if tail { targets.div_ceil(block_size) } else { targets / block_size };
                 Cut::Blocks { length: block_size, stride: block_size, count }
             }
-            Layout::Paragraphs => Cut::Pieces(pieces(&shard, block_size)?),
+            Layout::Paragraphs => Cut::Pieces(pieces(&shards, block_size)?),
         };
-        Self::checked(shard, layout, cut, block_size, tail)
+        Self::checked(shards, layout, cut, block_size, tail)
     }
 
-    fn checked(shard: Shard, layout: Layout, cut: Cut, block_size: usize, tail: bool) -> Result<Self> {
-        let samples = Self { shard, cut };
-        if samples.shard.n_tokens() == 0 {
+    fn checked(shards: Shards, layout: Layout, cut: Cut, block_size: usize, tail: bool) -> Result<Self> {
+        let samples = Self { shards, cut };
+        if samples.shards.n_tokens() == 0 {
             let message = "the split is empty; set some text aside for it with `lockstep prepare --test 5%`";
             return Err(Error::Data(message.into()).into());
         }
         if samples.is_empty() {
             let (need, lines) = match layout {
                 Layout::Packed => (if tail { 2 } else { block_size + 1 }, String::new()),
-                Layout::Paragraphs => (2, format!(" on {} lines, none of which has two", samples.shard.n_lines())),
+                Layout::Paragraphs => (2, format!(" on {} lines, none of which has two", samples.shards.n_lines())),
             };
             return Err(Error::Data(format!(
                 "a sample of data.block_size {block_size} needs {need} tokens, the split has {}{lines}; \
                  use a smaller data.block_size or more text",
-                samples.shard.n_tokens()
+                samples.shards.n_tokens()
             ))
             .into());
         }
@@ -117,8 +118,8 @@ impl Samples {
     }
 
     /// The split that the samples are cut from.
-    pub fn shard(&self) -> &Shard {
-        &self.shard
+    pub fn shards(&self) -> &Shards {
+        &self.shards
     }
 
     /// The tokens of a sample, one more than it has targets.
@@ -126,7 +127,7 @@ impl Samples {
         match &self.cut {
             Cut::Blocks { length, stride, .. } => {
                 let start = sample * stride;
-                start..(start + length + 1).min(self.shard.n_tokens())
+                start..(start + length + 1).min(self.shards.n_tokens())
             }
             Cut::Pieces(pieces) => {
                 let (start, length) = pieces[sample];
@@ -153,7 +154,7 @@ impl Samples {
     /// Reads samples as one batch; `weight` gives what each target of a sample of n targets counts.
     ///
     /// # Errors
-    /// Data, if the shard was cut or cannot be read.
+    /// Data, if a shard was cut or changed, or cannot be read.
     pub fn batch(
         &self,
         samples: &[usize],
@@ -171,7 +172,7 @@ impl Samples {
         let mut tokens = Vec::with_capacity(width + 1);
         for (row, &sample) in samples.iter().enumerate() {
             tokens.clear();
-            self.shard.tokens(self.tokens(sample), &mut tokens)?;
+            self.shards.tokens(self.tokens(sample), &mut tokens)?;
             let n = tokens.len() - 1;
             let place = row * width..row * width + n;
             inputs[place.clone()].copy_from_slice(&tokens[..n]);
@@ -179,6 +180,8 @@ impl Samples {
             let counted = self.targets(sample);
             weights[place.end - counted..place.end].fill(weight(counted));
         }
+        // Nothing of another content is learnt from: ids of it may even be beyond the vocabulary.
+        self.shards.check_unchanged()?;
         let counted: Vec<i64> = (0..size as i64).filter(|&place| weights[place as usize] > 0.0).collect();
         let counted = (counted.len() < size).then(|| send(Tensor::from_slice(&counted), device));
         let shape = [samples.len() as i64, width as i64];
@@ -204,9 +207,9 @@ fn send(tensor: Tensor, device: Device) -> Tensor {
 }
 
 /// Each line's pieces of at most `block_size` tokens, pieces of one token dropped.
-fn pieces(shard: &Shard, block_size: usize) -> Result<Vec<(usize, u32)>> {
+fn pieces(shards: &Shards, block_size: usize) -> Result<Vec<(usize, u32)>> {
     let mut pieces = Vec::new();
-    shard.for_each_line(|line| {
+    shards.for_each_line(|line| {
         let starts = line.clone().step_by(block_size);
         let cut = starts.map(|start| (start, (line.end - start).min(block_size) as u32));
         pieces.extend(cut.filter(|&(_, length)| length > 1));

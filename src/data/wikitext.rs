@@ -1,29 +1,32 @@
-//! Where text comes from: the sample, a folder, a file, or WikiText's published archives.
+//! Where text comes from: the sample, a folder, one's own files, or WikiText's published archives.
 //!
-//! A [`Source`] is what `--source` names; [`Source::texts`] turns it into one [`Text`] a split, which
-//! is read as a stream of whole lines. WikiText's formats: tokenized (`wiki.train.tokens`, rare words
+//! A [`Source`] is what `--source` names; [`Source::corpus`] makes it readable. A [`Text`] of it is read as a stream of whole
+//! lines. WikiText's formats: tokenized (`wiki.train.tokens`, rare words
 //! replaced by `<unk>`) and raw (`wiki.train.raw`), after Merity et al. 2016, "Pointer Sentinel
 //! Mixture Models".
 
 use std::fmt::Display;
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Read, Seek, SeekFrom};
-use std::ops::Range;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use flate2::read::MultiGzDecoder;
+use indicatif::ProgressBar;
 use zip::ZipArchive;
 
+use super::corpus::{Choices, Corpus, OwnFiles};
+use super::inputs::{find, Packing, ENDINGS};
 use super::{download, sample};
 use crate::error::{Error, Result};
 
 /// Text is read in pieces of about this many bytes, cut at a line's end: enough for every core to fill
 /// its cache of words, little beside the memory of any machine.
-const CHUNK: u64 = 16 << 20;
+pub(super) const CHUNK: u64 = 16 << 20;
 /// No published split is larger; a declared size beyond it is an archive made to fill the machine.
 const MAX_TEXT: u64 = 2 << 30;
 /// WikiText's author serves the archives here; the first home, at S3, answers 403 now.
 const MIRROR: &str = "https://wikitext.smerity.com";
-/// An archive's longest line: a few bytes of an archive can stand for any number of them, and lines are read whole.
+/// The longest line: lines are read whole, and a few bytes of an archive can stand for any number of them.
 const MAX_LINE: u64 = 64 << 20;
 /// A sample's size is given in these.
 const MB: u64 = 1_000_000;
@@ -107,77 +110,83 @@ pub enum Source {
     Sample(u64),
     /// A folder with a text file a split.
     Folder(PathBuf),
-    /// A text file, and which shares of it, 0 to 1, are set aside for validation and for the test.
-    File(PathBuf, [f64; 2]),
+    /// One's own files.
+    Files(OwnFiles),
     /// A published archive.
     Published(Archive),
 }
 
 impl Source {
-    /// Reads what `--source` and `--url` say; a published name wins over a folder of that name.
+    /// Reads what `--source`, `--url` and the options about one's own files say; a published name wins over a folder of that
+    /// name.
     ///
     /// # Errors
-    /// Usage for a source that is neither a known name nor a folder or a text file, and for a URL beside a
-    /// source that is not downloaded.
-    pub fn parse(source: &str, url: Option<&str>) -> Result<Self> {
-        if let Some((name, sha256)) = PUBLISHED.iter().find(|(name, _)| *name == source) {
-            let url = url.map_or_else(|| format!("{MIRROR}/{name}-v1.zip"), String::from);
-            return Ok(Self::Published(Archive { name: name.to_string(), url, sha256: sha256.to_string() }));
-        }
-        let names = PUBLISHED.map(|(name, _)| name).join(", ");
-        if let Some(url) = url {
+    /// Usage for a source that is neither a known name nor a file that is read, for a URL beside a source that is not
+    /// downloaded, and for choices that the source does not leave; data for a folder that cannot be read.
+    pub fn parse(names: &[String], url: Option<&str>, choices: &Choices) -> Result<Self> {
+        let known = match names {
+            [name] => Self::known(name, url)?,
+            _ => None,
+        };
+        if let (false, Some(url)) = (matches!(known, Some(Self::Published(_))), url) {
             return Err(Error::Usage(format!(
-                "--url {url} with --source {source}: only {names} are downloaded; leave --url out"
+                "--url {url} with --source {}: only {} are downloaded; leave --url out",
+                names.join(" "),
+                PUBLISHED.map(|(name, _)| name).join(", ")
             ))
             .into());
         }
-        match source {
-            "sample" => Ok(Self::Sample(sample::BYTES)),
-            made if made.starts_with("sample:") => sample_of(made),
-            folder if Path::new(folder).is_dir() => Ok(Self::Folder(folder.into())),
-            file if Path::new(file).is_file() && file.ends_with(".txt") => Ok(Self::File(file.into(), [0.0; 2])),
-            _ => {
-                let found = match Path::new(source).exists() {
-                    true => "this is something else; give a text file a name that ends with .txt",
-                    false => "there is no such file or folder",
-                };
-                let expected = format!("expected sample, {names}, a folder, or a .txt file");
-                Err(Error::Usage(format!("--source {source}: {expected}; {found}")).into())
-            }
+        match (known, names) {
+            (Some(source), _) => choices.none_for(&source).map(|()| source),
+            // A folder with files for at least two splits is meant as one with all three, so that no validation text is
+            // trained on. Without choices any folder is that has some of these files, or no other that is read.
+            (_, [name]) if Path::new(name).is_dir() => match sets_in(Path::new(name)) {
+                sets if sets.iter().any(|set| set.iter().filter(|file| file.is_file()).count() > 1)
+                    || choices.is_none() && (missing(&sets).is_some() || find("--source", names).is_err()) =>
+                {
+                    let source = Self::Folder(name.into());
+                    choices.none_for(&source).map(|()| source)
+                }
+                _ => OwnFiles::find(names, choices).map(Self::Files),
+            },
+            _ => OwnFiles::find(names, choices).map(Self::Files),
         }
     }
 
-    /// Sets shares of a file aside, 0 to 1 each; every other source brings its own splits.
-    ///
-    /// # Errors
-    /// Usage, if the shares leave nothing to train on, a file has none for validation, or another source has any.
-    pub fn set_aside(self, valid: Option<f64>, test: Option<f64>) -> Result<Self> {
-        let refused = |reason: String| Err(Error::Usage(reason).into());
-        match (self, valid, test) {
-            (Self::File(path, _), Some(valid), test) if valid + test.unwrap_or(0.0) < 1.0 => {
-                Ok(Self::File(path, [valid, test.unwrap_or(0.0)]))
-            }
-            (Self::File(..), Some(_), _) => refused("--valid and --test leave nothing to train on".into()),
-            (Self::File(path, _), None, _) => refused(format!(
-                "--source {}: a file has no validation split; say how much of it to set aside, for example --valid 5%",
-                path.display()
-            )),
-            (source, None, None) => Ok(source),
-            (source, ..) => refused(format!("--valid and --test split a file; {source} has splits of its own")),
+    /// The source of a name that Lockstep knows.
+    fn known(name: &str, url: Option<&str>) -> Result<Option<Self>> {
+        if let Some((name, sha256)) = PUBLISHED.iter().find(|(published, _)| *published == name) {
+            let url = url.map_or_else(|| format!("{MIRROR}/{name}-v1.zip"), String::from);
+            let archive = Archive { name: name.to_string(), url, sha256: sha256.to_string() };
+            return Ok(Some(Self::Published(archive)));
         }
+        if name == "sample" {
+            return Ok(Some(Self::Sample(sample::BYTES)));
+        }
+        if name.starts_with("sample:") {
+            return sample_of(name).map(Some);
+        }
+        if url.is_some() || Path::new(name).exists() || name.contains(['*', '?', '[', '.', '/']) {
+            return Ok(None);
+        }
+        let names = PUBLISHED.map(|(name, _)| name).join(", ");
+        Err(Error::Usage(format!(
+            "--source {name}: expected sample, {names}, or files or a folder of your own; there is no such file or folder"
+        ))
+        .into())
     }
 
-    /// Makes the splits readable, in the order of [`Split::ALL`]; a published archive is downloaded
-    /// into the folder `downloads`, if it is not there from an earlier attempt.
+    /// Makes the text readable; a published archive is downloaded into the folder `downloads`, if it is not there from an
+    /// earlier attempt.
     ///
     /// # Errors
-    /// Data if a split is missing, empty, unreadable or cannot be had; Storage if the
+    /// Data if a text is missing, empty, unreadable or cannot be had; Storage if the
     /// download cannot be written.
-    pub fn texts(&self, downloads: &Path) -> Result<[Text; 3]> {
+    pub fn corpus(&self, choices: &Choices, downloads: &Path) -> Result<Corpus> {
         let texts = match self {
             Self::Sample(bytes) => Split::ALL.map(|split| Text::Made(split, sample::text(split, *bytes))),
-            Self::Folder(folder) => files_in(folder)?.map(Text::File),
-            Self::File(path, shares) => parts_of(path, *shares)?,
+            Self::Folder(folder) => files_in(folder)?.map(|path| Text::File(path, Packing::Plain)),
+            Self::Files(files) => return files.corpus(choices),
             Self::Published(archive) => {
                 let file = archive.file(downloads);
                 download::fetch(&archive.url, &archive.sha256, &file)?;
@@ -192,17 +201,7 @@ impl Source {
                 })
             }
         };
-        for text in texts.iter().filter(|text| !matches!(text, Text::Nothing)) {
-            if text.size()? == 0 {
-                return Err(text.empty());
-            }
-            let mut start = Vec::new();
-            text.read(|reader| reader.take(MARK.len() as u64).read_to_end(&mut start).map_err(|e| text.unreadable(e)))?;
-            if start == MARK.as_bytes() {
-                tracing::info!("{text} begins with a byte order mark, which is left out");
-            }
-        }
-        Ok(texts)
+        Corpus::of_splits(texts, choices)
     }
 }
 
@@ -211,7 +210,8 @@ impl Display for Source {
         match self {
             Self::Sample(sample::BYTES) => f.write_str("sample"),
             Self::Sample(bytes) => write!(f, "sample:{}MB", bytes / MB),
-            Self::Folder(path) | Self::File(path, _) => path.display().fmt(f),
+            Self::Folder(path) => path.display().fmt(f),
+            Self::Files(files) => files.fmt(f),
             Self::Published(archive) => f.write_str(&archive.name),
         }
     }
@@ -229,62 +229,50 @@ fn sample_of(source: &str) -> Result<Source> {
     }
 }
 
+/// The names of a folder's files with one text a split.
+const PATTERNS: [&str; 4] = ["wiki.*.tokens", "wiki.*.raw", "wiki.*.txt", "*.txt"];
+
+fn sets_in(folder: &Path) -> [[PathBuf; 3]; 4] {
+    PATTERNS.map(|pattern| Split::ALL.map(|split| folder.join(pattern.replace('*', split.name()))))
+}
+
+fn is_complete(set: &[PathBuf; 3]) -> bool {
+    set.iter().all(|file| file.is_file())
+}
+
 /// The three files of a folder: the names that end alike and are all there.
 fn files_in(folder: &Path) -> Result<[PathBuf; 3]> {
-    let patterns = ["wiki.*.tokens", "wiki.*.raw", "wiki.*.txt", "*.txt"];
-    let files = patterns.map(|pattern| Split::ALL.map(|split| folder.join(pattern.replace('*', split.name()))));
-    let complete: Vec<_> = (0..patterns.len()).filter(|&i| files[i].iter().all(|file| file.is_file())).collect();
+    let sets = sets_in(folder);
+    let complete: Vec<_> = (0..sets.len()).filter(|&i| is_complete(&sets[i])).collect();
     let wrong = match complete[..] {
-        [only] => return Ok(files[only].clone()),
-        [] => missing(&files),
+        [only] => return Ok(sets[only].clone()),
+        [] => missing(&sets).unwrap_or_else(|| format!("found none of them, and none that ends with {ENDINGS}")),
         _ => format!(
             "found {}; keep one in the folder",
-            complete.iter().map(|&i| patterns[i]).collect::<Vec<_>>().join(" and ")
+            complete.iter().map(|&i| PATTERNS[i]).collect::<Vec<_>>().join(" and ")
         ),
     };
     Err(Error::Data(format!(
         "{}: expected the files of one of {} with train, valid and test for the star; {wrong}",
         folder.display(),
-        patterns.join(", ")
+        PATTERNS.join(", ")
     ))
     .into())
 }
 
-/// What the most complete of several sets of files lacks.
-fn missing(sets: &[[PathBuf; 3]]) -> String {
+/// What the most complete of several sets of files lacks; `None` if no file of any is there.
+fn missing(sets: &[[PathBuf; 3]]) -> Option<String> {
     let names = |set: &[PathBuf; 3], there: bool| {
         let names = set.iter().filter(|file| file.is_file() == there).filter_map(|file| file.file_name());
         names.map(|name| name.to_string_lossy()).collect::<Vec<_>>().join(" and ")
     };
     let count = |set: &&[PathBuf; 3]| set.iter().filter(|file| file.is_file()).count();
-    match sets.iter().max_by_key(count).filter(|set| count(set) > 0) {
-        Some(set) => format!(
-            "found {} without {}; a single file is split if it is named itself, with --valid 5%",
-            names(set, true),
-            names(set, false)
-        ),
-        None => "found none of them".into(),
-    }
-}
-
-/// A file in three parts, cut where lines end: training first, what is set aside last.
-fn parts_of(path: &Path, [valid, test]: [f64; 2]) -> Result<[Text; 3]> {
-    let unreadable = |e| Error::read(path, e);
-    let mut file = BufReader::new(File::open(path).map_err(unreadable)?);
-    let size = file.get_ref().metadata().map_err(unreadable)?.len();
-    // The start of the first line at or after the place that leaves this share of the bytes.
-    let mut cut = |share: f64| match size - (size as f64 * share).round() as u64 {
-        0 => Ok(0),
-        place => {
-            file.seek(SeekFrom::Start(place - 1))?;
-            Ok(place - 1 + file.skip_until(b'\n')? as u64)
-        }
-    };
-    let [first, second] = [cut(valid + test), cut(test)].map(|place| place.map_err(unreadable));
-    let (first, second) = (first?, second?);
-    let part = |range| Text::Part(path.into(), range);
-    let last = if test > 0.0 { part(second..size) } else { Text::Nothing };
-    Ok([part(0..first), part(first..second), last])
+    let set = sets.iter().max_by_key(count).filter(|set| count(set) > 0)?;
+    Some(format!(
+        "found {} without {}; a single file is split if it is named itself, with --valid 5%",
+        names(set, true),
+        names(set, false)
+    ))
 }
 
 /// Entries are only ever read, never extracted; still, an archive whose entries point out of its
@@ -318,17 +306,13 @@ fn open_zip(file: &Path) -> Result<ZipArchive<File>> {
     ZipArchive::new(opened).map_err(|e| Error::read(file, e))
 }
 
-/// The text of one split, read as a stream.
+/// A text that is read as a stream.
 #[derive(Debug)]
 pub enum Text {
     /// A split of the sample.
     Made(Split, String),
     /// A file.
-    File(PathBuf),
-    /// These bytes of a file.
-    Part(PathBuf, Range<u64>),
-    /// A split that nobody asked for.
-    Nothing,
+    File(PathBuf, Packing),
     /// An entry of a zip archive.
     Entry {
         /// The archive's file.
@@ -339,16 +323,14 @@ pub enum Text {
 }
 
 impl Text {
-    /// Bytes of the text, as the file system or the archive declares them.
+    /// Bytes of the text, or of the compressed file, as the file system or the archive declares them.
     ///
     /// # Errors
     /// Data if the file or the entry is not there, or declares more than any corpus holds.
     pub fn size(&self) -> Result<u64> {
         match self {
             Self::Made(_, text) => Ok(text.len() as u64),
-            Self::File(path) => Ok(path.metadata().map_err(|e| Error::read(path, e))?.len()),
-            Self::Part(_, range) => Ok(range.end - range.start),
-            Self::Nothing => Ok(0),
+            Self::File(path, _) => Ok(path.metadata().map_err(|e| Error::read(path, e))?.len()),
             Self::Entry { archive, name } => {
                 let mut zip = open_zip(archive)?;
                 let entry = zip.by_name(name).map_err(|e| self.unreadable(e))?;
@@ -361,52 +343,67 @@ impl Text {
         }
     }
 
-    /// Calls `each` with pieces of some MiB that end at a line's end, in order; gives the number of
-    /// bytes. Line ends stay as they are, "\r\n" included, and the last line may lack one. A byte order mark at the start is
-    /// left out.
+    /// Bytes of the text itself: a compressed file is read through.
     ///
     /// # Errors
-    /// Those of `each`; Data if the text cannot be read or is not UTF-8.
-    pub fn for_each_chunk(&self, each: impl FnMut(&str) -> Result<()>) -> Result<u64> {
-        let (start, max_line) = match self {
-            Self::Part(_, range) => (range.start, u64::MAX),
-            Self::Entry { .. } => (0, MAX_LINE),
-            _ => (0, u64::MAX),
-        };
-        self.read(|reader| self.chunks(reader, start, max_line, each))
+    /// Data if the file cannot be read.
+    pub fn length(&self) -> Result<u64> {
+        match self {
+            Self::File(_, Packing::Gzip | Packing::Zstd) => {
+                let bar = download::byte_bar("measure", self.size()?);
+                self.read(&bar, |reader| std::io::copy(reader, &mut std::io::sink()).map_err(|e| self.unreadable(e)))
+            }
+            _ => self.size(),
+        }
+    }
+
+    /// Whether it begins with a byte order mark.
+    ///
+    /// # Errors
+    /// Data if the text cannot be read.
+    pub fn is_marked(&self) -> Result<bool> {
+        let mut start = Vec::new();
+        self.read(&ProgressBar::hidden(), |reader| {
+            reader.take(MARK.len() as u64).read_to_end(&mut start).map_err(|e| self.unreadable(e))
+        })?;
+        Ok(start == MARK.as_bytes())
+    }
+
+    /// Calls `each` with pieces of some MiB that end at a line's end, in order, and with the place of each in bytes; gives the
+    /// number of bytes. Line ends stay as they are, "\r\n" included, and the last line may lack one. A byte order mark at the
+    /// start is left out. `bar` follows.
+    ///
+    /// # Errors
+    /// Those of `each`; Data if the text cannot be read, is not UTF-8, or has a line that is too long.
+    pub fn for_each_chunk(&self, bar: &ProgressBar, each: impl FnMut(&str, u64) -> Result<()>) -> Result<u64> {
+        self.read(bar, |reader| self.chunks(reader, each))
     }
 
     /// Gives the text's bytes to `work`.
-    fn read<T>(&self, work: impl FnOnce(&mut dyn Read) -> Result<T>) -> Result<T> {
-        let open = |path: &Path| File::open(path).map_err(|e| Error::read(path, e));
+    fn read<T>(&self, bar: &ProgressBar, work: impl FnOnce(&mut dyn Read) -> Result<T>) -> Result<T> {
         match self {
-            Self::Made(_, text) => work(&mut text.as_bytes()),
-            Self::Nothing => work(&mut std::io::empty()),
-            Self::File(path) => work(&mut open(path)?),
-            Self::Part(path, range) => {
-                let mut file = open(path)?;
-                file.seek(SeekFrom::Start(range.start)).map_err(|e| Error::read(path, e))?;
-                work(&mut file.take(range.end - range.start))
+            Self::Made(_, text) => work(&mut bar.wrap_read(text.as_bytes())),
+            Self::File(path, packing) => {
+                let file = bar.wrap_read(File::open(path).map_err(|e| Error::read(path, e))?);
+                match packing {
+                    Packing::Plain => work(&mut { file }),
+                    Packing::Gzip => work(&mut MultiGzDecoder::new(file)),
+                    Packing::Zstd => work(&mut zstd::Decoder::new(file).map_err(|e| self.unreadable(e))?),
+                }
             }
             Self::Entry { archive, name } => {
                 let mut zip = open_zip(archive)?;
                 // The library holds the entry to its CRC and to no more than its declared size.
-                let mut entry = zip.by_name(name).map_err(|e| self.unreadable(e))?;
+                let mut entry = bar.wrap_read(zip.by_name(name).map_err(|e| self.unreadable(e))?);
                 work(&mut entry)
             }
         }
     }
 
-    fn chunks(
-        &self,
-        reader: &mut dyn Read,
-        start: u64,
-        max_line: u64,
-        mut each: impl FnMut(&str) -> Result<()>,
-    ) -> Result<u64> {
+    fn chunks(&self, reader: &mut dyn Read, mut each: impl FnMut(&str, u64) -> Result<()>) -> Result<u64> {
         let mut buffer = Vec::new();
-        // Bytes of the file before the buffer, and those that were passed on.
-        let (mut before, mut passed) = (start, 0);
+        // Bytes of the text before the buffer, and those that were passed on.
+        let (mut before, mut passed) = (0, 0);
         loop {
             let held = buffer.len();
             let read = (&mut *reader).take(CHUNK).read_to_end(&mut buffer);
@@ -414,8 +411,10 @@ impl Text {
             let end = match buffer[held..].iter().rposition(|&byte| byte == b'\n') {
                 _ if read == 0 => buffer.len(),
                 Some(newline) => held + newline + 1,
-                None if buffer.len() as u64 > max_line => {
-                    return Err(self.unreadable(format!("a line has more than {max_line} bytes")));
+                None if buffer.len() as u64 > MAX_LINE => {
+                    return Err(
+                        self.unreadable(format!("a line has more than {MAX_LINE} bytes; break it into several"))
+                    );
                 }
                 None => continue,
             };
@@ -428,9 +427,9 @@ impl Text {
                     before + at as u64
                 ))
             })?;
-            let text = if before == start { text.strip_prefix(MARK).unwrap_or(text) } else { text };
+            let text = if before == 0 { text.strip_prefix(MARK).unwrap_or(text) } else { text };
             if !text.is_empty() {
-                each(text)?;
+                each(text, before + (end - text.len()) as u64)?;
             }
             passed += text.len() as u64;
             before += end as u64;
@@ -439,11 +438,6 @@ impl Text {
             }
             buffer.drain(..end);
         }
-    }
-
-    /// The error for a split without a word.
-    pub fn empty(&self) -> anyhow::Error {
-        Error::Data(format!("{self}: expected text, found not a single word; every split needs some")).into()
     }
 
     fn unreadable(&self, reason: impl Display) -> anyhow::Error {
@@ -455,9 +449,7 @@ impl Display for Text {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Made(split, _) => write!(f, "the sample's {split} split"),
-            Self::File(path) => path.display().fmt(f),
-            Self::Part(path, range) => write!(f, "bytes {} to {} of {}", range.start, range.end, path.display()),
-            Self::Nothing => f.write_str("no text"),
+            Self::File(path, _) => path.display().fmt(f),
             Self::Entry { archive, name } => write!(f, "{name} in {}", archive.display()),
         }
     }

@@ -5,7 +5,7 @@ use std::fs;
 
 use super::export::Exported;
 use crate::config::{Config, Precision};
-use crate::data::prepare::Meta;
+use crate::data::folder::Meta;
 use crate::error::Result;
 use crate::run::tables::{EvalRow, Table};
 

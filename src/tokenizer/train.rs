@@ -17,11 +17,21 @@ use super::{byte_alphabet, Pair, Tokenizer, END_OF_TEXT};
 use crate::error::{Error, Result};
 
 /// How often each word occurs in a text; filled batch by batch, so the text need not fit into
-/// memory.
+/// memory. Neither need its words: if they become too many, the rarest are forgotten (lossy counting, Manku and Motwani
+/// 2002). A word that is met again counts from one.
 #[derive(Default)]
 pub struct WordCounts {
     counts: FxHashMap<Box<str>, u64>,
+    /// Bytes of these words.
+    bytes: usize,
+    /// Words that had been counted at most this often were forgotten.
+    forgotten: u64,
 }
+
+/// More different words than these are not counted: they and the pairs in them take some hundred bytes each.
+const MAX_WORDS: usize = 1_800_000;
+/// Nor words of more bytes together.
+const MAX_BYTES: usize = 64 << 20;
 
 impl WordCounts {
     /// Counts the words of some lines, each with its newline, on all cores.
@@ -48,9 +58,30 @@ impl WordCounts {
                 Some(total) => *total += count,
                 None => {
                     self.counts.insert(word.into(), count);
+                    self.bytes += word.len();
                 }
             }
         }
+        self.forget_rare(MAX_WORDS, MAX_BYTES);
+    }
+
+    /// Words that had been counted at most this often were forgotten; 0 if all were counted.
+    pub fn forgotten(&self) -> u64 {
+        self.forgotten
+    }
+
+    /// If there are too many words, forgets the rarest, until half of what is allowed is left.
+    fn forget_rare(&mut self, max_words: usize, max_bytes: usize) {
+        if self.counts.len() <= max_words && self.bytes <= max_bytes {
+            return;
+        }
+        let mut rarest = 0;
+        while self.counts.len() > max_words / 2 || self.bytes > max_bytes / 2 {
+            rarest += 1;
+            self.counts.retain(|_, count| *count > rarest);
+            self.bytes = self.counts.keys().map(|word| word.len()).sum();
+        }
+        self.forgotten = self.forgotten.max(rarest);
     }
 }
 
@@ -234,7 +265,24 @@ fn merge_pair(tokens: &mut Vec<u32>, pair: Pair, id: u32, mut change: impl FnMut
 
 #[cfg(test)]
 mod tests {
-    use super::merge_pair;
+    use super::{merge_pair, WordCounts};
+
+    #[test]
+    fn the_rarest_words_are_forgotten_if_there_are_too_many() {
+        let mut counts = WordCounts::default();
+        let often: Vec<String> = (1..=50).map(|length| "o".repeat(length)).collect();
+        let rare: Vec<String> = (1..=60).map(|length| "r".repeat(length)).collect();
+        let lines: Vec<&str> = often.iter().chain(&often).chain(&rare).map(String::as_str).collect();
+        counts.add_lines(&lines);
+        counts.forget_rare(110, usize::MAX);
+        assert_eq!((counts.counts.len(), counts.forgotten()), (110, 0));
+        counts.forget_rare(109, usize::MAX);
+        assert_eq!((counts.counts.len(), counts.forgotten()), (50, 1));
+        assert!(counts.counts.values().all(|&count| count == 2));
+        assert_eq!(counts.bytes, counts.counts.keys().map(|word| word.len()).sum::<usize>());
+        counts.forget_rare(usize::MAX, 10);
+        assert!(counts.bytes <= 5);
+    }
 
     #[test]
     fn a_pair_is_merged_from_the_left_and_its_neighbours_change() {

@@ -8,7 +8,7 @@ use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::evaluate::Sums;
-use crate::data::shard::Shard;
+use crate::data::shard::Shards;
 use crate::error::Result;
 use crate::tokenizer::Tokenizer;
 
@@ -75,14 +75,14 @@ impl Document {
 ///
 /// # Errors
 /// Data, if the shard can no longer be read or its ids are not the tokenizer's.
-pub fn documents(shard: &Shard, tokenizer: &Tokenizer) -> Result<Vec<Document>> {
-    let mut lines = Vec::with_capacity(shard.n_lines());
-    shard.for_each_line(|line| lines.push(line))?;
+pub fn documents(shards: &Shards, tokenizer: &Tokenizer) -> Result<Vec<Document>> {
+    let mut lines = Vec::with_capacity(shards.n_lines());
+    shards.for_each_line(|line| lines.push(line))?;
     let mut found: Vec<Document> = Vec::new();
     let (mut ids, mut may_begin, mut begins) = (Vec::new(), true, true);
     for (number, line) in lines.into_iter().enumerate() {
         ids.clear();
-        shard.tokens(line.clone(), &mut ids)?;
+        shards.tokens(line.clone(), &mut ids)?;
         let ends = ids.iter().any(|&id| id == i64::from(tokenizer.end_of_text()));
         let text_ids: Vec<u32> = ids.iter().map(|&id| id as u32).filter(|&id| id != tokenizer.end_of_text()).collect();
         let bytes = tokenizer.decode(&text_ids)?;
@@ -117,7 +117,7 @@ fn title(line: &str) -> Option<&str> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::shard::ShardWriter;
+    use crate::data::shard::{Shard, ShardWriter};
 
     #[test]
     fn articles_and_ended_texts_are_documents() {
@@ -144,7 +144,7 @@ mod tests {
             writer.write_line(&ids, 0).unwrap();
         }
         writer.finish().unwrap();
-        let found = documents(&Shard::open(&path).unwrap(), &tokenizer).unwrap();
+        let found = documents(&Shard::open(&path).unwrap().into(), &tokenizer).unwrap();
         let told: Vec<_> = found.iter().map(|d| (&d.title[..], d.first_line, d.lines, d.words, d.bytes)).collect();
         let article: usize = lines[2..9].iter().map(|line| line.len()).sum();
         let article = article as u64 - "<|endoftext|>\n".len() as u64;

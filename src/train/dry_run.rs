@@ -25,7 +25,7 @@ const MIB: f64 = 1048576.0;
 pub fn dry_run(comm: &mut Comm, mut plan: Plan, mut show: impl FnMut(&str) -> Result<()>) -> Result<()> {
     // A machine without the GPU that is asked for can plan all the same: then nothing is measured.
     let device = torch::select(plan.config.device.name(), comm.local_rank).ok();
-    let Opened { threads, tokenizer, loader, .. } = open(comm, &mut plan)?;
+    let Opened { threads, tokenizer, loader, .. } = open(comm, &mut plan, || ())?;
     let shape = plan.shape(tokenizer.vocab_size());
     let kind = kind(plan.config.precision);
     let planned_for = device.unwrap_or(Device::Cuda(0));

@@ -125,14 +125,15 @@ impl Evaluation {
 
     /// The row of eval.csv for an evaluation that began at `start` and came to these sums.
     pub fn row(&self, step: usize, sums: Sums, start: Instant) -> EvalRow {
-        let shard = self.samples.shard();
+        let shards = self.samples.shards();
         let loss = sums.nll / sums.tokens;
         EvalRow {
             step,
             split: self.split.clone(),
             loss,
             ppl: loss.exp(),
-            word_ppl: (self.layout == Layout::Packed).then(|| sums.word_ppl(shard.n_words() + shard.n_lines() as u64)),
+            word_ppl: (self.layout == Layout::Packed)
+                .then(|| sums.word_ppl(shards.n_words() + shards.n_lines() as u64)),
             tokens: sums.tokens as u64,
             eval_s: rounded(start.elapsed().as_secs_f64()),
             bits_per_byte: sums.bits_per_byte(self.bytes),

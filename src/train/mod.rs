@@ -1,8 +1,9 @@
-//! Training. The loop and the step are below; beside them: what comes before the first step ([`start`]), the gradients'
-//! way over the ranks ([`gradients`]), where the time of a step goes ([`timeline`]), what a step came to ([`report`]), what is
+//! Training. The loop and the step are below; beside them: what comes before the first step ([`start`]), the data folder
+//! ([`open_data`]), the gradients' way over the ranks ([`gradients`]), where the time of a step goes ([`timeline`]), what a step came to ([`report`]), what is
 //! done between two steps ([`between`]), and numbers that are not finite ([`nonfinite`]).
 
 mod between;
+mod data;
 pub mod documents;
 mod dry_run;
 pub mod evaluate;
@@ -18,6 +19,7 @@ use std::path::{Path, PathBuf};
 
 use tch::{Device, Kind, Tensor};
 
+pub use self::data::open_data;
 pub use self::dry_run::dry_run;
 use self::evaluate::Evaluation;
 use self::gradients::Gradients;
@@ -95,6 +97,8 @@ struct Trainer<'a> {
     marks: Marks,
     tokenizer: Tokenizer,
     tokenizer_file: PathBuf,
+    /// The rank that has verified this one's data.
+    verifier: usize,
     loader: Loader,
     valid: Option<Evaluation>,
     model: Gpt,

@@ -6,6 +6,7 @@ use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};
 use tracing::{debug, info, warn};
 
+use super::data::open_data;
 use super::evaluate::Evaluation;
 use super::gradients::Gradients;
 use super::report::Speed;
@@ -13,7 +14,6 @@ use super::{kind, Resume, Trainer};
 use crate::comm::Comm;
 use crate::config::{Auto, Config, Data, Layout, Plan, Schedule, Tokens, Train};
 use crate::data::loader::{Loader, Samples};
-use crate::data::prepare::DataDir;
 use crate::error::{Error, Result};
 use crate::files::hex;
 use crate::host;
@@ -32,6 +32,8 @@ use crate::watch::{Phase, Watchdog};
 /// What a run reads, opened and checked.
 pub(super) struct Opened {
     pub threads: usize,
+    /// The rank that verified the data for this one.
+    pub verifier: usize,
     pub tokenizer: Tokenizer,
     pub tokenizer_file: PathBuf,
     /// SHA-256 of the training tokens.
@@ -41,13 +43,13 @@ pub(super) struct Opened {
 }
 
 /// Opens what a run reads, and puts the number of its steps into the plan, if that follows from the data.
-pub(super) fn open(comm: &Comm, plan: &mut Plan) -> Result<Opened> {
+pub(super) fn open(comm: &Comm, plan: &mut Plan, next: impl FnMut()) -> Result<Opened> {
     let config = &plan.config;
     let threads = torch::set_threads(match config.threads {
         Auto::Number(n) => Some(n),
         Auto::Auto => None,
     })?;
-    let data = DataDir::open(&config.data.dir)?;
+    let (data, verifier) = open_data(comm, &config.data.dir, next)?;
     let tokenizer = Tokenizer::from_file(&data.tokenizer)?;
     let (layout, block_size) = (config.data.layout, config.data.block_size);
     let padding = i64::from(tokenizer.end_of_text());
@@ -77,7 +79,7 @@ pub(super) fn open(comm: &Comm, plan: &mut Plan) -> Result<Opened> {
     let tokenizer_file = data.tokenizer;
     let steps = steps(&config.train, &loader);
     plan.config.train = plan.config.train.clone().of_steps(steps);
-    Ok(Opened { threads, tokenizer, tokenizer_file, data_sha256, loader, valid })
+    Ok(Opened { threads, verifier, tokenizer, tokenizer_file, data_sha256, loader, valid })
 }
 
 /// How many steps the configuration asks for with this data; says so if it does not name them.
@@ -100,7 +102,8 @@ impl<'a> Trainer<'a> {
         mut plan: Plan,
         run_dir: &Path,
     ) -> Result<Self> {
-        let Opened { threads, tokenizer, tokenizer_file, data_sha256, loader, valid } = open(comm, &mut plan)?;
+        let opened = open(comm, &mut plan, || watchdog.enter(Phase::StartUp, 0))?;
+        let Opened { threads, verifier, tokenizer, tokenizer_file, data_sha256, loader, valid } = opened;
         let config = &plan.config;
         let layout = config.data.layout;
         let kind = kind(config.precision);
@@ -129,6 +132,7 @@ impl<'a> Trainer<'a> {
             marks: Marks::on(device)?,
             tokenizer,
             tokenizer_file,
+            verifier,
             loader,
             valid,
             model,
@@ -405,7 +409,7 @@ impl<'a> Trainer<'a> {
                  once"
             ));
         }
-        let tokens = self.valid.as_ref().map(|valid| valid.samples.shard().n_tokens());
+        let tokens = self.valid.as_ref().map(|valid| valid.samples.shards().n_tokens());
         if let Some(tokens) = tokens.filter(|tokens| *layout == Layout::Packed && tokens <= block_size) {
             found.push(format!(
                 "data.block_size is {block_size}, the validation split has {tokens} tokens: it is evaluated as one block that \
@@ -454,6 +458,12 @@ impl<'a> Trainer<'a> {
             self.plan.accumulation,
             self.plan.micro_batch,
         );
+        let (rank, dir) = (self.comm.rank, self.plan.config.data.dir.display());
+        match self.verifier {
+            _ if self.comm.world_size == 1 => {}
+            verifier if verifier == rank => info!("rank {rank} has verified {dir} for the ranks of its node"),
+            verifier => info!("rank {rank} has waited for the word of rank {verifier}, which has verified {dir}"),
+        }
         if let Some(text) = torch::describe_peak(self.device, self.model.kind(), self.peak) {
             info!("{text}");
         }

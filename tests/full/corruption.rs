@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 
-use lockstep::data::prepare::DataDir;
+use lockstep::data::folder::DataDir;
 use lockstep::data::shard::Shard;
 use lockstep::files::hex;
 use lockstep::random::mix;

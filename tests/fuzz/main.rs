@@ -18,7 +18,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use lockstep::config::{Activation, Config, Norm, Optim, Shape};
-use lockstep::data::prepare::{prepare, DataDir};
+use lockstep::data::corpus::Choices;
+use lockstep::data::folder::DataDir;
+use lockstep::data::prepare::prepare;
 use lockstep::data::shard::Shard;
 use lockstep::data::wikitext::{Archive, Source};
 use lockstep::files::hex;
@@ -198,7 +200,7 @@ fn data_folder(folder: &Path) -> PathBuf {
     for split in ["train", "valid", "test"] {
         fs::write(text.join(format!("{split}.txt")), "A line of words.\nAnd one more line.\n".repeat(9)).unwrap();
     }
-    prepare(&Source::Folder(text), "bpe:270", &folder.join("data")).unwrap();
+    prepare(&Source::Folder(text), &Choices::default(), "bpe:270", &folder.join("data")).unwrap();
     folder.join("data")
 }
 
@@ -301,10 +303,8 @@ fn archive() {
             fs::write(&path, bytes).unwrap();
             let sha256 = hex(&Sha256::digest(bytes));
             let archive = Archive { name: "wikitext-2".into(), url: "http://127.0.0.1:9/".into(), sha256 };
-            let texts = Source::Published(archive).texts(&downloads);
-            let read = texts.is_ok_and(|texts| {
-                texts.iter().all(|text| text.size().is_ok() && text.for_each_chunk(|_| Ok(())).is_ok())
-            });
+            let corpus = Source::Published(archive).corpus(&Choices::default(), &downloads);
+            let read = corpus.is_ok_and(|corpus| corpus.for_each_text("read", |_| Ok(())).is_ok());
             let there: Vec<_> = fs::read_dir(folder.path()).unwrap().chain(fs::read_dir(&downloads).unwrap()).collect();
             assert_eq!(there.len(), 2);
             read
@@ -329,8 +329,8 @@ fn archive_of_one_endless_line() {
     let sha256 = hex(&Sha256::digest(&bytes));
     let archive = Archive { name: "wikitext-2".into(), url: "http://127.0.0.1:9/".into(), sha256 };
     let (error, peak) = memory::peak(|| {
-        let [text, ..] = Source::Published(archive).texts(folder.path()).unwrap();
-        text.for_each_chunk(|_| Ok(())).unwrap_err().to_string()
+        let corpus = Source::Published(archive).corpus(&Choices::default(), folder.path()).unwrap();
+        corpus.for_each_text("read", |_| Ok(())).unwrap_err().to_string()
     });
     assert!(error.contains("a line has more than"), "{error}");
     assert!(peak < 256 << 20, "{peak} bytes");

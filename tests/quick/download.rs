@@ -7,8 +7,10 @@ use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use lockstep::data::corpus::Choices;
 use lockstep::data::download::fetch;
-use lockstep::data::prepare::{prepare, DataDir};
+use lockstep::data::folder::DataDir;
+use lockstep::data::prepare::prepare;
 use lockstep::data::wikitext::{Archive, Source};
 use lockstep::error::exit_code;
 use lockstep::files::hex;
@@ -235,10 +237,10 @@ fn a_refusal_or_an_address_that_is_none_is_not_tried_again() {
 fn a_published_name_keeps_its_checksum_whatever_the_mirror() {
     let (folder, body) = (TempDir::new().unwrap(), corpus());
     let server = Server::start(&body, &[WHOLE]);
-    let source = Source::parse("wikitext-2", Some(&server.url)).unwrap();
+    let source = Source::parse(&["wikitext-2".into()], Some(&server.url), &Choices::default()).unwrap();
     let published = "92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c";
     let out = folder.path().join("out");
-    fails(prepare(&source, "bpe:270", &out), 3, &[&server.url, published, &sha256(&body)]);
+    fails(prepare(&source, &Choices::default(), "bpe:270", &out), 3, &[&server.url, published, &sha256(&body)]);
     assert!(!out.exists());
 }
 
@@ -248,7 +250,7 @@ fn published(body: &[u8], url: &str) -> Source {
 
 fn prepare_from(body: &[u8], out: &Path) -> anyhow::Result<()> {
     let server = Server::start(body, &[WHOLE]);
-    prepare(&published(body, &server.url), "bpe:270", out).map(|_| ())
+    prepare(&published(body, &server.url), &Choices::default(), "bpe:270", out).map(|_| ())
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::fs;
 use std::process::Stdio;
 
-use lockstep::data::prepare::DataDir;
+use lockstep::data::folder::DataDir;
 use lockstep::run::checkpoint;
 
 use crate::common::alike::{assert_alike, assert_learnt_alike};

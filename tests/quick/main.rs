@@ -29,4 +29,5 @@ mod runs;
 mod sample;
 mod shard;
 mod tensorboard;
+mod text;
 mod tokenizer;

@@ -3,11 +3,15 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use indicatif::ProgressBar;
 use lockstep::config::Layout;
+use lockstep::data::corpus::Choices;
+use lockstep::data::folder::{DataDir, Meta};
+use lockstep::data::inputs::{Aside, Packing};
 use lockstep::data::loader::Samples;
-use lockstep::data::prepare::{prepare, DataDir, Meta};
+use lockstep::data::prepare::prepare as prepare_with;
 use lockstep::data::sample;
-use lockstep::data::shard::Shard;
+use lockstep::data::shard::Shards;
 use lockstep::data::wikitext::{Source, Split, Text};
 use lockstep::error::exit_code;
 use lockstep::tokenizer::Tokenizer;
@@ -17,6 +21,15 @@ use crate::common::{binary, finish, Output};
 
 const TEXT: &str = " = A title = \n \n Some words , and more of them . \n";
 
+/// What names, and nothing else, lead to.
+fn parse(name: &str) -> anyhow::Result<Source> {
+    Source::parse(&[name.into()], None, &Choices::default())
+}
+
+fn prepare(source: &Source, tokenizer: &str, out: &Path) -> anyhow::Result<Meta> {
+    prepare_with(source, &Choices::default(), tokenizer, out)
+}
+
 /// A folder of three texts named by `pattern`, with the split's name in place of the star.
 fn corpus(folder: &Path, pattern: &str, texts: [&[u8]; 3]) -> Source {
     let path = folder.join("text");
@@ -24,7 +37,7 @@ fn corpus(folder: &Path, pattern: &str, texts: [&[u8]; 3]) -> Source {
     for (split, text) in Split::ALL.into_iter().zip(texts) {
         fs::write(path.join(pattern.replace('*', split.name())), text).unwrap();
     }
-    Source::parse(path.to_str().unwrap(), None).unwrap()
+    parse(path.to_str().unwrap()).unwrap()
 }
 
 fn small(folder: &Path) -> Source {
@@ -49,7 +62,7 @@ fn names(folder: &Path) -> Vec<String> {
 }
 
 /// The text of a shard's ids, line by line.
-fn text_of(shard: &Shard, tokenizer: &Tokenizer) -> Vec<u8> {
+fn text_of(shard: &Shards, tokenizer: &Tokenizer) -> Vec<u8> {
     let mut text = Vec::new();
     let mut lines = Vec::new();
     shard.for_each_line(|line| lines.push(line)).unwrap();
@@ -66,7 +79,7 @@ fn text_of(shard: &Shard, tokenizer: &Tokenizer) -> Vec<u8> {
 fn the_sample_becomes_a_data_folder_that_gives_back_its_text() {
     let folder = TempDir::new().unwrap();
     let out = folder.path().join("deep/er/out");
-    let source = Source::parse("sample", None).unwrap();
+    let source = parse("sample").unwrap();
     let meta = prepare(&source, "bpe:512", &out).unwrap();
     assert_eq!(names(&out), ["meta.json", "test.bin", "tokenizer.json", "train.bin", "valid.bin"]);
     assert_eq!(names(out.parent().unwrap()), ["out"]);
@@ -94,7 +107,7 @@ fn the_sample_becomes_a_data_folder_that_gives_back_its_text() {
 #[test]
 fn the_number_of_threads_changes_no_byte() {
     let folder = TempDir::new().unwrap();
-    let source = Source::parse("sample", None).unwrap();
+    let source = parse("sample").unwrap();
     let [one, three] = [1, 3].map(|threads| {
         let out = folder.path().join(threads.to_string());
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
@@ -128,9 +141,11 @@ fn a_file_is_cut_into_splits_at_its_lines() {
     let text: String = (0..1000).map(|line| format!("line {line} of the book\n")).collect();
     fs::write(&path, format!("\u{feff}{text}")).unwrap();
     let splits = |valid, test| {
-        let source = Source::parse(path.to_str().unwrap(), None).unwrap().set_aside(valid, test).unwrap();
+        let aside = |share: Option<f64>| share.map(Aside::Share).into_iter().collect();
+        let choices = Choices { valid: aside(valid), test: aside(test), ..Choices::default() };
+        let source = Source::parse(&[path.to_str().unwrap().into()], None, &choices).unwrap();
         let out = folder.path().join("out");
-        let meta = prepare(&source, "bpe:260", &out).unwrap();
+        let meta = prepare_with(&source, &choices, "bpe:260", &out).unwrap();
         let data = DataDir::open(&out).unwrap();
         let tokenizer = Tokenizer::from_file(&data.tokenizer).unwrap();
         let texts = [&data.train, &data.valid, &data.test].map(|shard| text_of(shard, &tokenizer));
@@ -153,8 +168,10 @@ fn a_file_is_cut_into_splits_at_its_lines() {
 
     // A single line cannot be split.
     fs::write(&path, "a single line").unwrap();
-    let source = Source::parse(path.to_str().unwrap(), None).unwrap().set_aside(Some(0.5), None).unwrap();
-    fails(prepare(&source, "bpe:257", &folder.path().join("out")), 3, &["bytes 13 to 13 of ", "not a single word"]);
+    let choices = Choices { valid: vec![Aside::Share(0.5)], ..Choices::default() };
+    let source = Source::parse(&[path.to_str().unwrap().into()], None, &choices).unwrap();
+    let parts = ["book.txt: not a single word is left for the valid split", "--valid"];
+    fails(prepare_with(&source, &choices, "bpe:257", &folder.path().join("out")), 3, &parts);
 }
 
 #[test]
@@ -228,8 +245,12 @@ fn a_folder_must_hold_each_split_once() {
 
 #[test]
 fn a_source_or_tokenizer_that_is_none_is_a_usage_error() {
-    fails(Source::parse("wikitext-3", None), 2, &["wikitext-3", "sample", "wikitext-103-raw", "a folder"]);
-    fails(Source::parse("sample", Some("http://x")), 2, &["--url http://x", "leave --url out"]);
+    fails(parse("wikitext-3"), 2, &["wikitext-3", "sample", "wikitext-103-raw", "a folder"]);
+    fails(
+        Source::parse(&["sample".into()], Some("http://x"), &Choices::default()),
+        2,
+        &["--url http://x", "leave --url out"],
+    );
     let folder = TempDir::new().unwrap();
     let source = small(folder.path());
     let out = folder.path().join("out");
@@ -276,7 +297,8 @@ fn pieces_are_whole_lines_and_make_up_the_text() {
     for text in [format!("{TEXT}{long}\n{}", TEXT.repeat(400_000)), long, TEXT.repeat(400_000)] {
         fs::write(&path, &text).unwrap();
         let mut pieces: Vec<String> = Vec::new();
-        let bytes = Text::File(path.clone()).for_each_chunk(|piece| {
+        let bytes = Text::File(path.clone(), Packing::Plain).for_each_chunk(&ProgressBar::hidden(), |piece, place| {
+            assert_eq!(place, pieces.iter().map(|piece| piece.len() as u64).sum::<u64>());
             pieces.push(piece.to_owned());
             Ok(())
         });
@@ -393,7 +415,7 @@ fn wikitext_2_has_its_published_size() {
         return;
     };
     let folder = TempDir::new().unwrap();
-    let source = Source::parse(text.to_str().unwrap(), None).unwrap();
+    let source = parse(text.to_str().unwrap()).unwrap();
     let meta: Meta = prepare(&source, "gpt2", &folder.path().join("out")).unwrap();
     assert_eq!(meta.vocab_size, 50_257);
     assert_eq!((meta.valid.words, meta.valid.lines), (213_886, 3_760));

@@ -19,7 +19,7 @@ fn write(path: &Path, vocab_size: usize, lines: &[Vec<u32>]) -> Counts {
     for line in lines {
         writer.write_line(line, 2).unwrap();
     }
-    writer.finish().unwrap()
+    writer.finish().unwrap().0
 }
 
 /// Three lines of a vocabulary whose ids take two or four bytes; the second line is empty.
@@ -169,6 +169,31 @@ fn a_file_that_is_cut_while_it_is_in_use_is_named() {
         let expected = format!("{}: expected 176 bytes, as when it was opened, found 137", path.display());
         assert!(error.to_string().contains(&expected), "{error}");
     }
+}
+
+#[test]
+fn a_file_that_is_changed_while_it_is_in_use_is_named() {
+    let folder = TempDir::new().unwrap();
+    let path = small(&folder, 300);
+    let shard = Shard::open(&path).unwrap();
+    shard.check_unchanged().unwrap();
+    // The same size, and even the same content: who wrote cannot be trusted to have written only that.
+    let bytes = fs::read(&path).unwrap();
+    let before = fs::metadata(&path).unwrap().modified().unwrap();
+    while fs::metadata(&path).unwrap().modified().unwrap() == before {
+        fs::write(&path, &bytes).unwrap();
+    }
+    let error = shard.check_unchanged().unwrap_err();
+    assert_eq!(exit_code(&error), 3, "{error}");
+    let expected = format!("{}: expected the file as it was when it was opened", path.display());
+    assert!(error.to_string().contains(&expected), "{error}");
+    // Another file in its place is another file: this one is still there, and whole.
+    let shard = Shard::open(&path).unwrap();
+    let other = folder.path().join("other.bin");
+    fs::write(&other, &bytes[..130]).unwrap();
+    fs::rename(&other, &path).unwrap();
+    shard.check_unchanged().unwrap();
+    shard.verify().unwrap();
 }
 
 #[test]
