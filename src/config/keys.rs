@@ -126,6 +126,7 @@ mod tests {
             "train.keep_last",
             "train.sample_every",
             "train.prompts",
+            "train.tensorboard",
             "fault.startup_deadline_s",
             "fault.step_deadline_s",
             "fault.save_deadline_s",
