@@ -117,7 +117,7 @@ pub enum Verb {
         #[arg(long, value_name = "KEY")]
         print: Option<String>,
         /// Instead, prints a configuration file with every key, its meaning and its default.
-        #[arg(long, conflicts_with_all = ["config", "set", "run_dir", "print"])]
+        #[arg(long, conflicts_with_all = ["config", "overrides", "run_dir", "print"])]
         defaults: bool,
         /// Instead, prints the sizes of all presets as JSON.
         #[arg(long, conflicts_with_all = ["config", "print", "defaults"])]
@@ -329,15 +329,15 @@ pub struct Text {
     /// The split of the run's data to evaluate on.
     #[arg(long, value_enum, default_value_t = SplitName::Valid)]
     pub split: SplitName,
-    /// Evaluates on this text instead, with the run's tokenizer.
+    /// Evaluates on this file instead, with the run's tokenizer: .txt or .jsonl (each also with .gz or .zst), or .parquet.
     #[arg(long, value_name = "TEXT", conflicts_with = "split")]
     pub file: Option<PathBuf>,
     /// Slides a window of `data.block_size` tokens over the text by N tokens at a time, so that each token is predicted once,
     /// and from at least `data.block_size` - N tokens before it. Without it, blocks stand side by side.
     #[arg(long, value_name = "N")]
     pub stride: Option<usize>,
-    /// Also writes a table with a row for each document: an article that begins with a line ` = Title = `, or a text that
-    /// ends with `<|endoftext|>`.
+    /// Also writes a table with a row for each document: an article that begins with a line ` = Title = `, or, in data
+    /// prepared with `--document-ends`, what one `<|endoftext|>` ends.
     #[arg(long, value_name = "CSV")]
     pub by_document: Option<PathBuf>,
 }

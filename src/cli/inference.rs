@@ -130,6 +130,9 @@ pub fn eval(comm: &Comm, run: &Run, text: &Text) -> Result<()> {
     if let Some(stride) = text.stride {
         check_stride(stride, layout, block_size)?;
     }
+    if let Some(path) = &text.by_document {
+        check_place(path)?;
+    }
     let (shards, split, bytes) = match &text.file {
         Some(file) => {
             let (shards, size) = encode_file(file, &tokenizer)?;
@@ -172,6 +175,18 @@ pub fn eval(comm: &Comm, run: &Run, text: &Text) -> Result<()> {
             write_durably(path, tables::with_header(&rows)?.as_bytes())
         }
         None => Ok(()),
+    }
+}
+
+/// Refuses a table's place in no folder, before the evaluation takes its time.
+fn check_place(path: &Path) -> Result<()> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    match folder.is_dir() {
+        true => Ok(()),
+        false => {
+            let message = format!("--by-document {}: there is no folder {}", path.display(), folder.display());
+            Err(Error::Usage(message).into())
+        }
     }
 }
 

@@ -255,7 +255,11 @@ fn on_every_rank(deadlines: Deadlines, work: impl FnOnce(&mut Comm) -> Result<()
         Ok(Err(error)) => error,
         Err(panic) => from_panic(panic.as_ref()),
     };
-    tracing::error!(target: log::LOG_FILE_ONLY, "{error:#}");
+    match error.downcast_ref() {
+        // The run in whose log this stands is as it was.
+        Some(Error::Usage(_)) => tracing::warn!(target: log::LOG_FILE_ONLY, "refused: {error:#}"),
+        _ => tracing::error!(target: log::LOG_FILE_ONLY, "{error:#}"),
+    }
     if matches!(error.downcast_ref(), Some(Error::Preempted(_))) {
         // All ranks stopped together; one of them says so.
         if !comm.is_root() {

@@ -108,7 +108,7 @@ pub fn find(option: &str, names: &[String]) -> Result<Vec<Input>> {
         } else if path.is_file() {
             let known = Input::known(path.into());
             found.push(known.ok_or_else(|| {
-                let reason = "this is something else; give it the name's ending that says what it holds";
+                let reason = "this name says nothing; if it is plain text, rename it to .txt";
                 wrong(&format_args!("a file whose name ends with {ENDINGS}"), reason)
             })?);
         } else if name.contains(['*', '?', '[']) {

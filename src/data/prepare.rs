@@ -39,6 +39,12 @@ pub fn prepare(source: &Source, choices: &Choices, tokenizer: &str, out: &Path) 
     let partial = Partial::beside(&out)?;
     write_synced(&partial.path().join(TOKENIZER), made.to_json().as_bytes())?;
     let [train, valid, test] = encode(&corpus, &made, partial.path(), choices.shard_bytes)?;
+    let all_bytes = (train.bytes + valid.bytes + test.bytes).max(1) as f64;
+    for (split, part) in Split::ALL.into_iter().zip([&train, &valid, &test]) {
+        let share = 100.0 * part.bytes as f64 / all_bytes;
+        let SplitMeta { tokens, lines, words, .. } = part;
+        tracing::info!("{split}: {tokens} tokens, {lines} lines, {words} words; {share:.1} % of the text");
+    }
     let meta = Meta {
         format_version: FORMAT_VERSION,
         source: source.to_string(),
@@ -249,7 +255,6 @@ fn encode(corpus: &Corpus, tokenizer: &Tokenizer, folder: &Path, shard_bytes: u6
         if counts.words == 0 && corpus.has(split) {
             return Err(corpus.empty(split));
         }
-        tracing::info!("{split}: {counts}");
         let (tokens, lines, words) = (counts.tokens, counts.lines, counts.words);
         finished.push(SplitMeta { tokens, lines, words, bytes, shards });
     }

@@ -1,7 +1,7 @@
 //! What a run has come to, seen from outside: nothing is written, nothing is waited for, and nothing need be whole.
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Read, Seek, SeekFrom};
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -58,7 +58,7 @@ pub struct Survey {
     pub tokens_per_s: Option<f64>,
     /// How often the run was resumed.
     pub restarts: usize,
-    /// Seconds since its last row, or since it was started, by this machine's clock.
+    /// Seconds since its last row, or since it was started if it has none, by this machine's clock.
     pub age_s: Option<u64>,
 }
 
@@ -106,14 +106,13 @@ fn best_ppl(dir: &RunDir) -> Option<f64> {
     valid.chain(noted).filter(|ppl| ppl.is_finite()).min_by(f64::total_cmp)
 }
 
-/// How a run ended that is neither going on nor finished, by the last line of each rank's log.
+/// How a run ended that is neither going on nor finished, by each rank's log.
 fn ending(dir: &RunDir, world_size: Option<usize>) -> State {
     let logs = dir.log(0).parent().map(Path::to_path_buf).unwrap_or_default();
     let logs = fs::read_dir(logs).into_iter().flatten().flatten().map(|entry| entry.path());
     // An earlier start may have had more ranks.
     let is_of_these = |path: &PathBuf| world_size.is_none_or(|n| (0..n).any(|rank| dir.log(rank) == *path));
-    let last_words: Vec<String> =
-        logs.filter(is_of_these).filter_map(|path| last_event(&path)).filter(|line| level(line) == "ERROR").collect();
+    let last_words: Vec<String> = logs.filter(is_of_these).filter_map(|path| last_error(&path)).collect();
     match last_words.iter().any(|line| !line.contains("stopped on request")) {
         true => State::Failed,
         false if last_words.is_empty() => State::Killed,
@@ -121,16 +120,27 @@ fn ending(dir: &RunDir, world_size: Option<usize>) -> State {
     }
 }
 
-/// The last line of a log that begins an event, not one that goes on with it.
-fn last_event(log: &Path) -> Option<String> {
-    const ENOUGH: u64 = 1 << 14;
-    let mut file = File::open(log).ok()?;
-    let length = file.metadata().ok()?.len();
-    file.seek(SeekFrom::Start(length.saturating_sub(ENOUGH))).ok()?;
-    let mut bytes = Vec::new();
-    file.take(ENOUGH).read_to_end(&mut bytes).ok()?;
-    let text = String::from_utf8_lossy(&bytes);
-    text.lines().rev().find(|line| !level(line).is_empty()).map(str::to_owned)
+/// The error that a rank's last training ended with. A command that was refused afterwards has trained nothing.
+fn last_error(log: &Path) -> Option<String> {
+    let mut error = None;
+    for line in lines(log) {
+        match level(&line) {
+            "ERROR" => error = Some(line),
+            "INFO" if is_begin(&line) => error = None,
+            _ => {}
+        }
+    }
+    error
+}
+
+fn lines(log: &Path) -> impl Iterator<Item = String> {
+    let lines = File::open(log).ok().into_iter().flat_map(|file| BufReader::new(file).split(b'\n'));
+    lines.map_while(Result::ok).map(|line| String::from_utf8_lossy(&line).into_owned())
+}
+
+/// Whether a rank says that it begins to train.
+fn is_begin(line: &str) -> bool {
+    line.contains(" INFO rank ") && line.contains(" computes ")
 }
 
 /// The level of a line of a log, which begins with a time as 12:30:00Z; empty if it does not.
@@ -143,16 +153,24 @@ fn level(line: &str) -> &str {
     }
 }
 
-/// How often the log of rank 0 tells that the run was resumed.
+/// How often the log of rank 0 tells that the run was resumed and trained on.
 fn restarts(log: &Path) -> usize {
-    let Ok(file) = File::open(log) else { return 0 };
-    let lines = BufReader::new(file).split(b'\n').map_while(Result::ok);
-    lines.filter(|line| String::from_utf8_lossy(line).contains(" INFO resuming from ")).count()
+    let (mut resumes, mut restarts) = (false, 0);
+    for line in lines(log) {
+        if line.contains(" INFO resuming from ") {
+            resumes = true;
+        } else if is_begin(&line) {
+            restarts += usize::from(std::mem::take(&mut resumes));
+        } else if line.contains(" INFO ") && line.contains(" is complete: ") {
+            resumes = false;
+        }
+    }
+    restarts
 }
 
 fn age(dir: &RunDir) -> Option<Duration> {
     let changed = |path: PathBuf| fs::metadata(path).ok()?.modified().ok();
-    let last = changed(dir.train_csv()).max(changed(dir.config()))?;
+    let last = changed(dir.train_csv()).or_else(|| changed(dir.config()))?;
     // A clock that is ahead of this one means: just now.
     Some(last.elapsed().unwrap_or_default())
 }
@@ -180,9 +198,19 @@ mod tests {
         // Rank 1 was of an earlier start.
         assert_eq!(ending(&dir, Some(1)), State::Stopped);
         // It was started again after its error.
-        write(1, "10:00:05Z ERROR cannot write x\n10:01:00Z  INFO rank 1 computes 4 of 8\n");
-        write(0, "10:00:05Z ERROR lost\n10:01:00Z  INFO resuming from x after 2 steps\n10:02:00Z  WARN slow\n");
+        write(1, "10:00:05Z ERROR cannot write x\n10:01:00Z  INFO rank 1 computes 4 of the 8 sequences of each step\n");
+        let resumed = "10:00:05Z ERROR lost\n10:01:00Z  INFO resuming from x after 2 steps\n\
+            10:01:00Z  INFO rank 0 computes 4 of the 8 sequences of each step\n10:02:00Z  WARN slow\n";
+        write(0, resumed);
         assert_eq!(ending(&dir, None), State::Killed);
         assert_eq!(restarts(&dir.log(0)), 1);
+        // Then a command was refused, and one found nothing to do.
+        let more = "10:03:00Z  WARN refused: x was 1 and is 2\n10:04:00Z  INFO resuming from x after 2 steps\n\
+            10:04:00Z  INFO the run in x is complete: 2 steps; --set train.steps=N goes on\n";
+        write(0, &format!("{resumed}{more}"));
+        assert_eq!(ending(&dir, None), State::Killed);
+        assert_eq!(restarts(&dir.log(0)), 1);
+        write(0, &format!("{resumed}10:02:30Z ERROR stopped on request after step 4 of 9\n{more}"));
+        assert_eq!(ending(&dir, Some(1)), State::Stopped);
     }
 }

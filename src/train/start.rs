@@ -12,14 +12,14 @@ use super::gradients::Gradients;
 use super::report::Speed;
 use super::{kind, Resume, Trainer};
 use crate::comm::Comm;
-use crate::config::{Auto, Config, Data, Layout, Plan, Schedule, Tokens, Train};
+use crate::config::{Auto, Config, Data, Layout, Optim, Plan, Schedule, Tokens, Train};
 use crate::data::loader::{Loader, Samples};
 use crate::error::{Error, Result};
 use crate::files::hex;
 use crate::host;
 use crate::model::Gpt;
 use crate::optim::adamw::AdamW;
-use crate::optim::schedule::{decay, jump};
+use crate::optim::schedule::jump;
 use crate::run::checkpoint::{self, Conditions, OptimizerFiles, State, FORMAT_VERSION, MOMENTS};
 use crate::run::lease::Lease;
 use crate::run::restarts;
@@ -384,10 +384,15 @@ impl<'a> Trainer<'a> {
         changes.retain(|(key, ..)| key.starts_with("optim.") || key == "train.steps");
         let changes: Vec<String> =
             changes.iter().map(|(key, then, now)| format!("{key} was {then} and is {now}")).collect();
-        let follows = decay(&older.optim, steps) != decay(&older.optim, config.train.steps);
-        let remedy = match (older.optim.schedule, follows) {
-            (Schedule::Cosine | Schedule::Linear, true) => {
-                format!("; --set optim.decay_steps={steps} keeps to the old course")
+        // The remedy is one only if it would keep the old rate.
+        let kept = Optim { decay_steps: steps, ..config.optim.clone() };
+        let remedy = match older.optim.schedule {
+            Schedule::Cosine | Schedule::Linear
+                if jump((&older.optim, steps), (&kept, config.train.steps), step).is_none() =>
+            {
+                format!(
+                    "; --set optim.decay_steps={steps} --allow-config-change optim.decay_steps keeps to the old course"
+                )
             }
             _ => String::new(),
         };

@@ -46,7 +46,7 @@ fn text_that_cannot_be_prepared_is_refused() {
     refused("one/train.txt --valid 60% --test 40%", &["--valid and --test leave nothing to train on"]);
     refused("one/train.txt --valid 5", &["--valid", "a percentage, for example 5%"]);
     refused("text --valid 5%", &["--valid and --test split a file; text has splits of its own"]);
-    refused("tiny.yaml --valid 5%", &["--source tiny.yaml", "ends with .txt", "this is something else"]);
+    refused("tiny.yaml --valid 5%", &["--source tiny.yaml", "ends with .txt", "this name says nothing"]);
     refused("none.txt --valid 5%", &["--source none.txt", "there is no such file or folder"]);
     fs::write(work.path("text/wiki.test.raw"), good).unwrap();
     let said = work.lockstep("prepare --tokenizer gpt2 --source text --out text");

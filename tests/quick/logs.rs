@@ -69,6 +69,15 @@ fn versions_name_the_libraries_and_a_v_is_short() {
 }
 
 #[test]
+fn every_shell_gets_its_completions() {
+    let work = Workspace::new();
+    for shell in ["bash", "elvish", "fish", "powershell", "zsh"] {
+        let script = work.lockstep(&format!("completions {shell}")).ok().stdout;
+        assert!(script.contains("--run-dir") || script.contains("run-dir"), "{shell}");
+    }
+}
+
+#[test]
 fn man_pages_are_pages_that_groff_reads() {
     let work = Workspace::new();
     let all = work.lockstep("man").ok().stdout;

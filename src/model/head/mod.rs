@@ -55,8 +55,8 @@ pub fn scores(hidden: &Tensor, head: &Tensor, targets: &Targets) -> Vec<Score> {
     })
 }
 
-/// The sum over rows of weight times negative log-likelihood, (1,) fp64, and its gradients: the hidden states' is returned (shape and type of `hidden`), the head's is added
-/// to `head_grad` (V, C) fp32.
+/// The sum over rows of weight times negative log-likelihood, (1,) fp64, and its gradients: the hidden states' is returned
+/// (shape and type of `hidden`), the head's is added to `head_grad` (V, C) fp32.
 ///
 /// The loss is a tensor because a number would have to wait for a GPU, which the backward pass need not.
 pub fn loss_and_gradients(
