@@ -20,7 +20,6 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from html import escape
-from itertools import pairwise
 from pathlib import Path
 
 from measurements import Run, Unusable, read_csv, read_run
@@ -36,6 +35,9 @@ COURSE_S = {"cpu": 137.67, "cuda": 11.85}
 COURSE_LOSS, COURSE_PPL = 4.85, 130
 COURSE_TEXT = "wikitext-103-raw"
 DEVICES = {"cpu": "the CPU", "cuda": "the GPU"}
+
+# What compare.csv must have.
+COMPARED = ["device", "steps", "total_s", "step_ms_median", "tokens_per_s", "final_loss"]
 
 # The merges that are shown one by one.
 SHOWN = 12
@@ -70,11 +72,16 @@ def merges(folder: Path) -> tuple[str, int, list[Merge]]:
     pieces = [[list(piece.replace(" ", SPACE)) for piece in PIECE.findall(line)] for line in lines]
     learnt = []
     for pair in pairs:
-        seen = Counter(two for line in pieces for piece in line for two in pairwise(piece))
+        seen = Counter(two for line in pieces for piece in line for two in neighbours(piece))
         for piece in (piece for line in pieces for piece in line):
             join(piece, pair)
         learnt.append(Merge(pair, seen[pair], sum(map(len, pieces[0]))))
     return lines[0], len(lines[0]), learnt
+
+
+def neighbours(piece: list[str]):
+    """The pairs of tokens that stand side by side."""
+    return zip(piece, piece[1:])  # noqa: B905, RUF007  # Python 3.9
 
 
 def join(piece: list[str], pair: tuple[str, str]) -> None:
@@ -110,10 +117,9 @@ def print_merges(folder: Path) -> None:
     print(f"The first sentence: {sentence}")
     print(f"Each byte is a token at first. {SHOWN_SPACE} is a space.\n")
     rows = [MERGE_HEAD, *merge_rows(before, learnt)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(MERGE_HEAD))]
     for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        print("  ".join(cells).rstrip())
+        print("  ".join(f"{cell:{widths[at]}}" for at, cell in enumerate(row)).rstrip())
 
 
 def tokenizer_section(folder: Path) -> str:
@@ -122,19 +128,16 @@ def tokenizer_section(folder: Path) -> str:
         "<p>Byte-level BPE begins with the 256 bytes and joins, again and again, the pair of "
         f"tokens that it sees most often. It learnt {len(learnt)} merges from three sentences, of "
         f"which the first is “{escape(sentence)}” It has {before} bytes, and {learnt[-1].tokens} "
-        f"tokens at the end. {SHOWN_SPACE} is a space. The model itself has GPT-2’s vocabulary, "
+        f"tokens at the end. {SHOWN_SPACE} is a space. The model itself has GPT-2's vocabulary, "
         "which was made in the same way.</p>\n"
         + grid("The first merges, and the last", MERGE_HEAD, merge_rows(before, learnt))
     )
 
 
 def comparison_section(folder: Path, different: list[str], machine: str) -> str:
-    columns = ["steps", "total_s", "step_ms_median", "tokens_per_s", "final_loss"]
-    path = folder / "compare.csv"
-    names = read_text(path).splitlines()[1:]
-    devices = [name.partition(",")[0] for name in names]
-    rows, table = [], read_csv(path, columns)
-    measured = dict(zip(devices, table.itertuples(), strict=True))
+    table = read_csv(folder / "compare.csv", COMPARED)
+    measured = {row.device: row for row in table.itertuples()}
+    rows = []
     for device, name in DEVICES.items():
         cells = ["not measured"] * 4
         if device in measured:
@@ -149,10 +152,10 @@ def comparison_section(folder: Path, different: list[str], machine: str) -> str:
     else:
         said = "There was no GPU to measure, so the CPU stands alone. "
     said += f"In the course it was {COURSE_S['cpu'] / COURSE_S['cuda']:.1f} times as fast, and the "
-    said += f"GPU was a slice of a shared one. The CPU here: {machine}. The course’s machines are "
+    said += f"GPU was a slice of a shared one. The CPU here: {machine}. The course's machines are "
     said += "not known in more detail, so the figures say which order of magnitude to expect. "
     if different:
-        said += "The configuration is not the course’s, see below: the times are of another task."
+        said += "The configuration is not the course's, see below: the times are of another task."
     return grid("50 steps", [*head, "The course"], rows) + f"<p>{escape(said)}</p>\n"
 
 
@@ -205,13 +208,13 @@ def training_section(folder: Path, run: Run, different: list[str], minutes: floa
             "at the median time of a step that the comparison measured; evaluations come on top. "
         )
     if reasons:
-        said += f"The loss is not comparable with the course’s: {'; '.join(reasons)}. "
+        said += f"The loss is not comparable with the course's: {'; '.join(reasons)}. "
         said += (
             "Each text has a perplexity of its own, and a short run has not learnt all it could."
         )
     else:
         away = best["loss"] - COURSE_LOSS
-        said += f"The loss is {abs(away):.2f} {'above' if away > 0 else 'below'} the course’s."
+        said += f"The loss is {abs(away):.2f} {'above' if away > 0 else 'below'} the course's."
     return grid("The training", ["", "Here", "The course"], rows) + f"<p>{escape(said)}</p>\n"
 
 
