@@ -23,6 +23,7 @@ from html import escape
 from pathlib import Path
 
 from measurements import Run, Unusable, read_csv, read_run
+from presets import presets
 from report import PAGE, conditions, grid, read_text
 
 # After measurements, which says how to install what is missing.
@@ -164,8 +165,8 @@ def differences(run: Run) -> list[str]:
     theirs = yaml.safe_load((ROOT / "configs/homework.yaml").read_text())
     mine = yaml.safe_load(read_text(run.folder / "config.yaml")) or {}
     # The run's own configuration has the preset's numbers in its place.
-    theirs["model"] |= {"n_layer": 3, "n_head": 3, "n_embd": 48}
-    del theirs["model"]["preset"], theirs["data"]["dir"], theirs["device"], theirs["name"]
+    theirs["model"] |= presets()[theirs["model"].pop("preset")]
+    del theirs["name"], theirs["device"], theirs["data"]["dir"]
     theirs["train"] = {"loss": theirs["train"]["loss"]}
     found = []
     for section, value in theirs.items():

@@ -340,7 +340,9 @@ def test_the_homework_is_done_in_one_command_and_goes_on_if_it_is_stopped(tmp_pa
     assert done.returncode == 0, done.stdout
     # What was done is not done again.
     assert (out / "compare.csv").read_text() == measured
-    assert "data is there already" in done.stdout
+    assert "data is there already, with the text of sample" in done.stdout
+    other = subprocess.run([*command, "--source", "b.txt"], cwd=tmp_path, env=environment, **pipes)
+    assert other.returncode == 2 and "has the text of sample, not of b.txt" in other.stdout
 
     step_ms = float(measured.splitlines()[1].split(",")[4])
     steps = max(1, int(0.1 * 60_000 / step_ms / 4)) * 4

@@ -12,6 +12,7 @@ from made_runs import TRAIN_HEADER, make_whole_run, train_row, write_csv
 
 import homework
 import plot
+from presets import presets
 
 COMPARE_HEADER = "device,world_size,steps,total_s,step_ms_median,tokens_per_s,final_loss,speedup"
 CPU = "cpu,1,50,25.0,500.0,12000.0,9.5,1.0"
@@ -44,8 +45,7 @@ def folder(tmp_path):
 def change(out, **batch):
     """Writes the run's configuration: the course's, but for these keys of its data."""
     config = yaml.safe_load((homework.ROOT / "configs/homework.yaml").read_text())
-    config["model"] |= {"n_layer": 3, "n_head": 3, "n_embd": 48}
-    del config["model"]["preset"]
+    config["model"] |= presets()[config["model"].pop("preset")]
     config["data"] |= {"dir": "elsewhere", **batch}
     (out / "gpt-nano/config.yaml").write_text(yaml.safe_dump(config))
 
