@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::Arc;
 use std::thread;
 
-use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::flag;
 use signal_hook::iterator::Signals;
 
@@ -124,13 +124,16 @@ impl Place {
 /// Exit code of a process that SIGTERM ended.
 pub const SIGTERM_EXIT: u8 = 128 + SIGTERM as u8;
 
-/// Notes SIGTERM from now on instead of ending at once, for what has a terminal to restore.
+/// Notes SIGTERM from now on instead of ending at once, for what has a terminal to restore. SIGHUP, with which a terminal
+/// goes, ends the process at once, even one that was started to ignore it: whoever reads from no terminal reads for ever.
 ///
 /// # Errors
 /// Usage, if the system refuses signal handlers.
 pub fn note_sigterm() -> Result<Arc<AtomicBool>> {
     let noted = Arc::new(AtomicBool::new(false));
     flag::register(SIGTERM, noted.clone()).map_err(refused)?;
+    let always = Arc::new(AtomicBool::new(true));
+    flag::register_conditional_shutdown(SIGHUP, 128 + SIGHUP, always).map_err(refused)?;
     Ok(noted)
 }
 

@@ -1,12 +1,16 @@
 """Fixtures that several test files share: Slurm clusters, started once a session."""
 
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
 import pytest
 
 from virtual_cluster import BINARY, ROOT, start
+
+# Whoever ends the tests, such as launch/test, should not leave their processes and clusters behind.
+signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def session_of(*size):

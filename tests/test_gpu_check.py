@@ -447,9 +447,7 @@ def test_the_driver_itself_is_asked_for_the_gpu(driver):
 
 def stand_in(path, then):
     """A program in place of lockstep that runs `then` when asked to train."""
-    path.write_text(
-        f"#!/bin/sh\ncase $1 in\n-V) echo lockstep 9 ;;\ntrain) {then} ;;\nesac\n"
-    )
+    path.write_text(f"#!/bin/sh\ncase $1 in\n-V) echo lockstep 9 ;;\ntrain) {then} ;;\nesac\n")
     path.chmod(0o755)
     return path
 

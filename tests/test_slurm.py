@@ -270,6 +270,46 @@ def test_an_array_over_configurations(cluster):
         assert "the 72 sequences of steps 1 to 3" in cluster.output(f"{job}_{element}")
 
 
+def test_a_list_may_hold_arguments(cluster):
+    cluster.config("listed", 3)
+    (cluster.work / "two words.yaml").write_text((cluster.work / "listed.yaml").read_text())
+    (cluster.work / "rates.txt").write_text(
+        "listed.yaml --set optim.lr=1e-3 --run-dir runs/rate-%a # the first\n"
+        "'two words.yaml' --set 'train.prompts=[\"two  words\"]' --run-dir 'runs/rate 2'\n"
+        "two words.yaml\n"
+    )
+    job = cluster.submit("--array=1-3", "--nodes=1", arguments=["rates.txt", "--set", "seed=%a"])
+    cluster.wait(job)
+    written = [
+        (cluster.work / f"runs/{run}/config.yaml").read_text()
+        for run in ("rate-1", "rate 2", "listed")
+    ]
+    for element, (config, part) in enumerate(
+        zip(written, ("lr: 0.001", "- two  words", "name: listed"), strict=True), 1
+    ):
+        assert part in config and f"seed: {element}" in config, cluster.output(job)
+
+
+def test_a_chain_of_jobs_that_are_not_requeued(cluster):
+    run = "runs/chain"
+    arguments = [cluster.config("chain", ENDLESS, save_every=50), "--run-dir", run]
+    options = ["--nodes=1", "--no-requeue", "--dependency=singleton", "--job-name=chain"]
+    first = cluster.submit(*options, arguments=arguments)
+    # The others are held until the run has been given an end.
+    others = [cluster.submit(*options, "--hold", arguments=arguments) for _ in range(2)]
+    wait_until(lambda: len(cluster.rows(run)) > 10, explain=cluster.situation)
+    cluster.call("scancel", "--batch", "--signal=USR1", first)
+    facts = cluster.wait(first)
+    assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "75:0", "0")
+    assert "unless the next job of a chain does" in cluster.output(first)
+    steps = let_end(cluster, "chain", run)
+    cluster.call("scontrol", "release", ",".join(others))
+    for job, words in zip(others, ("resuming from", "is complete"), strict=True):
+        assert cluster.wait(job)["JobState"] == "COMPLETED", cluster.output(job)
+        assert words in cluster.output(job), cluster.output(job)
+    assert len(cluster.losses(run)) == steps
+
+
 def test_an_array_over_seeds(cluster):
     arguments = [cluster.config("seeds", 2), "--set", "seed=%a", "--run-dir", "runs/seed-%a"]
     job = cluster.submit("--array=5,6", "--nodes=1", arguments=arguments)
@@ -448,6 +488,27 @@ def test_one_rank_for_each_gpu(gpu_cluster):
     job = said.split()[-1]
     cluster.wait(job)
     assert "srun starts 2 x lockstep train, at most 2 on a node" in cluster.output(job)
+
+
+def test_one_gpu_of_a_node_that_others_share(gpu_cluster):
+    """Two such jobs run at the same time, each with a GPU of its own."""
+    cluster = gpu_cluster
+    stand_in = f"""#!/bin/bash
+if [[ $1 == config ]]; then exec {BINARY} "$@"; fi
+touch "shared-$CUDA_VISIBLE_DEVICES"
+until [[ -e shared-0 && -e shared-1 ]]; do sleep 0.1; done
+echo "GPU $CUDA_VISIBLE_DEVICES"
+"""
+    binary = str(script(cluster.folder / "bin/shares", stand_in))
+    options = ["--oversubscribe", "--gpus=1", "--cpus-per-task=1"]
+    arguments = [cluster.config("some", 1)]
+    jobs = [cluster.submit(*options, arguments=arguments, LOCKSTEP_BIN=binary) for _ in range(2)]
+    said = []
+    for job in jobs:
+        assert cluster.wait(job)["JobState"] == "COMPLETED", cluster.output(job)
+        said.append(cluster.output(job))
+        assert "srun starts 1 x lockstep train, at most 1 on a node, CPUs for each: 1" in said[-1]
+    assert sorted(text.strip().splitlines()[-1] for text in said) == ["GPU 0", "GPU 1"]
 
 
 def test_shaped_links(cluster):

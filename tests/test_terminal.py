@@ -14,6 +14,7 @@ import termios
 import time
 
 import pytest
+
 from emulation import BINARY
 
 # Longer than anything here takes on any machine, so only what hangs fails.
@@ -321,6 +322,20 @@ def test_bash_completes_verbs_and_options(terminal, folder):
         shell.type("\x15")  # forget the line
     shell.type("exit\r")
     assert shell.end() == 0
+
+
+def test_watch_ends_with_its_terminal(terminal, folder, training):
+    """Also as a child of nohup or of a service, which leave SIGHUP ignored."""
+    view = terminal("sh", "-c", f"trap '' HUP; exec {BINARY} watch run")
+    view.shows("tokens/s")
+    os.close(view.fd)
+    view.fd = os.open(os.devnull, os.O_RDONLY)
+    end = time.monotonic() + PATIENCE_S
+    while not (ended := os.waitpid(view.pid, os.WNOHANG))[0]:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    view.pid = None
+    assert os.waitstatus_to_exitcode(ended[1]) == 128 + signal.SIGHUP
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])

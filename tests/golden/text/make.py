@@ -25,6 +25,8 @@ table = pyarrow.table(
 for compression in ["none", "snappy", "gzip", "zstd", "lz4"]:
     path = FOLDER / f"{compression}.parquet"
     # Two rows a group; a dictionary in some of them.
-    parquet.write_table(table, path, compression=compression, row_group_size=2, use_dictionary=compression != "zstd")
+    parquet.write_table(
+        table, path, compression=compression, row_group_size=2, use_dictionary=compression != "zstd"
+    )
     assert parquet.read_table(path).column("text").to_pylist() == TEXTS
 print(pyarrow.__version__)
