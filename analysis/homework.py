@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COURSE_S = {"cpu": 137.67, "cuda": 11.85}
 COURSE_LOSS, COURSE_PPL = 4.85, 130
 COURSE_TEXT = "wikitext-103-raw"
-DEVICES = {"cpu": "the CPU", "cuda": "the GPU"}
+DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 
 # What compare.csv must have.
 COMPARED = ["device", "steps", "total_s", "step_ms_median", "tokens_per_s", "final_loss"]
@@ -140,24 +140,33 @@ def comparison_section(folder: Path, different: list[str], machine: str) -> str:
     measured = {row.device: row for row in table.itertuples()}
     rows = []
     for device, name in DEVICES.items():
-        cells = ["not measured"] * 4
+        cells = ["not measured", f"{COURSE_S[device]} s", *["not measured"] * 3]
         if device in measured:
             row = measured[device]
-            cells = [f"{row.total_s:,.2f} s", f"{row.step_ms_median:,.1f} ms"]
-            cells += [f"{row.tokens_per_s:,.0f}", f"{row.final_loss:.4f}"]
-        rows.append([name, *cells, f"{COURSE_S[device]} s"])
-    head = ["50 steps on", "Here", "A step, median", "Tokens/s", "Loss of the last step"]
+            cells[0] = f"{row.total_s:,.2f} s"
+            cells[2:] = [f"{row.step_ms_median:,.1f} ms", f"{row.tokens_per_s:,.0f}"]
+            cells.append(f"{row.final_loss:.4f}")
+        rows.append([name, *cells])
+    head = ["50 steps on", "Here", "The course", "A step, median", "Tokens/s", "Last loss"]
+    said = "".join(
+        f"The {DEVICES[device]} here took {row.total_s / COURSE_S[device]:.2g} times as long as "
+        "the course's. "
+        for device, row in measured.items()
+    )
     if "cuda" in measured:
         speedup = measured["cpu"].step_ms_median / measured["cuda"].step_ms_median
-        said = f"Here the GPU was {speedup:.1f} times as fast as the CPU. "
+        said += f"Here the GPU was {speedup:.1f} times as fast as the CPU. "
     else:
-        said = "There was no GPU to measure, so the CPU stands alone. "
-    said += f"In the course it was {COURSE_S['cpu'] / COURSE_S['cuda']:.1f} times as fast, and the "
-    said += f"GPU was a slice of a shared one. The CPU here: {machine}. The course's machines are "
-    said += "not known in more detail, so the figures say which order of magnitude to expect. "
+        said += "There was no GPU to measure, so the CPU is timed alone. "
+    said += (
+        "In the course the GPU, a slice of a shared one, was "
+        f"{COURSE_S['cpu'] / COURSE_S['cuda']:.1f} times as fast as the CPU. The CPU here: "
+        f"{machine}. The course's machines are not known in more detail, so its figures say only "
+        "which order of magnitude to expect. "
+    )
     if different:
         said += "The configuration is not the course's, see below: the times are of another task."
-    return grid("50 steps", [*head, "The course"], rows) + f"<p>{escape(said)}</p>\n"
+    return grid("50 steps", head, rows) + f"<p>{escape(said)}</p>\n"
 
 
 def differences(run: Run) -> list[str]:
@@ -244,6 +253,7 @@ def completions(folder: Path) -> str:
 STYLE = """
 img { width: 100%; height: auto; background: #ffffff; }
 p { max-width: 48rem; }
+tbody th { min-width: 0; }
 """
 
 

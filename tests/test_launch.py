@@ -361,12 +361,12 @@ def test_the_homework_is_done_in_one_command_and_goes_on_if_it_is_stopped(tmp_pa
     assert page.count("data:image/png;base64,") == 2
     for prompt in ("The best perks of", "It is a truth", "The best way to", "According to the"):
         assert f"<pre> {prompt}" in page and prompt in done.stdout
-    assert '<th scope="row">the CPU</th>' in page
+    assert '<th scope="row">CPU</th>' in page
     assert f"{steps:,} steps are what fits" in page and "not comparable" in page
     assert "data.batch_size is 8, not 256" in page
     if not Path("/dev/nvidiactl").exists():
         assert "There is no GPU here" in done.stdout
-        assert '<th scope="row">the GPU</th><td>not measured</td>' in page
+        assert '<th scope="row">GPU</th><td>not measured</td>' in page
 
 
 @pytest.mark.parametrize("wrong", [["--minutes", "0"], ["--minutes"], ["--minute", "5"]])
