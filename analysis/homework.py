@@ -253,7 +253,8 @@ def completions(folder: Path) -> str:
 STYLE = """
 img { width: 100%; height: auto; background: #ffffff; }
 p { max-width: 48rem; }
-tbody th { min-width: 0; }
+tbody th { min-width: 0; overflow-wrap: break-word; }
+tbody td { white-space: nowrap; }
 """
 
 
