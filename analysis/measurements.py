@@ -112,7 +112,7 @@ class Run:
 
 
 def read_csv(path: Path, columns: list[str], optional: list[str] | None = None) -> pd.DataFrame:
-    """Reads `columns` of a CSV, and `optional` ones as NaN where it has none: numbers, but `split`.
+    """Reads `columns` of a CSV, and `optional` ones as NaN where it has none: numbers, but names.
 
     Raises Unusable for a file that is missing, empty or malformed.
     """
@@ -133,7 +133,7 @@ def read_csv(path: Path, columns: list[str], optional: list[str] | None = None) 
         )
     table = table.reindex(columns=[*columns, *(optional or [])])
     for name in table:
-        if name not in ("split", "host"):
+        if name not in ("split", "host", "device"):
             table[name] = numbers(table[name], path)
     return table
 

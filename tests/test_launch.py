@@ -290,19 +290,20 @@ exit "${SCONTROL:-0}"
 }
 
 
+def clone_with_a_build(folder):
+    """Makes a clone with this one's build; returns an environment in which cargo does nothing."""
+    for name in ("launch", "configs", "analysis"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in (".venv", "target"):
+        (folder / name).symlink_to(ROOT / name)
+    shutil.copy(ROOT / "Cargo.toml", folder)
+    (folder / "tools").mkdir()
+    script(folder / "tools", "cargo", "")
+    return os.environ | {"PATH": f"{folder}/tools:{os.environ['PATH']}"}
+
+
 def test_the_quickstart_shows_learning_and_resuming(tmp_path):
-    """On this clone's build, so it builds and installs nothing."""
-    for folder in ("launch", "configs", "analysis"):
-        shutil.copytree(
-            ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__")
-        )
-    for folder in (".venv", "target"):
-        (tmp_path / folder).symlink_to(ROOT / folder)
-    cargo = tmp_path / "tools/cargo"
-    cargo.parent.mkdir()
-    cargo.write_text("#!/bin/sh\n")
-    cargo.chmod(0o755)
-    environment = os.environ | {"PATH": f"{cargo.parent}:{os.environ['PATH']}"}
+    environment = clone_with_a_build(tmp_path)
     command = [tmp_path / "launch/quickstart"]
     said = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert said.returncode == 0, said.stdout + said.stderr
@@ -318,6 +319,61 @@ def test_the_quickstart_shows_learning_and_resuming(tmp_path):
     assert again.returncode == 0, again.stdout + again.stderr
     assert "It goes on" not in again.stdout and "same bits" in again.stdout
     assert (tmp_path / "runs/sample-stopped/train.csv").read_bytes() == rows
+
+
+@pytest.mark.full
+def test_the_homework_is_done_in_one_command_and_goes_on_if_it_is_stopped(tmp_path):
+    """A rehearsal on the sample, with a small batch."""
+    environment = clone_with_a_build(tmp_path)
+    command = [tmp_path / "launch/homework", "--minutes", "0.1", "--source", "sample"]
+    command += ["--set", "data.batch_size=8"]
+    out = tmp_path / "runs/rehearsal"
+    rows = out / "gpt-nano/train.csv"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    first = subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes)
+    wait_until(lambda: first.poll() is not None or (rows.exists() and rows.stat().st_size > 400))
+    first.send_signal(signal.SIGUSR1)
+    said, _ = first.communicate()
+    assert first.returncode in (0, 75), said
+    measured = (out / "compare.csv").read_text()
+    done = subprocess.run(command, cwd=tmp_path, env=environment, check=False, **pipes)
+    assert done.returncode == 0, done.stdout
+    # What was done is not done again.
+    assert (out / "compare.csv").read_text() == measured
+    assert "data is there already, with the text of sample" in done.stdout
+    other = subprocess.run([*command, "--source", "b.txt"], cwd=tmp_path, env=environment, **pipes)
+    assert other.returncode == 2 and "has the text of sample, not of b.txt" in other.stdout
+
+    step_ms = float(measured.splitlines()[1].split(",")[4])
+    steps = max(1, int(0.1 * 60_000 / step_ms / 4)) * 4
+    assert f"{steps} steps fit into 0.1 minutes" in done.stdout
+    numbers = [int(line.split(",")[0]) for line in rows.read_text().splitlines()[1:]]
+    assert numbers == list(range(1, steps + 1))
+
+    # The tokens that the first merges leave are those that the program itself makes.
+    tokenize = [ROOT / "target/release/lockstep", "tokenize", "--tokenizer"]
+    tokenize += [out / "tokenizer/tokenizer.json", out / "sentences/train.txt"]
+    ids = subprocess.check_output(tokenize, text=True).splitlines()[0].split()
+    last = next(line for line in done.stdout.splitlines() if line.startswith("32 "))
+    assert last.split()[-1] == str(len(ids))
+
+    page = (out / "homework.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    for prompt in ("The best perks of", "It is a truth", "The best way to", "According to the"):
+        assert f"<pre> {prompt}" in page and prompt in done.stdout
+    assert '<th scope="row">CPU</th>' in page
+    assert f"{steps:,} steps are what fits" in page and "not comparable" in page
+    assert "data.batch_size is 8, not 256" in page
+    if not Path("/dev/nvidiactl").exists():
+        assert "There is no GPU here" in done.stdout
+        assert '<th scope="row">GPU</th><td>not measured</td>' in page
+
+
+@pytest.mark.parametrize("wrong", [["--minutes", "0"], ["--minutes"], ["--minute", "5"]])
+def test_the_homework_explains_its_arguments(wrong):
+    done = subprocess.run([ROOT / "launch/homework", *wrong], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "--minute" in done.stderr
 
 
 def in_a_job(folder, commands, **environment):
@@ -417,13 +473,23 @@ def test_a_job_script_finds_the_clone_from_wherever_it_was_copied(tmp_path, name
 
 def test_the_job_scripts_find_the_clone_in_the_same_way():
     texts = [
-        (ROOT / "slurm" / f"{name}.sbatch").read_text() for name in ("train", "scaling", "compare")
+        (ROOT / "slurm" / f"{name}.sbatch").read_text()
+        for name in ("train", "scaling", "compare", "homework")
     ]
     ways = {
         text[text.index("# Slurm runs a copy") : text.index('. "$root/slurm/job.sh"')]
         for text in texts
     }
     assert len(ways) == 1
+
+
+def test_the_homeworks_job_becomes_the_launch_script(tmp_path):
+    """So Slurm's request to stop reaches it, and its exit code is the job's."""
+    (tmp_path / "clone/launch").mkdir(parents=True)
+    script(tmp_path / "clone/launch", "homework", 'echo "$PPID $LOCKSTEP_BIN $*"; exit 75')
+    done, _ = job(tmp_path, "homework.sbatch", "--minutes", "5")
+    expected = f"{os.getpid()} {shutil.which('true')} --minutes 5\n"
+    assert (done.returncode, done.stdout) == (75, expected)
 
 
 @pytest.mark.parametrize(("element", "path"), [("1", "c/first.yaml"), ("2", "c/two words#2.yaml")])
