@@ -229,7 +229,8 @@ fn a_schedule_that_jumps_is_said_with_both_rates_and_the_step() {
     assert_eq!(numbers(&work.path("run/train.csv"), "lr")[11..], [1e-4; 13]);
     // With another rate, too, that would not keep to it, so it is not said.
     let allowed = "--allow-config-change optim.lr";
-    let said = work.train("run", &format!("{cosine} --set train.steps=26 --set optim.lr=2e-3 {allowed}")).ok();
+    copy_folder(&work.path("longer"), &work.path("faster"));
+    let said = work.train("faster", &format!("{cosine} --set train.steps=26 --set optim.lr=2e-3 {allowed}")).ok();
     assert!(!said.stderr.contains("keeps to the old course"), "{}", said.stderr);
     // Another run's checkpoint, and another rate.
     let from = "longer/checkpoints/step-00000020";

@@ -184,7 +184,7 @@ fn what_cannot_be_evaluated_is_refused() {
         ("--file nowhere", 3, &["nowhere", "No such file"]),
         ("--file empty", 3, &["empty", "not a single word"]),
         ("--file latin1", 3, &["latin1", "UTF-8", "0xe9"]),
-        ("--by-document nowhere/documents.csv", 4, &["nowhere/documents.csv", "No such file"]),
+        ("--by-document nowhere/documents.csv", 2, &["nowhere/documents.csv", "there is no folder nowhere"]),
     ] {
         work.lockstep(&format!("eval --run-dir run {more}")).fails(code, parts);
     }

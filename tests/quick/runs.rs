@@ -24,7 +24,9 @@ fn with_runs() -> Workspace {
         let log = fs::read_to_string(path("logs/rank-0000.log")).unwrap();
         fs::write(path("logs/rank-0000.log"), log + last_words).unwrap();
     };
-    longer("killed", "10:00:00Z  INFO resuming from runs/sweep/killed/checkpoints/step-00000008 after 8 steps\n");
+    let resumed = "10:00:00Z  INFO resuming from runs/sweep/killed/checkpoints/step-00000008 after 8 steps\n\
+        10:00:00Z  INFO rank 0 computes 8 of the 8 sequences of each step\n";
+    longer("killed", resumed);
     longer("stopped", "10:00:00Z ERROR stopped on request after step 12 of 24\n");
     longer("failed", "10:00:00Z ERROR cannot write runs/failed/train.csv: no space\n");
     // A job takes the lease before anything else.
