@@ -66,6 +66,9 @@ fn every_command_runs() {
     fs::create_dir_all(clone.path().join("target/release")).unwrap();
     symlink(binary(), clone.path().join("target/release/lockstep")).unwrap();
     shell(clone.path(), "git init -q && git add -A").unwrap();
+    // The quick start, which is not run, would leave it.
+    let sample = "target/release/lockstep -q prepare --source sample --tokenizer bpe:800 --out data/sample";
+    shell(clone.path(), sample).unwrap();
 
     for command in commands() {
         if NOT_RUN.iter().any(|(beginning, _)| command.starts_with(beginning)) {
