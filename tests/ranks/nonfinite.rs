@@ -21,7 +21,7 @@ fn poisoned(folder: &Path) -> (PathBuf, i64) {
     let mut counts = vec![0; 512];
     // The 30 steps read only part of the epoch, so take a token that occurs now and then.
     tokens(&shard).iter().for_each(|&id| counts[id as usize] += 1);
-    let token = counts.iter().position(|&count| (12..=20).contains(&count)).unwrap();
+    let token = counts.iter().position(|&count| (20..=40).contains(&count)).unwrap();
 
     let checkpoint = run.dir.join("checkpoints/step-00000001");
     let path = checkpoint.join("model.safetensors");
