@@ -147,7 +147,7 @@ def test_nodes_that_died_before(cluster):
     cluster.call("scontrol", "requeuehold", job)
     wait_until(lambda: cluster.facts(job)["JobState"] == "PENDING", explain=cluster.situation)
     wait_until(lambda: not cluster.call("squeue", "-h", "-t", "CG"), explain=cluster.situation)
-    cluster.config("haunted", 20)
+    steps = let_end(cluster, "haunted", run)
     for spool in (cluster.state / "spool").glob("n?"):
         for step in range(9):
             with socket.socket(socket.AF_UNIX) as left_behind:
@@ -156,7 +156,7 @@ def test_nodes_that_died_before(cluster):
     facts = cluster.wait(job)
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), cluster.output(job)
     assert cluster.output(job).count("starts 2 x lockstep train") == 2
-    assert len(cluster.losses(run)) == 20
+    assert len(cluster.losses(run)) == steps
 
 
 @pytest.mark.parametrize(
