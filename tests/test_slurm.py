@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -495,20 +496,23 @@ def test_one_gpu_of_a_node_that_others_share(gpu_cluster):
     cluster = gpu_cluster
     stand_in = f"""#!/bin/bash
 if [[ $1 == config ]]; then exec {BINARY} "$@"; fi
-touch "shared-$CUDA_VISIBLE_DEVICES"
-until [[ -e shared-0 && -e shared-1 ]]; do sleep 0.1; done
-echo "GPU $CUDA_VISIBLE_DEVICES"
+touch "runs-$SLURM_JOB_ID"
+until [[ -e seen ]]; do sleep 0.1; done
 """
     binary = str(script(cluster.folder / "bin/shares", stand_in))
     options = ["--oversubscribe", "--gpus=1", "--cpus-per-task=1"]
     arguments = [cluster.config("some", 1)]
     jobs = [cluster.submit(*options, arguments=arguments, LOCKSTEP_BIN=binary) for _ in range(2)]
-    said = []
+    run = [cluster.work / f"runs-{job}" for job in jobs]
+    wait_until(lambda: all(path.exists() for path in run), explain=cluster.situation)
+    records = [cluster.call("scontrol", "--details", "show", "job", job) for job in jobs]
+    (cluster.work / "seen").touch()
+    gpus = [re.search(r"GRES=gpu:1\(IDX:(\d)\)", record) for record in records]
+    assert sorted(gpu[1] for gpu in gpus) == ["0", "1"], records
     for job in jobs:
         assert cluster.wait(job)["JobState"] == "COMPLETED", cluster.output(job)
-        said.append(cluster.output(job))
-        assert "srun starts 1 x lockstep train, at most 1 on a node, CPUs for each: 1" in said[-1]
-    assert sorted(text.strip().splitlines()[-1] for text in said) == ["GPU 0", "GPU 1"]
+        words = "srun starts 1 x lockstep train, at most 1 on a node, CPUs for each: 1"
+        assert words in cluster.output(job)
 
 
 def test_shaped_links(cluster):
