@@ -1,6 +1,7 @@
-//! Training. The loop and the step are below; beside them: what comes before the first step ([`start`]), the data folder
-//! ([`open_data`]), the gradients' way over the ranks ([`gradients`]), where the time of a step goes ([`timeline`]), what a step came to ([`report`]), what is
-//! done between two steps ([`between`]), and numbers that are not finite ([`nonfinite`]).
+//! Training. The loop and the step are below; beside them: what comes before the first step ([`start`]), the data
+//! folder ([`open_data`]), the gradients' way over the ranks ([`gradients`]), where the time of a step goes
+//! ([`timeline`]), what a step came to ([`report`]), what is done between two steps ([`between`]), and numbers that are
+//! not finite ([`nonfinite`]).
 
 mod between;
 mod data;
