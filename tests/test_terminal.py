@@ -271,7 +271,8 @@ def test_tables_fit_the_terminal(folder, terminal, training):
 
 
 def test_training_shows_a_bar_that_fits_and_says_the_time_left(terminal, folder):
-    short = ["--set", "train.steps=300", "--set", "train.eval_every=60"]
+    # So few that the bar draws all of them: later on it leaves out what comes faster than the eye.
+    short = ["--set", "train.steps=4", "--set", "train.eval_every=2"]
     for columns in [100, 30]:
         shutil.rmtree(folder / "run", ignore_errors=True)
         shown = terminal(*train(folder, *short), columns=columns)
@@ -282,10 +283,10 @@ def test_training_shows_a_bar_that_fits_and_says_the_time_left(terminal, folder)
         rows = [
             text[at : at + columns]
             for text in texts
-            if "/300 steps" in text
+            if "/4 steps" in text
             for at in range(0, len(text.rstrip()), columns)
         ]
-        assert rows and all(re.match(r"\d+/300 steps, |evaluating: \d+/", row) for row in rows), (
+        assert rows and all(re.match(r"\d+/4 steps(, | +)|evaluating: \d+/", row) for row in rows), (
             rows
         )
         assert any(row.startswith("evaluating: ") for row in rows), rows

@@ -267,30 +267,25 @@ fn encode(corpus: &Corpus, tokenizer: &Tokenizer, folder: &Path, shard_bytes: u6
 /// Data if the file cannot be read, is not UTF-8 or has no word, Storage if there is no space for the ids.
 pub fn encode_file(path: &Path, tokenizer: &Tokenizer) -> Result<(Shards, SplitMeta)> {
     let split = Split::Test;
-    // Ranks of one machine must not meet.
-    let folder = std::env::temp_dir().join(format!("lockstep-eval-{}", std::process::id()));
-    fs::create_dir(&folder).map_err(|e| Error::write(&folder, e))?;
-    let encode_and_open = || -> Result<_> {
-        // A pipe can be read only once.
-        let is_pipe = path.metadata().is_ok_and(|file| !file.is_file() && !file.is_dir());
-        let whole = if is_pipe { &folder.join("piped") } else { path };
-        if is_pipe {
-            let mut piped = File::open(path).map_err(|e| Error::read(path, e))?;
-            let mut file = File::create(whole).map_err(|e| Error::write(whole, e))?;
-            io::copy(&mut piped, &mut file).map_err(|e| Error::write(whole, e))?;
-        }
-        let corpus = Corpus::of_file(whole, split)?;
-        let [_, _, size] = encode(&corpus, tokenizer, &folder, Choices::default().shard_bytes)?;
-        let mut names: Vec<String> = size.shards.iter().map(|entry| entry.file.clone()).collect();
-        if names.is_empty() {
-            names.push(shard_name(split));
-        }
-        let shards: Result<_> = names.iter().map(|name| Shard::open(&folder.join(name))).collect();
-        Ok((Shards::new(shards?), size))
-    };
-    let encoded = encode_and_open();
-    fs::remove_dir_all(&folder).map_err(|e| Error::write(&folder, e))?;
-    encoded
+    let scratch = tempfile::Builder::new().prefix("lockstep-eval-").tempdir();
+    let scratch = scratch.map_err(|e| Error::write(&std::env::temp_dir(), e))?;
+    let folder = scratch.path();
+    // A pipe can be read only once.
+    let is_pipe = path.metadata().is_ok_and(|file| !file.is_file() && !file.is_dir());
+    let whole = if is_pipe { &folder.join("piped") } else { path };
+    if is_pipe {
+        let mut piped = File::open(path).map_err(|e| Error::read(path, e))?;
+        let mut file = File::create(whole).map_err(|e| Error::write(whole, e))?;
+        io::copy(&mut piped, &mut file).map_err(|e| Error::write(whole, e))?;
+    }
+    let corpus = Corpus::of_file(whole, split)?;
+    let [_, _, size] = encode(&corpus, tokenizer, folder, Choices::default().shard_bytes)?;
+    let mut names: Vec<String> = size.shards.iter().map(|entry| entry.file.clone()).collect();
+    if names.is_empty() {
+        names.push(shard_name(split));
+    }
+    let shards: Result<_> = names.iter().map(|name| Shard::open(&folder.join(name))).collect();
+    Ok((Shards::new(shards?), size))
 }
 
 /// Only an absent or empty folder, or one that holds a data folder's files and nothing else, may be

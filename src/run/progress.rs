@@ -24,7 +24,7 @@ pub struct Progress {
 impl Progress {
     /// At `step` of `steps`.
     pub fn new(step: usize, steps: usize) -> Self {
-        let bar = bar(steps, "{pos}/{len} steps, {wide_msg}");
+        let bar = bar(steps, "{pos}/{len} steps{wide_msg}");
         bar.set_position(step as u64);
         Self { bar, steps, last_line: None, pace: Pace::from(step, Instant::now()) }
     }
@@ -45,7 +45,7 @@ impl Progress {
             self.last_line = Some(Instant::now());
             return;
         }
-        self.bar.set_message(format!("loss {loss:.4}{left}{speed}"));
+        self.bar.set_message(format!(", loss {loss:.4}{left}{speed}"));
         self.bar.set_position(step as u64);
         if step == self.steps {
             self.bar.finish();
