@@ -237,7 +237,9 @@ impl<'a> Trainer<'a> {
                 ))
                 .into());
             }
-            warn!("ranks {others:?} have another {name} than rank 0: {difference}");
+            if self.comm.is_root() {
+                warn!("ranks {others:?} have another {name} than rank 0: {difference}");
+            }
         }
         Ok(())
     }
@@ -439,6 +441,7 @@ impl<'a> Trainer<'a> {
             let all = (to - from) * self.loader.batch_size;
             let (rank, mine) = (self.comm.rank, self.sequences);
             info!("rank {rank} computed {mine} of the {all} sequences of steps {} to {to}", from + 1);
+            debug!("rank {rank} has sent {} messages that carry no tensor", self.comm.messages());
         }
     }
 
