@@ -27,7 +27,7 @@ mod tests {
 
     #[test]
     fn the_tree_reaches_each_rank_once_and_grows_with_the_logarithm() {
-        for ranks in (1..=70).chain([1000, 16_384]) {
+        for ranks in (1usize..=70).chain([1000, 16_384]) {
             let most = ranks.next_power_of_two().trailing_zeros() as usize;
             for rank in 0..ranks {
                 let Branch { parent, children } = Branch::of(rank, ranks);

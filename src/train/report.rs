@@ -6,7 +6,6 @@ use super::timeline::{Part, Timeline};
 use super::Trainer;
 use crate::comm::Join;
 use crate::error::Result;
-use crate::run::checkpoint::Saving;
 use crate::run::tables::{rounded, TrainRow};
 use crate::torch;
 use crate::watch::Phase;
@@ -25,8 +24,8 @@ pub(super) struct Report {
     /// Whether a rank was asked to stop.
     pub stop: bool,
     pub memory_mib: f64,
-    /// Each rank's milliseconds of computing; on rank 0 only.
-    pub compute_ms: Vec<f64>,
+    /// The pace of each rank's computing; on rank 0 only.
+    pub paces: Vec<f64>,
     /// Milliseconds of each [`Part`].
     pub times: [f64; 4],
 }
@@ -81,7 +80,8 @@ impl Trainer<'_> {
         let [stop, writes] = [self.stop.is_raised(), writes].map(|flag| f64::from(u8::from(flag)));
         let compute_ms = times[Part::Compute as usize];
         let joins = [Join::Sum, Join::Most, Join::Most, Join::Most, Join::Most];
-        let (all, each) = self.comm.reduce(&[loss, stop, writes, memory, compute_ms], &joins, &[compute_ms])?;
+        let pace = self.pace.step(compute_ms);
+        let (all, paces) = self.comm.reduce(&[loss, stop, writes, memory, compute_ms], &joins, &[pace])?;
         let [loss, stop, writes, memory_mib, most_ms] = [0, 1, 2, 3, 4].map(|place| all[place]);
         self.watchdog.enter(Phase::Step, step);
         times[Part::Exchange as usize] += since.elapsed().as_secs_f64() * 1000.0;
@@ -101,7 +101,7 @@ impl Trainer<'_> {
             targets: self.loader.targets(global) as u64,
             stop: stop > 0.0,
             memory_mib,
-            compute_ms: each,
+            paces,
             times,
         })
     }
@@ -118,7 +118,7 @@ impl Trainer<'_> {
         });
         if let Some(recorder) = &mut self.recorder {
             recorder.step(step, report.loss, row.as_ref())?;
-            recorder.compute_times(step, &report.compute_ms)?;
+            recorder.paces(step, &report.paces)?;
         }
         Ok(())
     }

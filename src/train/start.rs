@@ -27,7 +27,7 @@ use crate::run::{find_checkpoint, Recorder, RunDir};
 use crate::stop::StopRequest;
 use crate::tokenizer::Tokenizer;
 use crate::torch::{self, Marks};
-use crate::watch::{Phase, Watchdog};
+use crate::watch::{Pace, Phase, Watchdog};
 
 /// What a run reads, opened and checked.
 pub(super) struct Opened {
@@ -146,6 +146,7 @@ impl<'a> Trainer<'a> {
             sequences: 0,
             asks_every: 1,
             speed: Speed::from(0),
+            pace: Pace::default(),
             skipped: 0,
             written: false,
             saving: None,
@@ -441,7 +442,7 @@ impl<'a> Trainer<'a> {
             let all = (to - from) * self.loader.batch_size;
             let (rank, mine) = (self.comm.rank, self.sequences);
             info!("rank {rank} computed {mine} of the {all} sequences of steps {} to {to}", from + 1);
-            debug!("rank {rank} has sent {} messages that carry no tensor", self.comm.messages());
+            self.say_messages();
         }
     }
 
@@ -483,6 +484,13 @@ impl<'a> Trainer<'a> {
         let (rank, step) = (self.comm.rank, step + 1);
         info!("rank {rank} computes {} of the {} sequences of each step", mine.len(), global.len());
         debug!("of step {step}, rank {rank} computes samples {mine:?}");
+        self.say_messages();
+    }
+
+    /// Says how many small messages it has cost so far: what is said before the first step and at the end tells what a step
+    /// costs.
+    fn say_messages(&self) {
+        debug!("rank {} has sent {} messages that carry no tensor", self.comm.rank, self.comm.messages());
     }
 }
 

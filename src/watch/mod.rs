@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use self::heartbeats::Heartbeat;
-pub use self::stragglers::{Straggler, Stragglers};
+pub use self::stragglers::{Pace, Straggler, Stragglers};
 use crate::config::Fault;
 use crate::error::{exit_code, Error, Result};
 use crate::host;
