@@ -347,12 +347,7 @@ impl Mpi {
 
     /// Joins the ranks' numbers on their way to rank 0, which returns those of all. `length` says how many numbers come from
     /// so many ranks; `join` adds the numbers of the ranks that follow to those of the ranks before.
-    fn up(
-        &self,
-        mine: Vec<f64>,
-        length: impl Fn(usize) -> usize,
-        join: impl Fn(&mut Vec<f64>, &[f64]),
-    ) -> Vec<f64> {
+    fn up(&self, mine: Vec<f64>, length: impl Fn(usize) -> usize, join: impl Fn(&mut Vec<f64>, &[f64])) -> Vec<f64> {
         let Branch { parent, children } = self.branch();
         let mut numbers = mine;
         for (child, ranks) in children {

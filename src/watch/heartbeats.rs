@@ -255,7 +255,8 @@ mod tests {
         let (first, last) = (differ[0], differ[differ.len() - 1]);
         assert!(first < CHECK && last > CHECK, "{first} to {last}");
         for cut in 0..RECORD {
-            for torn in [[&new[..cut], &old[cut..]].concat(), [&old[..cut], &new[cut..RECORD], &old[RECORD..]].concat()] {
+            for torn in [[&new[..cut], &old[cut..]].concat(), [&old[..cut], &new[cut..RECORD], &old[RECORD..]].concat()]
+            {
                 fs::write(&file, &torn).unwrap();
                 let found = of_ranks(folder, 2);
                 let (is_old, is_new) = (torn == old, torn[..RECORD] == new[..RECORD]);

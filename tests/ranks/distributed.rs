@@ -101,7 +101,8 @@ fn a_rank_that_warns_leaves_a_log_which_later_starts_go_on_with() {
     let log = |rank| std::fs::read_to_string(run.dir.join(format!("logs/rank-{rank:04}.log"))).ok();
     assert!(run.start(&[]).success());
     assert_eq!([1, 2].map(log), [None, None]);
-    let script = wrapper(folder.path(), "if [ \"$OMPI_COMM_WORLD_RANK$PMI_RANK\" = 2 ]; then export OMP_NUM_THREADS=9999; fi");
+    let script =
+        wrapper(folder.path(), "if [ \"$OMPI_COMM_WORLD_RANK$PMI_RANK\" = 2 ]; then export OMP_NUM_THREADS=9999; fi");
     let done = run.command(&["--set", "train.steps=3"]).env("LOCKSTEP_BIN", script).output().unwrap();
     assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
     let warned = log(2).unwrap();
