@@ -95,7 +95,7 @@ fn more_ranks_leave_no_more_files_unless_they_have_something_to_say() {
 #[test]
 fn a_rank_that_warns_leaves_a_log_which_later_starts_go_on_with() {
     let folder = tempfile::tempdir().unwrap();
-    let config = "data: {block_size: 16, batch_size: 8}\nmodel: {n_layer: 1, n_head: 2, n_embd: 16}\n\
+    let config = "data: {block_size: 16, batch_size: 9}\nmodel: {n_layer: 1, n_head: 2, n_embd: 16}\n\
                   train: {steps: 2, eval_every: 0, save_every: 1}\n";
     let run = Run::new(folder.path(), "warns", config, 3);
     let log = |rank| std::fs::read_to_string(run.dir.join(format!("logs/rank-{rank:04}.log"))).ok();
