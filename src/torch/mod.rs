@@ -19,7 +19,7 @@ use tch::{Cuda, Device};
 pub use self::cuda::{driver, driver_module, has_driver, libtorch_cuda, libtorch_version, Driver};
 pub use self::libraries::{compile_for, load_every_library, Library};
 pub use self::libtorch::{
-    allow_cudnn_attention, ask_for_deterministic_libraries, cudnn_attention_is_exact, fused_adamw,
+    allow_cudnn_attention, ask_for_deterministic_libraries, backward, cudnn_attention_is_exact, fused_adamw,
     use_deterministic_kernels, AdamWNumbers,
 };
 pub use self::mark::{Mark, Marks};
