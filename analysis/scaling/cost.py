@@ -125,8 +125,8 @@ class MpiLink:
 
     Each rank sends the r-th part of a message to rank r, which sums the parts and sends the result
     to all: (N-1)/N of the bytes each way. Summing the parts takes `work_per_byte`, whatever N; it
-    belongs to the first half alone. `latency` is for each message and each further rank; `crowd_latency` is for each rank beyond
-    those that can run at once: it waits for a core.
+    belongs to the first half alone. `latency` is for each message and each further rank;
+    `crowd_latency` is for each rank beyond those that can run at once: it waits for a core.
     """
 
     byte_s: float

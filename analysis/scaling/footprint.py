@@ -1,4 +1,4 @@
-"""What ranks leave in a run directory, and what they tell each other, as a function of their number.
+"""What ranks leave in a run directory and tell each other, as a function of their number.
 
 Both follow from the program: the ranks of a node share a file of heartbeats, whose interval grows
 with the nodes (src/watch/heartbeats.rs); what is small travels up and down a binomial tree

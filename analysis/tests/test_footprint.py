@@ -46,7 +46,7 @@ def test_the_table_stays_below_a_hundred_files_a_second(tmp_path):
 
 
 def run_of(folder, ranks, steps, before=13):
-    """A run that was made with -v: each rank sends two messages a step and three more at its end."""
+    """A run made with -v: each rank sends two messages a step and three more at its end."""
     write_run(folder, [row(step, (1, 50, 20, 29), ranks) for step in range(1, steps + 1)], config())
     (folder / "logs").mkdir()
     (folder / "heartbeats").mkdir()
@@ -57,7 +57,9 @@ def run_of(folder, ranks, steps, before=13):
         with (folder / f"heartbeats/node-{rank // 4 * 4:04}.txt").open("a") as file:
             for beat in (7, 8):
                 text = json.dumps({"rank": rank, "beat": beat, "every_s": 1})
-                file.write(f"{hashlib.sha256(text.encode()).hexdigest()[:8]} {text}".ljust(511) + "\n")
+                file.write(
+                    f"{hashlib.sha256(text.encode()).hexdigest()[:8]} {text}".ljust(511) + "\n"
+                )
     return folder
 
 
@@ -81,4 +83,6 @@ def test_a_run_that_says_too_little_is_told(tmp_path):
     assert "with -v" in result.stderr
     beats = run_of(tmp_path / "silent", 2, 30)
     (beats / "heartbeats/node-0000.txt").write_text("")
-    assert "expected heartbeats of 2 ranks, found 0" in call(command.main, "footprint", beats).stderr
+    assert (
+        "expected heartbeats of 2 ranks, found 0" in call(command.main, "footprint", beats).stderr
+    )

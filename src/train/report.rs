@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use tracing::{debug, info};
+
 use super::timeline::{Part, Timeline};
 use super::Trainer;
 use crate::comm::Join;
@@ -121,6 +123,23 @@ impl Trainer<'_> {
             recorder.paces(step, &report.paces)?;
         }
         Ok(())
+    }
+
+    /// Says which part of the work this rank has done.
+    pub(super) fn say_share(&self) {
+        let (from, to) = (self.from, self.state.step);
+        if to > from {
+            let all = (to - from) * self.loader.batch_size;
+            let (rank, mine) = (self.comm.rank, self.sequences);
+            info!("rank {rank} computed {mine} of the {all} sequences of steps {} to {to}", from + 1);
+            self.say_messages();
+        }
+    }
+
+    /// Says how many small messages it has cost so far: what is said before the first step and at the end tells what a step
+    /// costs.
+    pub(super) fn say_messages(&self) {
+        debug!("rank {} has sent {} messages that carry no tensor", self.comm.rank, self.comm.messages());
     }
 
     fn row(&self, report: &Report, tokens_per_s: f64) -> TrainRow {

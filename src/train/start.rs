@@ -435,17 +435,6 @@ impl<'a> Trainer<'a> {
         }
     }
 
-    /// Says which part of the work this rank has done.
-    pub(super) fn say_share(&self) {
-        let (from, to) = (self.from, self.state.step);
-        if to > from {
-            let all = (to - from) * self.loader.batch_size;
-            let (rank, mine) = (self.comm.rank, self.sequences);
-            info!("rank {rank} computed {mine} of the {all} sequences of steps {} to {to}", from + 1);
-            self.say_messages();
-        }
-    }
-
     fn describe(&self) {
         let State { step, conditions, .. } = &self.state;
         let train = &self.plan.config.train;
@@ -485,12 +474,6 @@ impl<'a> Trainer<'a> {
         info!("rank {rank} computes {} of the {} sequences of each step", mine.len(), global.len());
         debug!("of step {step}, rank {rank} computes samples {mine:?}");
         self.say_messages();
-    }
-
-    /// Says how many small messages it has cost so far: what is said before the first step and at the end tells what a step
-    /// costs.
-    fn say_messages(&self) {
-        debug!("rank {} has sent {} messages that carry no tensor", self.comm.rank, self.comm.messages());
     }
 }
 
