@@ -4,6 +4,7 @@
     .venv/bin/python analysis/scaling fit RUN... --out FIT     fits the model to runs on one link
     .venv/bin/python analysis/scaling check FIT RUN...         predicts runs it was not fitted to
     .venv/bin/python analysis/scaling predict                  GPU clusters, on paper
+    .venv/bin/python analysis/scaling footprint [RUN...]       files and messages, by ranks
 
 Exit codes: 1 if a prediction of `check` is too far from the measurement, 2 for a command line that
 cannot be run, 3 for runs that cannot be used, 4 for files that cannot be written.
@@ -23,7 +24,7 @@ import pandas as pd
 
 from measurements import Unusable
 
-from . import clusters, draw
+from . import clusters, draw, footprint
 from .cost import GRADIENT_BYTES, Model, step
 from .fit import BOUND, PARAMETERS, errors, fit, machine, milliseconds
 from .runs import Run, read_run, read_runs, table
@@ -144,6 +145,12 @@ def predict_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def footprint_command(arguments: argparse.Namespace) -> int:
+    found = footprint.table(arguments.runs, arguments.ranks_per_node, arguments.step_s)
+    print(found.to_csv(index=False, float_format="%.5g"), end="")
+    return 0
+
+
 def count(text: str) -> int:
     """A whole number of at least 1, for argparse."""
     if int(text) < 1:
@@ -197,6 +204,12 @@ def parse(given: list[str] | None) -> argparse.Namespace:
     )
     predict.add_argument("--preset", choices=clusters.PRESETS, default="gpt2")
     predict.add_argument("--grad-dtype", choices=list(GRADIENT_BYTES), default="fp32")
+    small = verb("footprint", footprint_command, "prints files and messages by ranks, as CSV")
+    small.add_argument(
+        "runs", nargs="*", type=Path, metavar="RUN", help="made with -v (default: the model's)"
+    )
+    small.add_argument("--ranks-per-node", type=count, default=8, metavar="N", help="(default: 8)")
+    small.add_argument("--step-s", type=float, default=1.0, metavar="S", help="(default: 1)")
     return parser.parse_args(given)
 
 
