@@ -69,6 +69,8 @@ class Emulation:
             **os.environ,
             "OMP_NUM_THREADS": "1",
             "OMP_WAIT_POLICY": "passive",
+            # For the kernels, so that they are compiled once for all tests.
+            "XDG_CACHE_HOME": str(self.folder / "cache"),
             "EMULATED_GPU_DEVICES": str(max(1, ranks)),
             "LOCKSTEP_BIN": str(binary),
             **variables,

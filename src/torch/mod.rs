@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 mod cuda;
+mod kernels;
 mod libraries;
 mod libtorch;
 mod mark;
@@ -17,7 +18,8 @@ use serde::{Deserialize, Serialize};
 use tch::{Cuda, Device};
 
 pub use self::cuda::{driver, driver_module, has_driver, libtorch_cuda, libtorch_version, Driver};
-pub use self::libraries::{compile_for, load_every_library, Library};
+pub use self::kernels::{compile, kernels, Compiled, Kernels};
+pub use self::libraries::{load_every_library, Library};
 pub use self::libtorch::{
     allow_cudnn_attention, ask_for_deterministic_libraries, cudnn_attention_is_exact, fused_adamw,
     use_deterministic_kernels, AdamWNumbers,
