@@ -11,6 +11,7 @@ use super::head::{self, Score, Targets};
 use super::parameters::Parameters;
 use crate::config::{Activation, Norm, Shape};
 use crate::random::mix;
+use crate::torch;
 
 impl Shape {
     /// Floating-point operations that one token of training needs: 6 N + 12 L C T, N without the embedding tables but
@@ -271,8 +272,7 @@ impl Gpt {
 
         while let Some((input, output)) = tape.pop() {
             let output = output.unwrap_or_else(|| self.stage(tape.len(), &input, seed));
-            // The derivative of sum(y * dy) with respect to y is dy: a backward pass from a given gradient.
-            (output * grad).sum(Kind::Float).backward();
+            torch::backward(&output, &grad);
             grad = input.grad();
             let begin = std::mem::replace(&mut end, self.ends[tape.len()]);
             self.parameters.collect_gradients(begin, end);

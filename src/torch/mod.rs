@@ -21,7 +21,7 @@ pub use self::cuda::{driver, driver_module, has_driver, libtorch_cuda, libtorch_
 pub use self::kernels::{compile, kernels, Compiled, Kernels};
 pub use self::libraries::{load_every_library, Library};
 pub use self::libtorch::{
-    allow_cudnn_attention, ask_for_deterministic_libraries, cudnn_attention_is_exact, fused_adamw,
+    allow_cudnn_attention, ask_for_deterministic_libraries, backward, cudnn_attention_is_exact, fused_adamw,
     use_deterministic_kernels, AdamWNumbers,
 };
 pub use self::mark::{Mark, Marks};
