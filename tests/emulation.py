@@ -42,7 +42,8 @@ class Emulation:
         subprocess.run([ROOT / "tests/emulated_gpu/build.sh", LIBRARIES], check=True)
         self.binary = self.wrap(LIBRARIES)
         self.data = folder / "data"
-        command = [BINARY, "prepare", "--source", "sample", "--tokenizer", "bpe:512"]
+        # Not a multiple of 64 words, to which the head is filled up.
+        command = [BINARY, "prepare", "--source", "sample", "--tokenizer", "bpe:500"]
         subprocess.run([*command, "--out", self.data], check=True, capture_output=True)
         self.config = folder / "config.yaml"
         self.config.write_text(

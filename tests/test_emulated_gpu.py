@@ -10,8 +10,10 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from functools import partial
 
+import gpu_step
 import pytest
 
 from emulation import BINARY, FAILED, LIBRARIES, ROOT, Emulation, apart, figures
@@ -102,7 +104,7 @@ def test_memory_is_seen_and_smaller_micro_batches_need_less(gpu):
     micro = gpu.train("memory-micro", {"train.steps": 2} | MICRO_STEPS)
     [most], [least] = (set(done.column("memory_mib")[1:]) for done in (plain, micro))
     # Weights, gradients and two moments, 4 bytes each.
-    parameters = 111024
+    parameters = 110448
     assert 16 * parameters / 2**20 < least < most
 
 
@@ -286,6 +288,7 @@ def test_without_our_kernels_libtorch_computes_the_same(gpu, tmp_path, request, 
         settings,
         EMULATED_GPU_LOG=str(tmp_path / "theirs"),
         EMULATED_GPU_FAULT="no-kernels",
+        XDG_CACHE_HOME=str(tmp_path / "empty"),
     )
     assert (ours.code, theirs.code) == (0, 0), ours.log + theirs.log
     assert (ours.log.count(said), theirs.log.count(said)) == (0, 1), theirs.log
@@ -293,6 +296,37 @@ def test_without_our_kernels_libtorch_computes_the_same(gpu, tmp_path, request, 
     assert ours_log["launches of cross_entropy"] == 10
     assert "launches of cross_entropy" not in theirs_log
     assert 0 < apart(ours.column("loss"), theirs.column("loss")) < BF16 / 4
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["our kernels", "LibTorch's way"])
+@pytest.mark.parametrize(
+    ("preset", "shape"),
+    [
+        ("gpt-nano", gpu_step.Shape(3, 3, 48, 500, 32, 8, 2)),
+        full("gpt-mini", gpu_step.Shape(6, 6, 192, 500, 32, 4, 4)),
+    ],
+)
+def test_a_step_launches_and_moves_what_the_page_says(gpu, tmp_path, request, preset, shape, own):
+    """The formulas behind docs/gpu-step.md, for a small model: each operator's launches, and its bytes."""
+    settings = IN_BF16 | {"model.preset": preset, "data.micro_batch": shape.sequences}
+    fault = {} if own else {"EMULATED_GPU_FAULT": "no-kernels", "XDG_CACHE_HOME": str(tmp_path)}
+    seen = []
+    for steps in (1, 2):
+        log = tmp_path / f"log-{steps}"
+        name, settings = f"{request.node.name}-{steps}", settings | {"train.steps": steps}
+        done = gpu.train(name, settings, EMULATED_GPU_LOG=str(log), **fault)
+        assert done.code == 0, done.log
+        seen.append(Counter(figures(log)))
+    step = {name: n for name, n in (seen[1] - seen[0]).items() if " of " in name}
+    launches, moved = Counter(), Counter()
+    for one in gpu_step.of_step(shape, own):
+        launches[f"launches of {one.name}"] += one.times
+        moved[f"bytes of {one.name}"] += one.bytes
+    assert launches == {name: n for name, n in step.items() if name.startswith("launches")}
+    # What is not counted to the byte: numbers of single rows.
+    assert moved == pytest.approx(
+        {name: n for name, n in step.items() if name.startswith("bytes")}, rel=0.03, abs=256
+    )
 
 
 def test_compiled_kernels_are_kept(gpu, tmp_path):

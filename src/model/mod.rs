@@ -5,6 +5,7 @@ pub mod generate;
 pub mod gpt;
 pub mod head;
 pub mod parameters;
+mod written;
 
 pub use gpt::Gpt;
 pub use parameters::Parameters;

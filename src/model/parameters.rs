@@ -47,6 +47,8 @@ pub struct Parameters {
     /// (P,) what autograd adds into: `grad` itself, or one micro-step's bf16 gradients (autograd refuses an fp32
     /// gradient on a bf16 leaf).
     compute_grad: Tensor,
+    /// Whether whoever changed `flat` last has also made its bf16 copy.
+    pub copy_is_made: bool,
     leaves: Vec<Tensor>,
 }
 
@@ -69,7 +71,7 @@ impl Parameters {
             (zeros(offset + (HEAD_ROWS - 1) * width, kind).narrow(0, 0, offset), zeros(offset, kind))
         };
         let leaves = specs.iter().map(|spec| leaf(spec, &compute, &compute_grad)).collect();
-        Self { specs, flat, grad, compute, compute_grad, leaves }
+        Self { specs, flat, grad, compute, compute_grad, copy_is_made: false, leaves }
     }
 
     /// P: the number of parameters.
@@ -117,9 +119,14 @@ impl Parameters {
 
     /// Makes changed weights those that the model computes with; call after every change of `flat`.
     pub fn publish(&mut self) {
-        if self.is_mixed() {
+        if self.is_mixed() && !std::mem::take(&mut self.copy_is_made) {
             no_grad(|| self.compute.copy_(&self.flat));
         }
+    }
+
+    /// (P,) the bf16 copy of the weights, if the model computes with one.
+    pub fn copy(&self) -> Option<Tensor> {
+        self.is_mixed().then(|| self.compute.shallow_clone())
     }
 
     fn is_mixed(&self) -> bool {

@@ -1,6 +1,7 @@
 //! Where the tensors are, how many threads compute, and how fast this machine multiplies.
 #![allow(unsafe_code)]
 
+mod compile;
 mod cuda;
 mod kernels;
 mod libraries;
@@ -17,8 +18,9 @@ use cudarc::driver::sys::CUdevice_attribute as Attribute;
 use serde::{Deserialize, Serialize};
 use tch::{Cuda, Device};
 
+pub use self::compile::{compile, Compiled};
 pub use self::cuda::{driver, driver_module, has_driver, libtorch_cuda, libtorch_version, Driver};
-pub use self::kernels::{compile, kernels, Compiled, Kernels};
+pub use self::kernels::{kernels, Dropout, Kernels, Normed, Update, MOST_CHANNELS};
 pub use self::libraries::{load_every_library, Library};
 pub use self::libtorch::{
     allow_cudnn_attention, ask_for_deterministic_libraries, backward, cudnn_attention_is_exact, fused_adamw,

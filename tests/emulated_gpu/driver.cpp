@@ -232,6 +232,14 @@ void count(const std::string& what, int64_t by) {
   figures.all[what] += by;
 }
 
+bool count_launches = false;
+
+void count_launch(const std::string& what, int64_t bytes) {
+  if (!count_launches || !bytes) return;  // nothing is launched for nothing
+  count("launches of " + what);
+  count("bytes of " + what, bytes);
+}
+
 namespace {
 
 // The numbers of the machine's GPUs that this process sees.

@@ -36,6 +36,11 @@ bool fault_is_set(const std::string& name);
 // Adds to a figure of this process. At its end, rank 0 writes all of its figures to the file EMULATED_GPU_LOG.
 void count(const std::string& what, int64_t by = 1);
 
+// Adds a launch and the bytes that it moves to the figures, once the first batch has come: what is measured before takes as
+// many as it has time for.
+void count_launch(const std::string& what, int64_t bytes);
+extern bool count_launches;
+
 // The number of GPUs that this process sees, by CUDA_VISIBLE_DEVICES and EMULATED_GPU_DEVICES; a GPU's number on the
 // machine; and the GPU that is current for this thread, like a driver's context.
 int device_count();

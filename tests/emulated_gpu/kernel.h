@@ -52,6 +52,7 @@ UNCOUNTED inline unsigned __float_as_uint(float x) {
   return bits;
 }
 inline float __expf(float x) { return expf(x); }
+inline float rsqrtf(float x) { return 1 / sqrtf(x); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<uint64_t>(a) * b >> 32; }
 
 // Calls a kernel with what the driver was given for it.

@@ -136,8 +136,7 @@ void run_kernel(const std::string& kernel, void (*function)(void**), const unsig
     for (blockIdx.y = 0; blockIdx.y < grid[1]; blockIdx.y++)
       for (blockIdx.x = 0; blockIdx.x < grid[0]; blockIdx.x++) run_block(threads);
   for (auto& [start, end, low, high] : all_touched) touch(stream, name, {reinterpret_cast<void*>(low), high - low});
-  count("launches of " + name);
-  count("bytes of " + name, bytes);
+  count_launch(name, bytes);
 }
 
 }  // namespace gpu

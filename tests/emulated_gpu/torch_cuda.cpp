@@ -247,10 +247,6 @@ int64_t size(const Tensor& tensor) {
   return static_cast<int64_t>(std::min<size_t>(range(tensor).length, tensor.numel() * tensor.element_size()));
 }
 
-void count(const std::string& what, int64_t bytes) {
-  gpu::count("launches of " + what);
-  gpu::count("bytes of " + what, bytes);
-}
 
 bool begins(const std::string& name, const char* with) { return name.rfind(with, 0) == 0; }
 
@@ -301,7 +297,8 @@ struct Call {
   int64_t bytes() {
     // Of their first tensor these touch as much as their result, or what they add to it, has.
     if (begins(name, "aten::gather") || begins(name, "aten::index_select")) reads[0] = writes.at(0);
-    if (begins(name, "aten::scatter_add_") || begins(name, "aten::index_add_")) reads[0] = writes.at(0) = reads.back();
+    if (begins(name, "aten::scatter_add") || begins(name, "aten::index_add")) reads[0] = writes.at(0) = reads.back();
+    if (begins(name, "aten::zero_") || begins(name, "aten::fill_")) reads.clear();
     int64_t sum = 0;
     for (auto* all : {&reads, &writes})
       for (auto n : *all) sum += n;
@@ -351,7 +348,7 @@ struct Call {
         value = list;
       }
     }
-    count(name, bytes());
+    gpu::count_launch(name, bytes());
   }
 };
 
@@ -381,8 +378,10 @@ Tensor& copy_(Tensor& self, const Tensor& source, bool non_blocking) {
   for (const Tensor& tensor : {std::cref<Tensor>(self), std::cref(source)})
     if (tensor.is_cuda()) touched.push_back(range(tensor));
   gpu::launch(stream(device), "aten::copy_", touched);
+  // A batch is the first that comes from pinned memory.
+  if (non_blocking && source.is_pinned()) gpu::count_launches = true;
   bool moves = self.is_cuda() && source.is_cuda();
-  count(moves ? "aten::copy_" : "a copy to the device", size(self) + (moves ? size(source) : 0));
+  gpu::count_launch(moves ? "aten::copy_" : "a copy to the device", size(self) + (moves ? size(source) : 0));
   on_host(self).copy_(on_host(source));
   if (!source.is_cuda() && !(non_blocking && source.is_pinned())) gpu::wait_for(stream(device));
   return self;
@@ -393,13 +392,13 @@ at::Scalar item(const Tensor& tensor) {
   return on_host(tensor).item();
 }
 
-// Runs `work` with the CPU's tensors of `inputs`, as the operator `name`, and returns its results on the device.
-std::vector<Tensor> run(const char* name, const std::vector<Tensor>& inputs,
+// Runs `work` with the CPU's tensors of `inputs`, as the operator `name`, and returns its results on the device. It moves so
+// many bytes besides them.
+std::vector<Tensor> run(const char* name, const std::vector<Tensor>& inputs, int64_t bytes,
                         const std::function<std::vector<Tensor>(const std::vector<Tensor>&)>& work) {
   auto device = inputs[0].device().index();
   std::vector<gpu::Range> touched;
   std::vector<Tensor> hosts, results;
-  int64_t bytes = 0;
   for (auto& input : inputs) touched.push_back(range(input)), hosts.push_back(on_host(input)), bytes += size(input);
   gpu::current_device() = device;
   gpu::launch(stream(device), name, touched);
@@ -409,7 +408,7 @@ std::vector<Tensor> run(const char* name, const std::vector<Tensor>& inputs,
     gpu::touch(stream(device), name, range(mine));
     results.push_back(mine), bytes += size(mine);
   }
-  count(name, bytes);
+  gpu::count_launch(name, bytes);
   return results;
 }
 
@@ -418,12 +417,11 @@ Tensor& addmm_dtype_out(const Tensor& self, const Tensor& a, const Tensor& b, at
                         const at::Scalar& alpha, Tensor& out) {
   TORCH_CHECK(self.is_same(out) && type == at::kFloat && a.scalar_type() == at::kBFloat16, "the emulation adds in place only");
   check_determinism("aten::addmm.out", {});
-  run("aten::addmm.dtype_out", {self, a, b}, [&](auto& in) -> std::vector<Tensor> {
+  run("aten::addmm.dtype_out", {self, a, b}, size(out), [&](auto& in) -> std::vector<Tensor> {
     Tensor sum = in[0];
     sum.addmm_(in[1].to(type), in[2].to(type), beta, alpha);
     return {};
   });
-  gpu::count("bytes of aten::addmm.dtype_out", size(out));
   return out;
 }
 
@@ -442,7 +440,7 @@ int64_t choose_attention(const Tensor& query, const Tensor&, const Tensor&, cons
 using Flash = std::tuple<Tensor, Tensor, Tensor, Tensor, c10::SymInt, c10::SymInt, Tensor, Tensor, Tensor>;
 
 Flash flash_attention(const Tensor& q, const Tensor& k, const Tensor& v, double, bool causal, bool, std::optional<double> scale) {
-  auto done = run("attention", {q, k, v}, [&](auto& in) -> std::vector<Tensor> {
+  auto done = run("attention", {q, k, v}, 0, [&](auto& in) -> std::vector<Tensor> {
     auto [out, sums] = at::_scaled_dot_product_flash_attention_for_cpu(in[0], in[1], in[2], 0.0, causal, {}, scale);
     return {out, sums};
   });
@@ -454,7 +452,7 @@ std::tuple<Tensor, Tensor, Tensor> flash_attention_backward(const Tensor& grad, 
                                                             const Tensor& out, const Tensor& sums, const Tensor&, const Tensor&,
                                                             c10::SymInt, c10::SymInt, double, bool causal, const Tensor&,
                                                             const Tensor&, std::optional<double> scale) {
-  auto done = run("attention, backward", {grad, q, k, v, out, sums}, [&](auto& in) -> std::vector<Tensor> {
+  auto done = run("attention, backward", {grad, q, k, v, out, sums}, 0, [&](auto& in) -> std::vector<Tensor> {
     auto [dq, dk, dv] = at::_scaled_dot_product_flash_attention_for_cpu_backward(in[0], in[1], in[2], in[3], in[4], in[5], 0.0,
                                                                                  causal, {}, scale);
     return {dq, dk, dv};
@@ -471,6 +469,8 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
   library.impl("_reshape_alias", at::native::_reshape_alias);
   library.impl("copy_", copy_);
   library.impl("_local_scalar_dense", item);
+  // LibTorch would compute these on a device of its own kind by other operators.
+  library.impl("native_layer_norm", torch::CppFunction::makeFromBoxedFunction<&fallback>());
   library.impl("addmm.dtype_out", addmm_dtype_out);
   library.impl("_scaled_dot_product_flash_attention", flash_attention);
   library.impl("_scaled_dot_product_flash_attention_backward", flash_attention_backward);

@@ -1,5 +1,5 @@
-//! NVIDIA's real compiler on our own kernels, for every kind of GPU that is supported; it needs no GPU. Unless it lies beside
-//! LibTorch, the test installs it for itself.
+//! NVIDIA's real compiler on our own kernels, for every kind of GPU that is supported; it needs no GPU. The test installs the
+//! compiler for itself.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -18,7 +18,9 @@ fn install() -> Result<PathBuf, String> {
         let _ = fs::remove_dir_all(&partial);
         let mut pip = Command::new("timeout");
         pip.arg("600").arg(root().join(".venv/bin/python"));
-        pip.args(["-m", "pip", "install", "--quiet", "--retries", "1", "--no-deps", "--target"]).arg(&partial).arg(NVRTC);
+        pip.args(["-m", "pip", "install", "--quiet", "--retries", "1", "--no-deps", "--target"])
+            .arg(&partial)
+            .arg(NVRTC);
         let output = pip.output().map_err(|e| e.to_string())?;
         if !output.status.success() {
             return Err(format!("{NVRTC} cannot be installed: {}", String::from_utf8_lossy(&output.stderr)));

@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::process::Command;
 
-use lockstep::torch::{kernels, select, Kernels};
+use lockstep::torch::{kernels, select, Dropout, Kernels, Normed};
 use tch::{Device, Kind, Tensor};
 
 use crate::common::{finish, not_run};
@@ -34,6 +34,8 @@ fn on_a_gpu_every_kernel_is_compared() {
     let kernels = kernels(device).expect("the kernels are compiled");
     cross_entropy_is_softmax_in_double_precision(kernels, device);
     what_is_not_finite_shows(kernels, device);
+    sums_and_norms_are_those_of_double_precision(kernels, device);
+    dropout_draws_the_same_again_and_evenly(kernels, device);
 }
 
 /// Numbers that look drawn, the same each time.
@@ -99,5 +101,95 @@ fn what_is_not_finite_shows(kernels: &Kernels, device: Device) {
         kernels.cross_entropy(&logits, 60, &targets, &weights, &losses);
         assert!(!losses.double_value(&[0]).is_finite(), "{bad}");
         assert!(!logits.abs().max().double_value(&[]).is_finite(), "{bad}");
+    }
+}
+
+/// A GPU's tensor on the CPU, in double precision.
+fn exact(tensor: &Tensor) -> Tensor {
+    tensor.to_device(Device::Cpu).to_kind(Kind::Double)
+}
+
+/// What dropout leaves of a (n, C) tensor: 0, or the factor that makes up for it; seen from a tensor of ones.
+fn mask(kernels: &Kernels, shape: [i64; 2], dropout: Option<Dropout>, device: Device) -> Tensor {
+    let ones = Tensor::ones(shape, (Kind::BFloat16, device));
+    match dropout {
+        None => exact(&ones),
+        Some(Dropout { probability, .. }) => {
+            let (sum, ..) = kernels.add_norm(&ones.zeros_like(), Some(&ones), dropout, None);
+            // Which are kept is what is asked; bf16 rounds the factor.
+            exact(&sum).not_equal(0.0).to_kind(Kind::Double) / (1.0 - (probability * 65536.0).round() / 65536.0)
+        }
+    }
+}
+
+fn sums_and_norms_are_those_of_double_precision(kernels: &Kernels, device: Device) {
+    // Narrower than a warp's share and GPT-2's; fewer rows than blocks and more.
+    for (rows, width) in [(5, 48), (700, 48), (3, 768), (2, 1600), (2100, 8), (2, 4096)] {
+        for (has_branch, has_bias, probability) in [(false, true, 0.0), (true, true, 0.0), (true, false, 0.1)] {
+            let half = |spread: f64, shift: f64| {
+                (numbers(&[rows, width], spread) + shift).to_kind(Kind::BFloat16).to_device(device)
+            };
+            let [x, branch, dsum, dnormed] = [(2.0, 0.3), (1.0, -0.1), (1.5, 0.0), (1.0, 0.2)].map(|(a, b)| half(a, b));
+            let weight = (numbers(&[width], 0.5) + 1.0).to_kind(Kind::BFloat16).to_device(device);
+            let bias = has_bias.then(|| numbers(&[width], 0.3).to_kind(Kind::BFloat16).to_device(device));
+            let dropout = (probability > 0.0).then_some(Dropout { probability, key: 7 << 40 | 5 });
+            let at = format!("{rows} x {width}, branch {has_branch}, bias {has_bias}, dropout {probability}");
+            let (sum, normed, stats) =
+                kernels.add_norm(&x, has_branch.then_some(&branch), dropout, Some((&weight, bias.as_ref())));
+
+            let mask = mask(kernels, [rows, width], dropout, device);
+            let sum = if has_branch { sum } else { x.shallow_clone() };
+            let expected = if has_branch { exact(&x) + exact(&branch) * &mask } else { exact(&x) };
+            let half_ulp = 2f64.powi(-9);
+            assert!(excess(&sum, &expected, half_ulp + 1e-5, 1e-6) <= 0.0, "sum, {at}");
+
+            // The norm and its gradients are those of the sum as it is kept, in bf16.
+            let leaf = exact(&sum).set_requires_grad(true);
+            let wide = exact(&weight).set_requires_grad(true);
+            let shift = bias.as_ref().map_or(wide.zeros_like(), |bias| exact(bias)).detach().set_requires_grad(true);
+            let expected = leaf.layer_norm([width], Some(&wide), Some(&shift), 1e-5, false);
+            assert!(excess(&normed, &expected.detach(), half_ulp + 1e-4, 1e-5) <= 0.0, "norm, {at}");
+            (expected * exact(&dnormed)).sum(Kind::Double).backward();
+
+            let norm = Normed { grad: &dnormed, sum: &sum, stats: &stats, weight: &weight };
+            let (dx, dbranch, parts) = kernels.add_norm_backward(&dsum, Some(norm), dropout);
+            let expected = exact(&dsum) + leaf.grad();
+            let scale = expected.abs().max().double_value(&[]);
+            let distance = excess(&dx, &expected, half_ulp + 1e-4, 1e-4 * scale);
+            assert!(distance <= 0.0, "gradient of the sum, {at}: {distance:e}");
+            assert!(
+                excess(&dbranch, &(exact(&dx) * &mask), half_ulp + 1e-4, 1e-6) <= 0.0,
+                "gradient of the branch, {at}"
+            );
+            let sums = parts.sum_dim_intlist(0, false, Kind::Float);
+            for (place, expected) in [wide.grad(), shift.grad()].iter().enumerate() {
+                let scale = expected.abs().max().double_value(&[]);
+                let distance = excess(&sums.get(place as i64), expected, 1e-4, 1e-4 * scale);
+                assert!(distance <= 0.0, "gradient of weight or bias, {at}: {distance:e}");
+            }
+        }
+    }
+}
+
+fn dropout_draws_the_same_again_and_evenly(kernels: &Kernels, device: Device) {
+    let shape = [256, 768];
+    let at = |key, probability| mask(kernels, shape, Some(Dropout { probability, key }), device);
+    for probability in [0.1, 0.5] {
+        let one = at(11, probability);
+        assert!(one.equal(&at(11, probability)));
+        let dropped = one.eq(0.0).to_kind(Kind::Double);
+        // Of 196,608 draws 5 deviations.
+        let bound = 5.0 * (probability * (1.0 - probability) / (256.0 * 768.0)).sqrt();
+        assert!((dropped.mean(Kind::Double).double_value(&[]) - probability).abs() < bound);
+        // Neither rows, nor columns, nor keys draw alike: what two of them drop together is the product of what each does.
+        let (other, along) = (at(12, probability).eq(0.0).to_kind(Kind::Double), dropped.roll([1], [1]));
+        for other in [other, along, dropped.roll([1], [0])] {
+            let both = (&dropped * other).mean(Kind::Double).double_value(&[]);
+            assert!((both - probability * probability).abs() < bound, "{both}");
+        }
+        // The backward pass leaves what the forward pass left, and no other.
+        let ones = Tensor::ones(shape, (Kind::BFloat16, device));
+        let (_, dbranch, _) = kernels.add_norm_backward(&ones, None, Some(Dropout { probability, key: 11 }));
+        assert!(exact(&dbranch).not_equal(0.0).equal(&one.not_equal(0.0)));
     }
 }

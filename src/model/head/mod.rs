@@ -115,7 +115,7 @@ fn shares(rows: i64, head: i64, threads: i64) -> i64 {
 
 /// The kernels that compute with this head, if there are any.
 fn own_kernels(head: &Tensor) -> Option<&'static Kernels> {
-    kernels(head.device()).filter(|_| head.kind() == Kind::BFloat16)
+    (head.kind() == Kind::BFloat16).then(|| kernels(head.device())).flatten()
 }
 
 /// The rows of a head of so many words on a GPU, whose tensor cores take matrices of whole multiples only at full speed.
