@@ -177,7 +177,9 @@ def of_step(s, own):
     """The launches of a whole step: micro-steps, and the update."""
     for launches in of_micro_step(s, own):
         a = s.micro_steps
-        yield Launches(launches.part, launches.name, a * launches.times, a * launches.bytes, a * launches.flop)
+        yield Launches(
+            launches.part, launches.name, a * launches.times, a * launches.bytes, a * launches.flop
+        )
     p = s.parameters
     part = "update"
     pieces = -(-p // PIECE)
@@ -214,7 +216,7 @@ def parts(s, own):
 
 
 def seconds(part, card):
-    """What a part takes if each launch takes as long as its bytes or its FLOP, whichever is longer."""
+    """What a part takes, if each launch takes what its bytes or its FLOP take."""
     bandwidth, peak = CARDS[card]
     return sum(max(one.bytes / bandwidth, one.flop / peak) for one in part)
 

