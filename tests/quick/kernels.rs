@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::process::Command;
 
-use lockstep::torch::{kernels, select, Dropout, Kernels, Normed};
+use lockstep::torch::{kernels, select, AdamWNumbers, Dropout, Kernels, Normed, Update};
 use tch::{Device, Kind, Tensor};
 
 use crate::common::{finish, not_run};
@@ -37,6 +37,7 @@ fn on_a_gpu_every_kernel_is_compared() {
     what_is_not_finite_shows(kernels, device);
     sums_and_norms_are_those_of_double_precision(kernels, device);
     dropout_draws_the_same_again_and_evenly(kernels, device);
+    adamw_is_that_of_double_precision(kernels, device);
 }
 
 /// Numbers that look drawn, the same each time.
@@ -192,5 +193,50 @@ fn dropout_draws_the_same_again_and_evenly(kernels: &Kernels, device: Device) {
         let ones = Tensor::ones(shape, (Kind::BFloat16, device));
         let (_, dbranch, _) = kernels.add_norm_backward(&ones, None, Some(Dropout { probability, key: 11 }));
         assert!(exact(&dbranch).not_equal(0.0).equal(&one.not_equal(0.0)));
+    }
+}
+
+fn adamw_is_that_of_double_precision(kernels: &Kernels, device: Device) {
+    let n = 9377;
+    let numbers_of = || AdamWNumbers { lr: 1e-2, betas: [0.9, 0.95], weight_decay: 0.1, eps: 1e-8 };
+    let AdamWNumbers { lr, betas: [beta1, beta2], weight_decay, eps } = numbers_of();
+    // Of the weights from 4,096 on those before 5,000, from 6,000 to 7,001, and after 13,000 decay.
+    let (from, step) = (4096, 3);
+    let cuts = Tensor::from_slice(&[0i64, 5000, 6000, 7001, 13000, 20000]).to_device(device);
+    let places = Tensor::arange_start(from, from + n, (Kind::Int64, Device::Cpu));
+    let decays = places.less(5000) + places.greater_equal(6000) * places.less(7001) + places.greater_equal(13000);
+    for (norm, clip) in [(3.0, 1.0), (0.5, 1.0), (3.0, 0.0), (f64::NAN, 1.0), (f64::INFINITY, 0.0)] {
+        let drawn = |spread: f64, shift: f64| (numbers(&[n], spread) + shift).to_kind(Kind::Float).to_device(device);
+        let parts = [drawn(1.0, 0.0), drawn(0.7, 0.1), drawn(0.3, 0.0), drawn(0.2, 0.0).abs()];
+        let before = parts.each_ref().map(exact);
+        let copy = Tensor::zeros([n], (Kind::BFloat16, device));
+        let update = Update {
+            parts: parts.each_ref().map(Tensor::shallow_clone),
+            copy: copy.shallow_clone(),
+            norm: &Tensor::from_slice(&[norm]).to_device(device),
+            cuts: &cuts,
+            from,
+            numbers: numbers_of(),
+            clip,
+            step,
+        };
+        kernels.adamw(&update);
+        let [weights, grads, means, squares] = before;
+        if !f64::is_finite(norm) {
+            let same = [&weights, &grads, &means, &squares].iter().zip(&parts).all(|(old, new)| exact(new).equal(old));
+            assert!(same && exact(&copy).abs().max().double_value(&[]) == 0.0, "norm {norm}");
+            continue;
+        }
+        let grads = grads * if clip > 0.0 { (clip / (norm + 1e-6)).min(1.0) } else { 1.0 };
+        let means = means * beta1 + &grads * (1.0 - beta1);
+        let squares = squares * beta2 + grads.square() * (1.0 - beta2);
+        let [correction1, correction2] = [1.0 - beta1.powi(step as i32), (1.0 - beta2.powi(step as i32)).sqrt()];
+        let shrink = decays.to_kind(Kind::Double) * (-lr * weight_decay) + 1.0;
+        let weights = weights * shrink - &means * (lr / correction1) / (squares.sqrt() / correction2 + eps);
+        for (found, expected) in parts.iter().zip([Some(weights), None, Some(means), Some(squares)]) {
+            let distance = expected.map_or(0.0, |expected| excess(found, &expected, 2e-6, 2e-7));
+            assert!(distance <= 0.0, "norm {norm}, clip {clip}: {distance:e}");
+        }
+        assert!(copy.equal(&parts[0].to_kind(Kind::BFloat16)), "the copy is that of the new weights");
     }
 }
