@@ -9,6 +9,7 @@ mod libtorch;
 mod mark;
 mod peak;
 mod threads;
+mod views;
 
 use std::ffi::c_int;
 use std::path::Path;
@@ -29,6 +30,7 @@ pub use self::libtorch::{
 pub use self::mark::{Mark, Marks};
 pub use self::peak::{describe_peak, measure_peak, measure_product};
 pub use self::threads::{bound_waiting, set_threads};
+pub use self::views::{floats, floats_mut};
 use crate::error::{Error, Result};
 
 /// The device that `device: cpu|cuda|auto` means for this rank.

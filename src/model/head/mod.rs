@@ -7,15 +7,15 @@
 //! On the CPU in fp32 every core takes a share of the rows, and its chunk stays in its cache from the product to the
 //! gradients. On a GPU in bf16 a kernel of our own turns logits into loss and gradient in place; elsewhere LibTorch's own
 //! kernels do the work.
-#![allow(unsafe_code)]
-
 mod softmax;
+
+pub(super) use self::softmax::exp_of_negative;
 
 use rayon::prelude::*;
 use tch::{no_grad, Device, Kind, Tensor};
 
 use super::parameters::HEAD_ROWS;
-use crate::torch::{kernels, Kernels};
+use crate::torch::{self, Kernels};
 
 /// What the hidden states are to predict.
 pub struct Targets<'a> {
@@ -115,7 +115,7 @@ fn shares(rows: i64, head: i64, threads: i64) -> i64 {
 
 /// The kernels that compute with this head, if there are any.
 fn own_kernels(head: &Tensor) -> Option<&'static Kernels> {
-    (head.kind() == Kind::BFloat16).then(|| kernels(head.device())).flatten()
+    (head.kind() == Kind::BFloat16).then(|| torch::kernels(head.device())).flatten()
 }
 
 /// The rows of a head of so many words on a GPU, whose tensor cores take matrices of whole multiples only at full speed.
@@ -225,7 +225,7 @@ impl Share {
                 let mut logits = logits.narrow(0, 0, rows); // (rows, V)
                 let _ = hidden.mm_out(&logits, &self.head.tr());
                 let first = start as usize;
-                for (row, logits) in floats(&mut logits).chunks_exact_mut(v as usize).enumerate() {
+                for (row, logits) in torch::floats_mut(&mut logits).chunks_exact_mut(v as usize).enumerate() {
                     let (target, weight) = (self.targets[first + row] as usize, self.weights[first + row]);
                     let (nll, is_likeliest) = softmax::cross_entropy(logits, target, self.wants_grad.then_some(weight));
                     scores.push(Score { loss: f64::from(nll) * f64::from(weight), is_likeliest });
@@ -238,14 +238,6 @@ impl Share {
             Done { scores, grad, head_grad }
         })
     }
-}
-
-/// The memory of a contiguous fp32 CPU tensor.
-fn floats(tensor: &mut Tensor) -> &mut [f32] {
-    assert!(tensor.kind() == Kind::Float && tensor.device() == Device::Cpu && tensor.is_contiguous());
-    // SAFETY: checked above, `numel` floats lie at the data pointer; the exclusive borrow outlives the slice, and the only
-    // other handle to this storage is the buffer that `compute` cuts it from and does not touch meanwhile.
-    unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast::<f32>(), tensor.numel()) }
 }
 
 /// The rows that count: padding (weight 0) costs nothing in the head.
