@@ -7,6 +7,7 @@ pub mod gpt;
 pub mod head;
 pub mod parameters;
 mod product;
+mod written;
 
 pub use gpt::Gpt;
 pub use parameters::Parameters;

@@ -1,7 +1,9 @@
 //! Where the tensors are, how many threads compute, and how fast this machine multiplies.
 #![allow(unsafe_code)]
 
+mod compile;
 mod cuda;
+mod kernels;
 mod libraries;
 mod libtorch;
 mod mark;
@@ -17,8 +19,10 @@ use cudarc::driver::sys::CUdevice_attribute as Attribute;
 use serde::{Deserialize, Serialize};
 use tch::{Cuda, Device};
 
+pub use self::compile::{compile, Compiled};
 pub use self::cuda::{driver, driver_module, has_driver, libtorch_cuda, libtorch_version, Driver};
-pub use self::libraries::{compile_for, load_every_library, Library};
+pub use self::kernels::{kernels, Dropout, Kernels, Normed, Update, MOST_CHANNELS};
+pub use self::libraries::{load_every_library, Library};
 pub use self::libtorch::{
     allow_cudnn_attention, ask_for_deterministic_libraries, backward, cudnn_attention_is_exact, fused_adamw,
     use_deterministic_kernels, AdamWNumbers,
