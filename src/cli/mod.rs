@@ -120,10 +120,10 @@ pub fn run(cli: &Cli) -> Result<()> {
             })
         }
         Verb::Eval { run, text } => on_every_rank(Deadlines::default(), |comm| inference::eval(comm, run, text)),
-        Verb::Generate { run, prompt, tokens, temperature, top_k, top_p, seed, samples } => {
+        Verb::Generate { run, prompt, tokens, temperature, top_k, top_p, seed, samples, dtype } => {
             let sampling = Sampling { temperature: *temperature, top_k: *top_k, top_p: *top_p, seed: *seed };
             inference::check_sampling(&sampling)?;
-            inference::continue_prompts(run, prompt, *tokens, *samples, &sampling)
+            inference::continue_prompts(run, prompt, *tokens, *samples, &sampling, *dtype)
         }
         Verb::Export { run, out, dtype } => interop::export(run, out, *dtype),
         Verb::Import { from, out } => interop::import(from, out),

@@ -1,12 +1,15 @@
 //! Where the tensors are, how many threads compute, and how fast this machine multiplies.
 #![allow(unsafe_code)]
 
+mod compile;
 mod cuda;
+mod kernels;
 mod libraries;
 mod libtorch;
 mod mark;
 mod peak;
 mod threads;
+mod views;
 
 use std::ffi::c_int;
 use std::path::Path;
@@ -16,8 +19,10 @@ use cudarc::driver::sys::CUdevice_attribute as Attribute;
 use serde::{Deserialize, Serialize};
 use tch::{Cuda, Device};
 
+pub use self::compile::{compile, Compiled};
 pub use self::cuda::{driver, driver_module, has_driver, libtorch_cuda, libtorch_version, Driver};
-pub use self::libraries::{compile_for, load_every_library, Library};
+pub use self::kernels::{kernels, Dropout, Kernels, Normed, Update, MOST_CHANNELS};
+pub use self::libraries::{load_every_library, Library};
 pub use self::libtorch::{
     allow_cudnn_attention, ask_for_deterministic_libraries, backward, cudnn_attention_is_exact, fused_adamw,
     use_deterministic_kernels, AdamWNumbers,
@@ -25,6 +30,7 @@ pub use self::libtorch::{
 pub use self::mark::{Mark, Marks};
 pub use self::peak::{describe_peak, measure_peak, measure_product};
 pub use self::threads::{bound_waiting, set_threads};
+pub use self::views::{floats, floats_mut};
 use crate::error::{Error, Result};
 
 /// The device that `device: cpu|cuda|auto` means for this rank.

@@ -443,7 +443,7 @@ impl<'a> Trainer<'a> {
             return;
         }
         info!(
-            "{} parameters, vocabulary {}, on {:?} ({}), {} ranks x {} threads, {} sequences a step as {} x {} x {} (ranks, \
+            "{} parameters, vocabulary {}, on {:?} ({}), {} x {} threads (ranks, threads of each), {} sequences a step as {} x {} x {} (ranks, \
              micro-steps, sequences)",
             self.model.parameters.numel(),
             self.model.shape.vocab_size,

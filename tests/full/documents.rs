@@ -116,7 +116,7 @@ fn substituted(command: &str) -> String {
         .replace("--steps 50 --devices cpu,cuda", "--steps 2 --devices cpu")
         .replace(
             "configs/gpt2-124m.yaml",
-            "configs/gpt2-124m.yaml --set model.preset=gpt-nano --set data.batch_size=2",
+            "configs/gpt2-124m.yaml --set model.preset=gpt-nano --set data.batch_size=2 --set data.micro_batch=1",
         );
     assert!(!run.contains("--source wikitext"), "{command}: this test downloads nothing, tell it what to read");
     if let Some((before, after)) = run.split_once("train.steps=") {
