@@ -68,7 +68,8 @@ def fit_command(arguments: argparse.Namespace) -> int:
     runs = read_runs(arguments.runs, arguments.warm_up, arguments.vocab_size)
     if not any(run.setting.world_size > 1 for run in runs):
         raise Unusable("expected a run of several ranks among them: one rank says nothing of links")
-    values, spread = fit(runs, arguments.ranks_at_once)
+    known = {"byte_s": 8e-9 / arguments.gbit_s} if arguments.gbit_s else {}
+    values, spread = fit(runs, arguments.ranks_at_once, known)
     unknown = [name for name in values if spread[name] > 1]
     record = {
         "model": asdict(runs[0].model),
@@ -158,6 +159,13 @@ def count(text: str) -> int:
     return int(text)
 
 
+def rate(text: str) -> float:
+    """A finite number above 0, for argparse."""
+    if not 0 < float(text) < math.inf:
+        raise ValueError
+    return float(text)
+
+
 def parse(given: list[str] | None) -> argparse.Namespace:
     """Parses the given command line, by default the process's own."""
     parser = argparse.ArgumentParser(
@@ -182,6 +190,13 @@ def parse(given: list[str] | None) -> argparse.Namespace:
         default=math.inf,
         metavar="K",
         help="all ranks share one machine, such as a virtual cluster's, that can run K of them",
+    )
+    fitting.add_argument(
+        "--gbit-s",
+        type=rate,
+        metavar="RATE",
+        help="the rate of a rank's link, if it is known: runs alone hardly tell what of a byte's "
+        "time is the link's and what is that of adding it up",
     )
     checking = verb("check", check_command, "predicts runs that the model was not fitted to")
     checking.add_argument("fit", type=Path, metavar="FIT", help="what `fit` wrote")
