@@ -25,7 +25,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 END_OF_TEXT = "<|endoftext|>"
-# What the programs measure, in seconds: training, starting (Lockstep only), encoding, encoding again.
+# What the programs measure, in seconds: training, starting (Lockstep only), encoding, once more.
 FIGURES = ["train_s", "load_s", "encode_s", "again_s"]
 
 
