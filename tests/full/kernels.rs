@@ -36,7 +36,8 @@ fn kernels_compile_for_every_gpu_and_spill_nothing() {
         Ok(folder) => folder,
         Err(reason) => return not_run(&reason),
     };
-    let mut doctor = Workspace::new().command(&["doctor", "--libraries"]);
+    let work = Workspace::new();
+    let mut doctor = work.command(&["doctor", "--libraries"]);
     doctor.env("LD_LIBRARY_PATH", compiler);
     // It finds fault with a machine that has no other library of NVIDIA's.
     let said = finish(doctor);
