@@ -1,6 +1,7 @@
 //! Writes into the binary where its libraries lie (its RUNPATH), so that it runs from any folder and
-//! needs no LD_LIBRARY_PATH.
+//! needs no LD_LIBRARY_PATH; and GPT-2's merges, so that no run has to work them out.
 
+use std::collections::HashMap;
 use std::env;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
@@ -22,6 +23,7 @@ fn main() {
              run launch/setup, then `. .venv/lockstep.env`, and build again"
         ),
     }
+    write_gpt2_merges();
     export_mkl_answer();
     if env::var_os("CARGO_FEATURE_MPI").is_some() {
         for folder in mpi_library_folders() {
@@ -76,6 +78,36 @@ fn export_mkl_answer() {
     if std::fs::write(&list, "{ mkl_serv_intel_cpu_true; };\n").is_ok() {
         println!("cargo:rustc-link-arg=-Wl,--dynamic-list={}", list.display());
     }
+}
+
+/// Writes GPT-2's merges, `gpt2.merges`: the ids of each one's parts, two bytes each. tiktoken lists tokens only; a
+/// merge's parts are what the merges before it leave of its token.
+fn write_gpt2_merges() {
+    const BYTES: usize = 256;
+    const END_OF_TEXT: u32 = 50_256;
+    let Some(out) = env::var_os("OUT_DIR") else { return };
+    let vocabulary = tiktoken_rs::r50k_base().expect("tiktoken-rs has GPT-2's vocabulary");
+    let tokens: Vec<Vec<u8>> =
+        (0..END_OF_TEXT).map(|id| vocabulary.decode_bytes(&[id]).expect("GPT-2's vocabulary has no gaps")).collect();
+    let ids: HashMap<&[u8], u16> = (0..).zip(&tokens).map(|(id, token)| (&token[..], id)).collect();
+
+    let mut merges = Vec::new();
+    for (id, token) in tokens.iter().enumerate().skip(BYTES) {
+        // Where the parts of the token end.
+        let mut ends: Vec<usize> = (0..=token.len()).collect();
+        while ends.len() > 3 {
+            let earliest =
+                ends.windows(3).zip(1..).filter_map(|(part, at)| Some((ids.get(&token[part[0]..part[2]])?, at)));
+            let (_, at) = earliest.min().expect("a token of GPT-2's is a merge of two");
+            ends.remove(at);
+        }
+        for part in [&token[..ends[1]], &token[ends[1]..]] {
+            let part = ids[part];
+            assert!(usize::from(part) < id, "token {id} of GPT-2's is made of earlier ones");
+            merges.extend_from_slice(&part.to_le_bytes());
+        }
+    }
+    std::fs::write(Path::new(&out).join("gpt2.merges"), merges).expect("the build's own folder can be written");
 }
 
 /// Adds a folder to the RUNPATH; an absolute one, because a relative one would mean the folder that the

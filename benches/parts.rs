@@ -16,7 +16,7 @@ use tch::{Device, Kind, Tensor};
 const KINDS: [(&str, Kind); 2] = [("fp32", Kind::Float), ("bf16", Kind::BFloat16)];
 
 /// A shape of this many blocks, else GPT-2's smallest.
-fn shape(n_layer: usize, vocab_size: i64) -> Shape {
+fn shape(n_layer: usize, vocab_size: usize) -> Shape {
     let sizes = format!("n_layer: {n_layer}, n_head: 12, n_embd: 768");
     let config = Config::parse(&format!("{{name: bench, data: {{block_size: 256}}, model: {{{sizes}}}}}"), &[]);
     config.and_then(|config| config.validate(1)).unwrap().shape(vocab_size)
@@ -59,7 +59,7 @@ fn adamw(criterion: &mut Criterion) {
     let mut model = Gpt::new(shape(2, 64), Device::Cpu, Kind::Float);
     model.initialize(1);
     let _ = model.parameters.grad.normal_(0.0, 0.01);
-    let every = vec![0..model.parameters.numel()];
+    let every = std::iter::once(0..model.parameters.numel()).collect::<Vec<_>>();
     let optim = Config::parse("name: bench", &[]).unwrap().optim;
     let mut optimizer = AdamW::new(&model.parameters, every.clone(), &optim);
     criterion.bench_function("adamw", |bencher| {

@@ -33,7 +33,7 @@ fn main() -> anyhow::Result<()> {
     model.initialize(1);
     let sampling = Sampling { temperature: 0.8, top_k: Some(40), top_p: None, seed: 1 };
     let prompts = vec![vec![464]; sequences];
-    let mut time = |tokens| {
+    let time = |tokens| {
         let start = Instant::now();
         generate(&model, &prompts, tokens, &sampling, 50_256, kind);
         start.elapsed().as_secs_f64()

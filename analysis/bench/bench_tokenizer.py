@@ -1,17 +1,20 @@
-"""Times Lockstep's tokenizer beside Hugging Face tokenizers and tiktoken, in one run.
+"""Times Lockstep's tokenizer beside gigatoken, tiktoken and Hugging Face tokenizers, in one run.
 
-    .venv/bin/python -m pip install tokenizers tiktoken
+    .venv/bin/python -m pip install tokenizers tiktoken gigatoken
     . .venv/lockstep.env && cargo build --release --example bench_tokenizer
     target/release/lockstep prepare --source sample --tokenizer gpt2 --out data/sample-gpt2
     .venv/bin/python analysis/bench/bench_tokenizer.py TEXT --gpt2 data/sample-gpt2/tokenizer.json
 
 Trains BPE of --vocab-size tokens on TEXT and encodes TEXT with GPT-2's vocabulary, with one thread
-and with all cores, reading and start-up not counted. The programs take turns for --rounds rounds.
-It prints medians, their range, MB/s, and how many times faster Lockstep is. All programs must find
-the same number of GPT-2 ids.
+and with all cores, reading and start-up not counted. Of programs that remember words, a fresh
+tokenizer (encode_s) and its second pass (again_s) are timed, after a first call of another. The
+programs take turns for --rounds rounds. It prints medians, their range, MB/s, and how many times
+faster Lockstep is; --out writes the rows as JSON. All programs must find the same number of GPT-2
+ids.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -22,6 +25,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 END_OF_TEXT = "<|endoftext|>"
+# What the programs measure, in seconds: training, starting (Lockstep only), encoding, encoding again.
+FIGURES = ["train_s", "load_s", "encode_s", "again_s"]
 
 
 def read_lines(path: str) -> list[str]:
@@ -52,6 +57,31 @@ def time_huggingface(args: argparse.Namespace) -> dict:
     encodings = tokenizer.encode_batch_fast(lines)
     encode_s = time.perf_counter() - start
     return {"train_s": train_s, "encode_s": encode_s, "tokens": sum(map(len, encodings))}
+
+
+def time_gigatoken(args: argparse.Namespace) -> dict:
+    """Seconds of gigatoken's trainer and encoder: the whole text at once, its fastest way, on one
+    thread, and its lines on several."""
+    import awkward
+    import gigatoken
+
+    text = Path(args.text).read_bytes()
+    lines = [line.encode() for line in read_lines(args.text)]
+    start = time.perf_counter()
+    gigatoken.train_bpe(text, args.vocab_size, [END_OF_TEXT])
+    train_s = time.perf_counter() - start
+
+    def encode(tokenizer: gigatoken.Tokenizer) -> tuple[float, int]:
+        start = time.perf_counter()
+        ids = tokenizer.encode(text) if args.threads == 1 else tokenizer.encode_batch(lines)
+        seconds = time.perf_counter() - start
+        return seconds, len(ids) if args.threads == 1 else int(awkward.count(ids))
+
+    encode(gigatoken.Tokenizer(args.gpt2))
+    tokenizer = gigatoken.Tokenizer(args.gpt2)
+    encode_s, tokens = encode(tokenizer)
+    again_s, _ = encode(tokenizer)
+    return {"train_s": train_s, "encode_s": encode_s, "again_s": again_s, "tokens": tokens}
 
 
 def time_tiktoken(args: argparse.Namespace) -> dict:
@@ -93,19 +123,24 @@ def run(program: str, threads: int, args: argparse.Namespace) -> dict:
     return json.loads(result.stdout)
 
 
-def report(results: dict, key: str, megabytes: float) -> None:
-    """Prints a line for each program and thread count that measured this."""
-    for (program, threads), rows in results.items():
-        if key not in rows[0]:
+def report(results: dict, megabytes: float) -> list[dict]:
+    """A row for each figure, program and thread count; prints them, too."""
+    rows = []
+    for key, ((program, threads), runs) in itertools.product(FIGURES, results.items()):
+        if key not in runs[0]:
             continue
-        seconds = [row[key] for row in rows]
+        seconds = [run[key] for run in runs]
         median = statistics.median(seconds)
-        ours = statistics.median(row[key] for row in results["lockstep", threads])
+        ratio = median / statistics.median(run[key] for run in results["lockstep", threads])
+        row = {"figure": key, "program": program, "threads": threads, "median_s": median}
+        row |= {"min_s": min(seconds), "max_s": max(seconds), "rounds": len(seconds)}
+        rows.append(row | {"mb_per_s": megabytes / median, "lockstep_is_faster_by": ratio})
         print(
             f"{key:9} {program:12} {threads:2} threads: {median:6.3f} s "
             f"({min(seconds):.3f} to {max(seconds):.3f}), {megabytes / median:6.1f} MB/s, "
-            f"Lockstep is {median / ours:.1f} times as fast"
+            f"Lockstep is {ratio:.1f} times as fast"
         )
+    return rows
 
 
 def main() -> None:
@@ -116,13 +151,18 @@ def main() -> None:
     parser.add_argument("--gpt2", required=True, help="a tokenizer.json of GPT-2's vocabulary")
     parser.add_argument("--vocab-size", type=int, default=8192)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="a file for the rows, as JSON")
     parser.add_argument(
         "--example", default=str(HERE.parents[1] / "target/release/examples/bench_tokenizer")
     )
     parser.add_argument("--program", help=argparse.SUPPRESS)
     parser.add_argument("--threads", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    peers = {"huggingface": time_huggingface, "tiktoken": time_tiktoken}
+    peers = {
+        "gigatoken": time_gigatoken,
+        "tiktoken": time_tiktoken,
+        "huggingface": time_huggingface,
+    }
     if args.program:
         print(json.dumps(peers[args.program](args)))
         return
@@ -138,8 +178,9 @@ def main() -> None:
         sys.exit(f"the programs disagree on the number of ids: {sorted(tokens)}")
     megabytes = os.path.getsize(args.text) / 1e6
     print(f"{megabytes:.1f} MB of text, {tokens.pop()} ids, {args.rounds} rounds")
-    report(results, "train_s", megabytes)
-    report(results, "encode_s", megabytes)
+    rows = report(results, megabytes)
+    if args.out:
+        args.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ pub struct Cli {
     /// The format of log lines on standard error.
     #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,
-    /// Logs more, and which samples each rank computes; given twice, everything.
+    /// Logs more, and which samples each rank computes, in a log for each rank; given twice, everything.
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     pub verbose: u8,
     /// Shows warnings only. A run's `logs/` still get everything.

@@ -208,11 +208,12 @@ fn encode(corpus: &Corpus, tokenizer: &Tokenizer, folder: &Path, shard_bytes: u6
     let mut bytes = [0; 3];
     corpus.for_each_text("encode", |events| {
         let texts = events.iter().filter_map(|event| match event {
-            Event::Text(_, text) => Some(text.split_inclusive('\n')),
+            Event::Text(_, text) => Some(&**text),
             Event::End(_) => None,
         });
-        let lines: Vec<&str> = texts.flatten().collect();
-        let ids = tokenizer.encode_lines(&lines);
+        let texts: Vec<&str> = texts.collect();
+        let ids = tokenizer.encode_lines(&texts);
+        let lines: Vec<&str> = texts.iter().flat_map(|text| text.split_inclusive('\n')).collect();
         let words: Vec<u64> = lines.par_iter().map(|line| line.split_whitespace().count() as u64).collect();
         let mut encoded = ids.iter().zip(words);
         for event in events {

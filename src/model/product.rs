@@ -173,7 +173,8 @@ fn dot<S: Simd, const B: usize, const R: usize, const H: usize>(
         let (head, tail) = S::as_simd_u32s(rows[r]);
         (heads[r], tails[r]) = (&head[..whole], tail);
     }
-    let (mut vector_heads, mut vector_tails): ([[&[S::f32s]; H]; B], [[&[f32]; H]; B]) = ([[&[]; H]; B], [[&[]; H]; B]);
+    let mut vector_heads: [[&[S::f32s]; H]; B] = [[&[]; H]; B];
+    let mut vector_tails: [[&[f32]; H]; B] = [[&[]; H]; B];
     for b in 0..B {
         for h in 0..H {
             let (head, tail) = S::as_simd_f32s(vectors[b][h]);

@@ -3,9 +3,8 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
-use rustc_hash::FxHashMap;
-
-use super::pretokenize::words;
+use super::cache::{Cache, Key};
+use super::pretokenize::for_each_word;
 use super::Pair;
 
 /// The merges of a vocabulary, ready to be applied.
@@ -13,7 +12,9 @@ pub(super) struct Encoder {
     /// The id of each byte.
     bytes: [u32; 256],
     /// When each pair is merged: the lower, the earlier.
-    ranks: FxHashMap<Pair, u32>,
+    ranks: Ranks,
+    /// The same for two bytes, at 256 times the first plus the second: these are in all words.
+    byte_ranks: Vec<u32>,
     /// The token that the pair of each rank becomes.
     merged: Vec<u32>,
 }
@@ -25,89 +26,107 @@ const NEVER: u32 = u32::MAX;
 const SCANNED: usize = 48;
 
 impl Encoder {
-    /// An encoder that knows single bytes only.
-    pub(super) fn new(bytes: [u32; 256]) -> Self {
-        Self { bytes, ranks: FxHashMap::default(), merged: Vec::new() }
-    }
-
-    /// Adds the next merge; false if that pair is already one.
-    pub(super) fn add_merge(&mut self, pair: Pair, id: u32) -> bool {
-        let rank = self.merged.len() as u32;
-        self.merged.push(id);
-        self.ranks.insert(pair, rank).is_none()
-    }
-
-    /// Appends the ids of a text by itself (one line).
-    pub(super) fn encode(&self, text: &str, cache: &mut Cache, ids: &mut Vec<u32>) {
-        for word in words(text) {
-            let word = word.as_bytes();
-            if let [byte] = *word {
-                ids.push(self.bytes[usize::from(byte)]);
-            } else if let Some(key) = Key::new(word) {
-                let slot = cache.slot(key);
-                if slot.key != key {
-                    let start = ids.len();
-                    self.encode_word(word, ids);
-                    slot.store(key, &ids[start..]);
-                } else {
-                    ids.extend_from_slice(slot.ids());
-                }
-            } else {
-                self.encode_word(word, ids);
+    /// An encoder of the tokens of the bytes and those that the merges make.
+    ///
+    /// # Errors
+    /// The rank of a merge that is there twice.
+    pub(super) fn new(bytes: [u32; 256], merges: &[Pair], merged: Vec<u32>) -> Result<Self, usize> {
+        let mut ranks = Ranks::new(merges.len());
+        for (rank, &pair) in merges.iter().enumerate() {
+            if !ranks.insert(pair, rank as u32) {
+                return Err(rank);
             }
+        }
+        let byte_ranks = bytes.iter().flat_map(|&left| bytes.map(|right| ranks.get(left, right))).collect();
+        Ok(Self { bytes, ranks, byte_ranks, merged })
+    }
+
+    /// Appends the ids of a text, and how many there are at the end of each of its lines.
+    pub(super) fn encode(&self, text: &str, cache: &mut Cache, ids: &mut Vec<u32>, mut ends: impl FnMut(usize)) {
+        let text_bytes = text.as_bytes();
+        for_each_word(text, |start, end| {
+            match Key::new(text_bytes, start, end) {
+                Some(key) if cache.append(key, ids) => {}
+                Some(key) => {
+                    let before = ids.len();
+                    self.encode_word(&text_bytes[start..end], ids);
+                    cache.store(key, &ids[before..]);
+                }
+                None => self.encode_word(&text_bytes[start..end], ids),
+            }
+            if text_bytes[end - 1] == b'\n' {
+                ends(ids.len());
+            }
+        });
+        if !text.is_empty() && !text.ends_with('\n') {
+            ends(ids.len());
         }
     }
 
     /// Appends the ids of one word.
+    #[inline(never)]
     pub(super) fn encode_word(&self, word: &[u8], ids: &mut Vec<u32>) {
-        let start = ids.len();
-        ids.extend(word.iter().map(|&byte| self.bytes[usize::from(byte)]));
         if word.len() <= SCANNED {
-            let length = self.merge_scanning(&mut ids[start..]);
-            ids.truncate(start + length);
+            self.merge_scanning(word, ids);
         } else {
-            self.merge_long(ids, start);
+            self.merge_long(word, ids);
         }
     }
 
-    fn rank(&self, left: u32, right: u32) -> u32 {
-        self.ranks.get(&(left, right)).copied().unwrap_or(NEVER)
-    }
-
-    /// Merges a word in place, the lowest rank first and from the left; returns how many tokens are
-    /// left.
-    fn merge_scanning(&self, tokens: &mut [u32]) -> usize {
-        let mut length = tokens.len();
+    /// Merges a word, the lowest rank first and from the left.
+    fn merge_scanning(&self, word: &[u8], ids: &mut Vec<u32>) {
+        let length = word.len();
+        let mut tokens = [0; SCANNED];
+        // The tokens on either side of each; a token that has become part of the one before is skipped.
+        let (mut next, mut previous) = ([0_u8; SCANNED], [0_u8; SCANNED]);
         // The rank of the pair that starts at each token.
         let mut ranks = [NEVER; SCANNED];
-        for (rank, pair) in ranks.iter_mut().zip(tokens.windows(2)) {
-            *rank = self.rank(pair[0], pair[1]);
+        for (at, byte) in word.iter().enumerate() {
+            tokens[at] = self.bytes[usize::from(*byte)];
+            next[at] = at as u8 + 1;
+            previous[at] = (at as u8).wrapping_sub(1);
+        }
+        for (rank, pair) in ranks.iter_mut().zip(word.windows(2)) {
+            *rank = self.byte_ranks[usize::from(pair[0]) << 8 | usize::from(pair[1])];
         }
         loop {
-            let lowest = ranks[..length].iter().enumerate().min_by_key(|(_, &rank)| rank);
-            let Some((at, &rank)) = lowest.filter(|(_, &rank)| rank != NEVER) else {
-                return length;
-            };
-            tokens[at] = self.merged[rank as usize];
-            tokens.copy_within(at + 2..length, at + 1);
-            ranks.copy_within(at + 2..length, at + 1);
-            length -= 1;
-            ranks[length] = NEVER;
-            ranks[at] = if at + 1 < length { self.rank(tokens[at], tokens[at + 1]) } else { NEVER };
-            if at > 0 {
-                ranks[at - 1] = self.rank(tokens[at - 1], tokens[at]);
+            let (mut lowest, mut at) = (NEVER, 0);
+            for (here, &rank) in ranks[..length].iter().enumerate() {
+                if rank < lowest {
+                    (lowest, at) = (rank, here);
+                }
             }
+            if lowest == NEVER {
+                break;
+            }
+            let gone = usize::from(next[at]);
+            let after = usize::from(next[gone]);
+            tokens[at] = self.merged[lowest as usize];
+            ranks[gone] = NEVER;
+            next[at] = after as u8;
+            ranks[at] = NEVER;
+            if after < length {
+                previous[after] = at as u8;
+                ranks[at] = self.ranks.get(tokens[at], tokens[after]);
+            }
+            if let Some(&token) = tokens.get(usize::from(previous[at])) {
+                ranks[usize::from(previous[at])] = self.ranks.get(token, tokens[at]);
+            }
+        }
+        let mut at = 0;
+        while at < length {
+            ids.push(tokens[at]);
+            at = usize::from(next[at]);
         }
     }
 
-    /// The same for a word of any length, which is `ids` from `start` on: a linked list of tokens,
-    /// and a heap of the pairs in it.
-    fn merge_long(&self, ids: &mut Vec<u32>, start: usize) {
-        let end = ids.len() - start;
-        let mut tokens = ids.split_off(start);
+    /// The same for a word of any length: a linked list of tokens, and a heap of the pairs in it.
+    fn merge_long(&self, word: &[u8], ids: &mut Vec<u32>) {
+        let end = word.len();
+        let mut tokens: Vec<u32> = word.iter().map(|&byte| self.bytes[usize::from(byte)]).collect();
         let mut next: Vec<usize> = (1..=end).collect();
         let mut previous: Vec<usize> = (0..end).map(|at| at.wrapping_sub(1)).collect();
-        let mut ranks: Vec<u32> = tokens.windows(2).map(|pair| self.rank(pair[0], pair[1])).collect();
+        let mut ranks: Vec<u32> = tokens.windows(2).map(|pair| self.ranks.get(pair[0], pair[1])).collect();
         ranks.push(NEVER);
         let mut queue: BinaryHeap<Reverse<(u32, usize)>> =
             (0..end).filter(|&at| ranks[at] != NEVER).map(|at| Reverse((ranks[at], at))).collect();
@@ -126,7 +145,7 @@ impl Encoder {
             }
             for left in [previous[at], at].into_iter().filter(|&left| left < end) {
                 let right = next[left];
-                ranks[left] = if right < end { self.rank(tokens[left], tokens[right]) } else { NEVER };
+                ranks[left] = if right < end { self.ranks.get(tokens[left], tokens[right]) } else { NEVER };
                 if ranks[left] != NEVER {
                     queue.push(Reverse((ranks[left], left)));
                 }
@@ -140,64 +159,111 @@ impl Encoder {
     }
 }
 
-/// Short words met before and their ids. A word has one slot, which the last one to be hashed there
-/// holds, so the cache never grows.
-pub(super) struct Cache {
-    slots: Vec<Slot>,
+/// The rank of each pair that merges: a hash table of open addresses, more than half of which are empty, so that most
+/// pairs that do not merge are known after one look.
+struct Ranks {
+    /// Pairs and their ranks.
+    entries: Vec<(u64, u32)>,
 }
 
-/// A word of up to 15 bytes, padded with zeros, and its length.
-#[derive(Clone, Copy, PartialEq, Eq, Default)]
-struct Key([u8; 16]);
+/// No pair: there are fewer tokens.
+const EMPTY: (u64, u32) = (u64::MAX, NEVER);
 
-impl Key {
-    fn new(word: &[u8]) -> Option<Self> {
-        let mut key = [0; 16];
-        key[..15].get_mut(..word.len())?.copy_from_slice(word);
-        key[15] = word.len() as u8;
-        Some(Self(key))
+impl Ranks {
+    fn new(merges: usize) -> Self {
+        Self { entries: vec![EMPTY; (2 * merges + 2).next_power_of_two()] }
     }
 
-    fn hash(self) -> usize {
-        let bits = u128::from_le_bytes(self.0);
-        let folded = (bits as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (bits >> 64) as u64;
-        (folded.wrapping_mul(0xd6e8_feb8_6659_fd93) >> 32) as usize
-    }
-}
-
-/// Most words are few tokens; longer ones are merged each time.
-const SLOT_IDS: usize = 4;
-
-#[derive(Clone, Copy, Default)]
-struct Slot {
-    key: Key,
-    ids: [u32; SLOT_IDS],
-    length: u8,
-}
-
-impl Slot {
-    fn store(&mut self, key: Key, ids: &[u32]) {
-        if let Some(room) = self.ids.get_mut(..ids.len()) {
-            room.copy_from_slice(ids);
-            self.key = key;
-            self.length = ids.len() as u8;
+    /// Where a pair is, or belongs.
+    #[inline]
+    fn find(&self, pair: u64) -> usize {
+        let mask = self.entries.len() - 1;
+        let mut at = (pair.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as usize & mask;
+        while self.entries[at].0 != pair && self.entries[at].0 != EMPTY.0 {
+            at = (at + 1) & mask;
         }
+        at
     }
 
-    fn ids(&self) -> &[u32] {
-        &self.ids[..usize::from(self.length)]
+    #[inline]
+    fn get(&self, left: u32, right: u32) -> u32 {
+        self.entries[self.find(u64::from(left) << 32 | u64::from(right))].1
+    }
+
+    /// False if the pair is there already.
+    fn insert(&mut self, (left, right): Pair, rank: u32) -> bool {
+        let pair = u64::from(left) << 32 | u64::from(right);
+        let at = self.find(pair);
+        let is_new = self.entries[at] == EMPTY;
+        self.entries[at] = (pair, rank);
+        is_new
     }
 }
 
-impl Cache {
-    /// A cache fit for a text of so many bytes.
-    pub(super) fn for_text(bytes: usize) -> Self {
-        let slots = (bytes / 8).next_power_of_two().clamp(1 << 6, 1 << 16);
-        Self { slots: vec![Slot::default(); slots] }
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// Bytes, and merges of them and of each other: an encoder, and the merges with the tokens that they make.
+    fn vocabulary(pairs: &[(u8, u8)]) -> (Encoder, Vec<(Pair, u32)>) {
+        let mut merges: Vec<(Pair, u32)> = Vec::new();
+        // Few tokens, so that they meet: the bytes a to d, and the tokens made so far.
+        let token = |number: u8, made: usize| match usize::from(number) % (4 + made) {
+            letter @ 0..4 => u32::from(b'a') + letter as u32,
+            other => 256 + other as u32 - 4,
+        };
+        for &(left, right) in pairs {
+            let pair = (token(left, merges.len()), token(right, merges.len()));
+            if merges.iter().all(|(other, _)| *other != pair) {
+                merges.push((pair, 256 + merges.len() as u32));
+            }
+        }
+        let (pairs, ids): (Vec<_>, Vec<_>) = merges.iter().copied().unzip();
+        let encoder = Encoder::new(std::array::from_fn(|byte| byte as u32), &pairs, ids);
+        (encoder.unwrap_or_else(|rank| panic!("{rank}")), merges)
     }
 
-    fn slot(&mut self, key: Key) -> &mut Slot {
-        let at = key.hash() & (self.slots.len() - 1);
-        &mut self.slots[at]
+    /// A pass over the word for each merge.
+    fn encode_plainly(word: &[u8], merges: &[(Pair, u32)]) -> Vec<u32> {
+        let mut tokens: Vec<u32> = word.iter().map(|&byte| byte.into()).collect();
+        while let Some((pair, id)) =
+            merges.iter().find(|(pair, _)| tokens.windows(2).any(|two| (two[0], two[1]) == *pair))
+        {
+            let at = tokens.windows(2).position(|two| (two[0], two[1]) == *pair).unwrap();
+            tokens.splice(at..at + 2, [*id]);
+        }
+        tokens
+    }
+
+    proptest! {
+        #[test]
+        fn words_are_merged_as_by_a_pass_for_each_merge(
+            pairs in prop::collection::vec(any::<(u8, u8)>(), 0..40),
+            words in prop::collection::vec("[a-d]{1,60}|[ab]{1,9}|[a-e]{1,4}", 1..20),
+        ) {
+            let (encoder, merges) = vocabulary(&pairs);
+            let expected: Vec<_> = words.iter().map(|word| encode_plainly(word.as_bytes(), &merges)).collect();
+            for (word, expected) in words.iter().zip(&expected) {
+                let (mut scanned, mut queued) = (Vec::new(), Vec::new());
+                encoder.encode_word(word.as_bytes(), &mut scanned);
+                encoder.merge_long(word.as_bytes(), &mut queued);
+                prop_assert_eq!(&scanned, expected, "{}", word);
+                prop_assert_eq!(&queued, expected, "{}", word);
+            }
+            // As lines, and again with the words in the cache.
+            let mut cache = Cache::new();
+            let texts = [words.join("\n"), words.join("\n") + "\n"];
+            for text in texts.iter().chain(&texts) {
+                let (mut ids, mut ends) = (Vec::new(), vec![0]);
+                encoder.encode(text, &mut cache, &mut ids, |end| ends.push(end));
+                let lines: Vec<_> = ends.windows(2).map(|line| ids[line[0]..line[1]].to_vec()).collect();
+                let newline = |at| at + 1 < words.len() || text.ends_with('\n');
+                let with_newlines = |(at, ids): (usize, &Vec<u32>)| {
+                    ids.iter().copied().chain(newline(at).then_some(b'\n'.into())).collect::<Vec<_>>()
+                };
+                prop_assert_eq!(lines, expected.iter().enumerate().map(with_newlines).collect::<Vec<_>>());
+            }
+        }
     }
 }

@@ -4,14 +4,14 @@
 //! this program does, which is byte-level BPE as in GPT-2 with [`END_OF_TEXT`] as the only added
 //! token.
 
-use std::collections::HashMap;
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-use serde_json::{json, Value};
+use rustc_hash::FxHashMap;
+use serde_json_borrow::Value;
 
-use super::{byte_alphabet, Pair, Tokenizer, END_OF_TEXT};
+use super::{byte_alphabet, Pair, Tokenizer, Tokens, END_OF_TEXT};
 use crate::error::{Error, Result};
 
 /// No larger file is read. GPT-2's has 2 MB; a million tokens take about 60.
@@ -56,59 +56,77 @@ const PARTS: [(&str, &[&str]); 6] = [
 
 /// The JSON text of a tokenizer. Merges have the older form, "a b", which every version reads.
 pub(super) fn write(tokenizer: &Tokenizer) -> String {
-    let mut chars = [' '; 256];
+    // Two of the characters that stand for bytes are escaped.
+    let mut names = [const { String::new() }; 256];
     for (byte, c) in byte_alphabet() {
-        chars[usize::from(byte)] = c;
+        names[usize::from(byte)] = if matches!(c, '"' | '\\') { format!("\\{c}") } else { c.into() };
     }
-    let name = |id: u32| -> String {
-        if id == tokenizer.end_of_text {
-            return END_OF_TEXT.into();
-        }
-        let token = &tokenizer.tokens[id as usize];
-        token.iter().map(|&byte| chars[usize::from(byte)]).collect()
+    let mut text = String::with_capacity(64 * tokenizer.tokens.len());
+    let push_name = |text: &mut String, id: u32| match id == tokenizer.end_of_text {
+        true => text.push_str(END_OF_TEXT),
+        false => tokenizer.tokens[id].iter().for_each(|&byte| text.push_str(&names[usize::from(byte)])),
     };
-    let quoted = |text: String| Value::from(text).to_string();
-    let vocab: Vec<String> =
-        (0..tokenizer.tokens.len() as u32).map(|id| format!("{}:{id}", quoted(name(id)))).collect();
-    let merges: Vec<String> =
-        (tokenizer.merges.iter()).map(|&(left, right)| quoted(format!("{} {}", name(left), name(right)))).collect();
     let byte_level = r#"{"type":"ByteLevel","add_prefix_space":false,"trim_offsets":true,"use_regex":true}"#;
-    [
-        r#"{"version":"1.0","truncation":null,"padding":null,"#,
-        &format!(r#""added_tokens":[{{"id":{},"content":"{END_OF_TEXT}","#, tokenizer.end_of_text),
-        r#""single_word":false,"lstrip":false,"rstrip":false,"normalized":false,"special":true}],"#,
-        &format!(r#""normalizer":null,"pre_tokenizer":{byte_level},"#),
-        &format!(r#""post_processor":null,"decoder":{byte_level},"#),
-        r#""model":{"type":"BPE","dropout":null,"unk_token":null,"continuing_subword_prefix":null,"#,
-        r#""end_of_word_suffix":null,"fuse_unk":false,"byte_fallback":false,"ignore_merges":false,"#,
-        &format!("\"vocab\":{{{}}},", vocab.join(",")),
-        &format!("\"merges\":[{}]}}}}\n", merges.join(",")),
-    ]
-    .join("\n")
+    text += "{\"version\":\"1.0\",\"truncation\":null,\"padding\":null,\n";
+    text += &format!("\"added_tokens\":[{{\"id\":{},\"content\":\"{END_OF_TEXT}\",\n", tokenizer.end_of_text);
+    text += "\"single_word\":false,\"lstrip\":false,\"rstrip\":false,\"normalized\":false,\"special\":true}],\n";
+    text += &format!("\"normalizer\":null,\"pre_tokenizer\":{byte_level},\n");
+    text += &format!("\"post_processor\":null,\"decoder\":{byte_level},\n");
+    text += "\"model\":{\"type\":\"BPE\",\"dropout\":null,\"unk_token\":null,\"continuing_subword_prefix\":null,\n";
+    text += "\"end_of_word_suffix\":null,\"fuse_unk\":false,\"byte_fallback\":false,\"ignore_merges\":false,\n";
+    text += "\"vocab\":{";
+    for id in 0..tokenizer.tokens.len() as u32 {
+        text += if id == 0 { "\"" } else { ",\"" };
+        push_name(&mut text, id);
+        text += "\":";
+        text += &id.to_string();
+    }
+    text += "},\n\"merges\":[";
+    for (rank, &(left, right)) in tokenizer.merges.iter().enumerate() {
+        text += if rank == 0 { "\"" } else { ",\"" };
+        push_name(&mut text, left);
+        text.push(' ');
+        push_name(&mut text, right);
+        text.push('"');
+    }
+    text += "]}}\n";
+    text
 }
 
 /// Reads a tokenizer; the errors name the place in the file, not the file.
 pub(super) fn read(path: &Path) -> Result<Tokenizer> {
-    parse(&read_value(path, "a tokenizer.json")?)
+    let expected = "a tokenizer.json";
+    parse(&read_value(&read_text(path, expected)?, expected)?)
 }
 
 /// Reads the older pair of files, `vocab.json` and `merges.txt`, as the `tokenizer.json` that they stand for.
 pub(super) fn read_pair(vocab: &Path, merges: &Path) -> Result<Tokenizer> {
-    let ids = read_value(vocab, "tokens and their ids").map_err(|reason| Error::read(vocab, reason))?;
+    let expected = "tokens and their ids";
+    let ids = read_text(vocab, expected).map_err(|reason| Error::read(vocab, reason))?;
+    let ids = read_value(&ids, expected).map_err(|reason| Error::read(vocab, reason))?;
     let text = read_text(merges, "merges").map_err(|reason| Error::read(merges, reason))?;
     let text = String::from_utf8(text).map_err(|reason| Error::read(merges, reason))?;
     let lines = text.lines().enumerate().filter(|(number, line)| *number > 0 || !line.starts_with("#version"));
     let pairs: Vec<&str> = lines.map(|(_, line)| line).filter(|line| !line.is_empty()).collect();
-    let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false});
-    let file = json!({
-        "version": "1.0",
-        "added_tokens": [{"id": ids.get(END_OF_TEXT), "content": END_OF_TEXT, "special": true}],
-        "pre_tokenizer": byte_level,
-        "decoder": byte_level,
-        "model": {"type": "BPE", "vocab": ids, "merges": pairs},
-    });
+    let byte_level = object(vec![("type", "ByteLevel".into()), ("add_prefix_space", false.into())]);
+    let added = object(vec![
+        ("id", at(&ids, "/<|endoftext|>").clone()),
+        ("content", END_OF_TEXT.into()),
+        ("special", true.into()),
+    ]);
+    let file = object(vec![
+        ("version", "1.0".into()),
+        ("added_tokens", Value::Array(vec![added])),
+        ("pre_tokenizer", byte_level.clone()),
+        ("decoder", byte_level),
+        ("model", object(vec![("type", "BPE".into()), ("vocab", ids), ("merges", pairs.into())])),
+    ]);
     let both = format!("{} and {}, as /model of a tokenizer.json", vocab.display(), merges.display());
     parse(&file).map_err(|reason| Error::read(Path::new(&both), reason))
+}
+
+fn object<'a>(entries: Vec<(&'a str, Value<'a>)>) -> Value<'a> {
+    Value::Object(entries.into())
 }
 
 fn read_text(path: &Path, expected: &str) -> Result<Vec<u8>> {
@@ -120,16 +138,16 @@ fn read_text(path: &Path, expected: &str) -> Result<Vec<u8>> {
     Ok(text)
 }
 
-fn read_value(path: &Path, expected: &str) -> Result<Value> {
-    serde_json::from_slice(&read_text(path, expected)?)
-        .map_err(|reason| defect(format!("expected JSON, {expected}: {reason}")))
+fn read_value<'a>(text: &'a [u8], expected: &str) -> Result<Value<'a>> {
+    serde_json::from_slice(text).map_err(|reason| defect(format!("expected JSON, {expected}: {reason}")))
 }
 
 fn parse(file: &Value) -> Result<Tokenizer> {
     check_settings(file)?;
     let vocabulary = Vocabulary::read(file)?;
     let merges = vocabulary.read_merges(file)?;
-    Tokenizer::new(vocabulary.tokens, merges, vocabulary.ids[END_OF_TEXT])
+    let end_of_text = vocabulary.ids[END_OF_TEXT];
+    Tokenizer::new(vocabulary.tokens, merges, end_of_text)
 }
 
 fn defect(message: String) -> anyhow::Error {
@@ -145,8 +163,16 @@ fn unexpected(place: &str, expected: &str, found: &Value) -> anyhow::Error {
     defect(format!("{} is {}; expected {expected}", short(place), short(&found.to_string())))
 }
 
-fn at<'a>(file: &'a Value, place: &str) -> &'a Value {
-    file.pointer(place).unwrap_or(&Value::Null)
+/// What is at a place, such as "/added_tokens/0/id"; null if nothing is. Of equal keys, the last counts.
+fn at<'a, 'b>(file: &'a Value<'b>, place: &str) -> &'a Value<'b> {
+    place.split('/').skip(1).fold(file, |part, key| {
+        let found = match part {
+            Value::Object(entries) => entries.iter().filter(|(name, _)| *name == key).map(|(_, value)| value).last(),
+            Value::Array(items) => key.parse().ok().and_then(|index: usize| items.get(index)),
+            _ => None,
+        };
+        found.unwrap_or(&Value::Null)
+    })
 }
 
 /// Refuses a file that asks for anything but plain byte-level BPE.
@@ -164,27 +190,26 @@ fn check_settings(file: &Value) -> Result<()> {
         if found.is_null() {
             continue;
         }
-        let keys = found.as_object().ok_or_else(|| unexpected(part, "an object", found))?.keys();
-        for key in keys {
+        let entries = found.as_object().ok_or_else(|| unexpected(part, "an object", found))?;
+        for (key, value) in entries.iter() {
             let place = format!("{part}/{key}");
-            let known = others.contains(&key.as_str()) || SETTINGS.iter().any(|(known, _)| *known == place);
+            let known = others.contains(&key) || SETTINGS.iter().any(|(known, _)| *known == place);
             if !known {
-                return Err(unexpected(&place, &format!("no such key {REMEDY}"), &found[key]));
+                return Err(unexpected(&place, &format!("no such key {REMEDY}"), value));
             }
         }
     }
     let added = at(file, "/added_tokens");
-    if added.as_array().map(Vec::len) != Some(1) {
+    if added.as_array().map(<[_]>::len) != Some(1) {
         return Err(unexpected("/added_tokens", &format!("{END_OF_TEXT} alone {REMEDY}"), added));
     }
     Ok(())
 }
 
 struct Vocabulary<'a> {
-    /// The bytes of each token, by id.
-    tokens: Vec<Vec<u8>>,
+    tokens: Tokens,
     /// The id of each token's name in the file.
-    ids: HashMap<&'a str, u32>,
+    ids: FxHashMap<&'a str, u32>,
 }
 
 impl<'a> Vocabulary<'a> {
@@ -193,33 +218,42 @@ impl<'a> Vocabulary<'a> {
         let entries =
             vocab.as_object().ok_or_else(|| unexpected("/model/vocab", "an object of tokens and their ids", vocab))?;
         let added = at(file, "/added_tokens/0/id");
-        if entries.get(END_OF_TEXT).is_some_and(|id| id != added) {
+        if entries.iter().any(|(name, id)| name == END_OF_TEXT && id != added) {
             let expected = "the id that /model/vocab gives this token";
             return Err(unexpected("/added_tokens/0/id", expected, added));
         }
-        let mut names: HashMap<&str, &Value> = entries.iter().map(|(name, id)| (name.as_str(), id)).collect();
-        names.insert(END_OF_TEXT, added);
-
-        let bytes: HashMap<char, u8> = byte_alphabet().map(|(byte, c)| (c, byte)).collect();
-        let mut tokens = vec![Vec::new(); names.len()];
-        let mut ids = HashMap::with_capacity(names.len());
-        for (name, id) in names {
-            let refuse = |expected| unexpected(&format!("/model/vocab/{name}"), expected, id);
+        let refuse = |name: &str, id: &Value, expected| unexpected(&format!("/model/vocab/{name}"), expected, id);
+        let once = "each id from 0 to the number of tokens once";
+        let mut ids = FxHashMap::default();
+        ids.reserve(entries.len() + 1);
+        for (name, id) in entries.iter().chain([(END_OF_TEXT, added)]) {
             let number = id.as_u64().and_then(|number| u32::try_from(number).ok());
-            let free = number.and_then(|number| tokens.get_mut(number as usize)).filter(|token| token.is_empty());
-            let (Some(number), Some(token)) = (number, free) else {
-                return Err(refuse("each id from 0 to the number of tokens once"));
-            };
-            *token = if name == END_OF_TEXT {
-                END_OF_TEXT.into()
-            } else {
-                let named: Option<_> = name.chars().map(|c| bytes.get(&c).copied()).collect();
-                named.unwrap_or_default()
-            };
-            if token.is_empty() {
-                return Err(refuse("a name of characters that stand for bytes, as in GPT-2"));
+            ids.insert(name, number.ok_or_else(|| refuse(name, id, once))?);
+        }
+        let mut names = vec![None; ids.len()];
+        for (&name, &id) in &ids {
+            match names.get_mut(id as usize) {
+                Some(free @ None) => *free = Some(name),
+                _ => return Err(refuse(name, &u64::from(id).into(), once)),
             }
-            ids.insert(name, number);
+        }
+
+        let mut bytes = [None; 0x200];
+        for (byte, c) in byte_alphabet() {
+            bytes[c as usize] = Some(byte);
+        }
+        let mut tokens = Tokens::default();
+        let mut token = Vec::new();
+        for (id, name) in (0_u64..).zip(names.into_iter().flatten()) {
+            token.clear();
+            match name {
+                END_OF_TEXT => token.extend_from_slice(name.as_bytes()),
+                _ => token.extend(name.chars().map_while(|c| bytes.get(c as usize).copied().flatten())),
+            }
+            if token.is_empty() || name != END_OF_TEXT && token.len() < name.chars().count() {
+                return Err(refuse(name, &id.into(), "a name of characters that stand for bytes, as in GPT-2"));
+            }
+            tokens.push(&token);
         }
         Ok(Self { tokens, ids })
     }
@@ -238,7 +272,7 @@ impl<'a> Vocabulary<'a> {
 
     fn pair(&self, merge: &Value) -> Option<Pair> {
         let (left, right) = match merge {
-            Value::String(text) => text.split_once(' ')?,
+            Value::Str(text) => text.split_once(' ')?,
             Value::Array(parts) if parts.len() == 2 => (parts[0].as_str()?, parts[1].as_str()?),
             _ => return None,
         };

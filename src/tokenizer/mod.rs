@@ -5,20 +5,26 @@
 //! were learnt (`encode`). A vocabulary is learnt here ([`train()`]), read from a `tokenizer.json`
 //! ([`Tokenizer::from_file`]), or GPT-2's.
 
+mod cache;
 mod encode;
 mod gpt2;
 mod json;
 mod pretokenize;
+mod tokens;
 mod train;
 
+use std::cell::LazyCell;
 use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rayon::prelude::*;
 use rustc_hash::FxHashMap;
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
-use encode::{Cache, Encoder};
+use cache::Cache;
+use encode::Encoder;
+use tokens::Tokens;
 pub use train::{train, WordCounts};
 
 /// The one special token: it ends a text and pads; no text is ever encoded to it.
@@ -29,42 +35,61 @@ type Pair = (u32, u32);
 
 /// A vocabulary and its merges: encodes text, decodes ids.
 pub struct Tokenizer {
-    /// The bytes of each token, by id.
-    tokens: Vec<Vec<u8>>,
+    tokens: Tokens,
     /// The pairs that merge, earliest first.
     merges: Vec<Pair>,
     end_of_text: u32,
     encoder: Encoder,
+    /// Words that were met, for the next that encodes; as many as have encoded at a time.
+    caches: Mutex<Vec<Cache>>,
 }
 
 impl Tokenizer {
     /// Checks that tokens and merges fit together. The token of a merge is the one with both parts'
     /// bytes.
-    fn new(tokens: Vec<Vec<u8>>, merges: Vec<Pair>, end_of_text: u32) -> Result<Self> {
-        let ids: FxHashMap<&[u8], u32> =
-            (0..).zip(&tokens).filter(|(id, _)| *id != end_of_text).map(|(id, token)| (&token[..], id)).collect();
-        let mut bytes = [0; 256];
-        for (byte, id) in (0..=255).zip(&mut bytes) {
-            *id = *ids.get(&[byte][..]).ok_or_else(|| {
-                Error::Data(format!(
-                    "the vocabulary lacks byte {byte:#04x}; expected a token for each of the 256 bytes"
-                ))
-            })?;
+    fn new(tokens: Tokens, merges: Vec<Pair>, end_of_text: u32) -> Result<Self> {
+        let mut bytes = [None; 256];
+        for (id, token) in (0..).zip(tokens.iter()).filter(|(id, _)| *id != end_of_text) {
+            if let [byte] = *token {
+                bytes[usize::from(byte)] = Some(id);
+            }
         }
-        let mut encoder = Encoder::new(bytes);
+        if let Some(byte) = bytes.iter().position(Option::is_none) {
+            let message = format!("the vocabulary lacks byte {byte:#04x}; expected a token for each of the 256 bytes");
+            return Err(Error::Data(message).into());
+        }
+        let ids = LazyCell::new(|| -> FxHashMap<&[u8], u32> {
+            let ordinary = (0..).zip(tokens.iter()).filter(|(id, _)| *id != end_of_text);
+            ordinary.map(|(id, token)| (token, id)).collect()
+        });
+        let mut made = Vec::with_capacity(merges.len());
+        // Nearly always, a merge's token is the one after the last merge's: it is looked for there first.
+        let mut next = 256 + u32::from(end_of_text <= 256);
+        let mut both = Vec::new();
+        let defect = |rank: usize, what| {
+            let (left, right) = merges[rank];
+            Error::Data(format!("merge {rank}, of tokens {left} and {right}, {what}"))
+        };
         for (rank, &(left, right)) in merges.iter().enumerate() {
-            let (a, b) = (&tokens[left as usize], &tokens[right as usize]);
-            let defect = |what| Error::Data(format!("merge {rank}, of tokens {left} and {right}, {what}"));
-            let token = [&a[..], b].concat();
-            let id = ids.get(&token[..]).ok_or_else(|| defect("makes no token of the vocabulary; expected one"))?;
+            both.clear();
+            both.extend_from_slice(&tokens[left]);
+            both.extend_from_slice(&tokens[right]);
+            let id = match tokens.get(next) {
+                Some(token) if token == both && next != end_of_text => next,
+                _ => {
+                    *ids.get(&both[..]).ok_or_else(|| defect(rank, "makes no token of the vocabulary; expected one"))?
+                }
+            };
             if left == end_of_text || right == end_of_text {
-                return Err(defect("has the special token; expected others").into());
+                return Err(defect(rank, "has the special token; expected others").into());
             }
-            if !encoder.add_merge((left, right), *id) {
-                return Err(defect("is in it twice; expected each pair once").into());
-            }
+            made.push(id);
+            next = id + 1;
         }
-        Ok(Self { tokens, merges, end_of_text, encoder })
+        let bytes = bytes.map(Option::unwrap_or_default);
+        let encoder = Encoder::new(bytes, &merges, made)
+            .map_err(|rank| defect(rank, "is in it twice; expected each pair once"))?;
+        Ok(Self { tokens, merges, end_of_text, encoder, caches: Mutex::default() })
     }
 
     /// GPT-2's vocabulary: 50,257 tokens, [`END_OF_TEXT`] the last.
@@ -123,30 +148,25 @@ impl Tokenizer {
 
     /// The ids of a text of any number of lines. "<|endoftext|>" in it is text like any other.
     pub fn encode(&self, text: &str) -> Vec<u32> {
-        let mut ids = Vec::with_capacity(text.len() / 3);
-        let mut cache = Cache::for_text(text.len());
-        for line in text.split_inclusive('\n') {
-            self.encoder.encode(line, &mut cache, &mut ids);
-        }
-        ids
+        self.encode_piece(text).ids
     }
 
-    /// The ids of each line, on all cores. Every line should carry its newline.
-    pub fn encode_lines(&self, lines: &[&str]) -> Vec<Vec<u32>> {
-        // Few enough chunks to fill their caches, enough of them that no core waits for another.
-        let chunk = lines.len().div_ceil(4 * rayon::current_num_threads()).max(1);
-        lines
-            .par_chunks(chunk)
-            .flat_map_iter(|lines| {
-                let mut cache = Cache::for_text(lines.iter().map(|line| line.len()).sum());
-                let mut ids = Vec::new();
-                lines.iter().map(move |line| {
-                    ids.clear();
-                    self.encoder.encode(line, &mut cache, &mut ids);
-                    ids.clone()
-                })
-            })
-            .collect()
+    /// The ids of each line of some texts, on all cores.
+    pub fn encode_lines(&self, texts: &[&str]) -> Lines {
+        let pieces = texts.par_iter().flat_map_iter(|text| pieces(text)).map(|piece| self.encode_piece(piece));
+        Lines { pieces: pieces.collect() }
+    }
+
+    fn encode_piece(&self, text: &str) -> Piece {
+        let mut cache = self.lock_caches().pop().unwrap_or_else(Cache::new);
+        let mut piece = Piece { ids: Vec::with_capacity(text.len() / 3), ends: Vec::new() };
+        self.encoder.encode(text, &mut cache, &mut piece.ids, |end| piece.ends.push(end));
+        self.lock_caches().push(cache);
+        piece
+    }
+
+    fn lock_caches(&self) -> MutexGuard<'_, Vec<Cache>> {
+        self.caches.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The bytes that the ids stand for: UTF-8 if they come from [`Self::encode`], perhaps not
@@ -157,7 +177,7 @@ impl Tokenizer {
     pub fn decode(&self, ids: &[u32]) -> Result<Vec<u8>> {
         let mut bytes = Vec::with_capacity(ids.len() * 4);
         for (at, &id) in ids.iter().enumerate() {
-            let token = self.tokens.get(id as usize).ok_or_else(|| {
+            let token = self.tokens.get(id).ok_or_else(|| {
                 Error::Data(format!(
                     "id {id} (number {at} of those to decode) is not in the vocabulary; expected 0 to {}: \
                      were the ids made with another tokenizer?",
@@ -170,6 +190,41 @@ impl Tokenizer {
     }
 }
 
+/// The ids of lines, in order.
+pub struct Lines {
+    pieces: Vec<Piece>,
+}
+
+/// The ids of a text, and how many there are up to the end of each of its lines.
+struct Piece {
+    ids: Vec<u32>,
+    ends: Vec<usize>,
+}
+
+impl Lines {
+    /// The ids of each line.
+    pub fn iter(&self) -> impl Iterator<Item = &[u32]> {
+        self.pieces.iter().flat_map(|piece| {
+            let starts = std::iter::once(&0).chain(&piece.ends);
+            starts.zip(&piece.ends).map(|(&start, &end)| &piece.ids[start..end])
+        })
+    }
+}
+
+/// At most so many bytes of text, and the rest of a line, are encoded at a time by one core.
+const PIECE: usize = 1 << 20;
+
+/// A text, cut into pieces of whole lines for many cores.
+fn pieces(mut text: &str) -> impl Iterator<Item = &str> {
+    std::iter::from_fn(move || {
+        let bytes = text.as_bytes();
+        let line = bytes.iter().skip(PIECE - 1).position(|&byte| byte == b'\n');
+        let (piece, rest) = text.split_at(line.map_or(bytes.len(), |at| PIECE + at));
+        text = rest;
+        (!piece.is_empty()).then_some(piece)
+    })
+}
+
 /// The 256 bytes in the order of vocabularies, each with the character that stands for it in a
 /// `tokenizer.json`: itself if it prints, else one from U+0100 on, so that no token's name has a
 /// space (GPT-2's `encoder.py`).
@@ -178,4 +233,20 @@ fn byte_alphabet() -> impl Iterator<Item = (u8, char)> {
     let printing = (0..=255).filter(prints).map(|byte| (byte, char::from(byte)));
     let others = (0..=255).filter(move |byte| !prints(byte));
     printing.chain(others.zip('\u{100}'..))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{pieces, PIECE};
+
+    #[test]
+    fn a_text_is_cut_after_lines() {
+        let line = "x".repeat(999) + "\n";
+        let text = line.repeat(2 * PIECE / 1000 + 3) + &"y".repeat(PIECE) + "z\n end";
+        let found: Vec<&str> = pieces(&text).collect();
+        assert_eq!(found.concat(), text);
+        assert!(found.len() == 4 && found.iter().take(3).all(|piece| piece.len() >= PIECE && piece.ends_with('\n')));
+        assert_eq!(pieces("").count(), 0);
+        assert_eq!(pieces("a\nb").collect::<Vec<_>>(), ["a\nb"]);
+    }
 }

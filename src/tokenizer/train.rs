@@ -12,8 +12,8 @@ use std::collections::binary_heap::{BinaryHeap, PeekMut};
 use rayon::prelude::*;
 use rustc_hash::FxHashMap;
 
-use super::pretokenize::words;
-use super::{byte_alphabet, Pair, Tokenizer, END_OF_TEXT};
+use super::pretokenize::for_each_word;
+use super::{byte_alphabet, Pair, Tokenizer, Tokens, END_OF_TEXT};
 use crate::error::{Error, Result};
 
 /// How often each word occurs in a text; filled batch by batch, so the text need not fit into
@@ -40,9 +40,7 @@ impl WordCounts {
             .par_iter()
             .with_min_len(512)
             .fold(FxHashMap::<&str, u64>::default, |mut counts, line| {
-                for word in words(line) {
-                    *counts.entry(word).or_default() += 1;
-                }
+                for_each_word(line, |start, end| *counts.entry(&line[start..end]).or_default() += 1);
                 counts
             })
             .reduce(FxHashMap::default, |a, b| {
@@ -93,8 +91,9 @@ impl WordCounts {
 /// Usage if `vocab_size` is under 257; Data if the text has too few pairs to merge, with the
 /// largest vocabulary that it allows.
 pub fn train(counts: &WordCounts, vocab_size: usize) -> Result<Tokenizer> {
-    let mut tokens: Vec<Vec<u8>> = vec![END_OF_TEXT.into()];
-    tokens.extend(byte_alphabet().map(|(byte, _)| vec![byte]));
+    let mut tokens = Tokens::default();
+    tokens.push(END_OF_TEXT.as_bytes());
+    byte_alphabet().for_each(|(byte, _)| tokens.push(&[byte]));
     if vocab_size < tokens.len() {
         return Err(Error::Usage(format!(
             "a vocabulary of {vocab_size} tokens was asked for; expected at least {}, for the 256 bytes and {END_OF_TEXT}",
@@ -114,11 +113,10 @@ pub fn train(counts: &WordCounts, vocab_size: usize) -> Result<Tokenizer> {
             ))
             .into());
         };
-        let (left, right) = best.pair.0;
-        let token = [&tokens[left as usize][..], &tokens[right as usize]].concat();
+        let Reverse(pair) = best.pair;
         corpus.merge(&best, tokens.len() as u32);
-        tokens.push(token);
-        merges.push((left, right));
+        tokens.push_merged(pair);
+        merges.push(pair);
     }
     Tokenizer::new(tokens, merges, 0)
 }
@@ -151,10 +149,10 @@ struct Word {
 }
 
 impl Corpus {
-    fn new(word_counts: &WordCounts, tokens: &[Vec<u8>]) -> Self {
+    fn new(word_counts: &WordCounts, tokens: &Tokens) -> Self {
         let mut ids = [0; 256];
-        for (id, token) in (0..).zip(tokens) {
-            if let [byte] = token[..] {
+        for (id, token) in (0..).zip(tokens.iter()) {
+            if let [byte] = *token {
                 ids[usize::from(byte)] = id;
             }
         }

@@ -48,7 +48,8 @@ pub fn select(wanted: &str, local_rank: usize) -> Result<Device> {
     let visible = if loaded.is_ok() { usize::try_from(Cuda::device_count()).unwrap_or(0) } else { 0 };
     match visible {
         0 if wanted == "auto" => {
-            if has_driver() {
+            // One rank of a node says it for all.
+            if local_rank == 0 && has_driver() {
                 let reason = loaded.err().unwrap_or_else(|| "LibTorch sees no GPU".into());
                 tracing::warn!(
                     "computing on the CPU of a machine with an NVIDIA driver: {reason}; see `launch/setup --cuda`"

@@ -148,7 +148,7 @@ fn sums_and_norms_are_those_of_double_precision(kernels: &Kernels, device: Devic
             // The norm and its gradients are those of the sum as it is kept, in bf16.
             let leaf = exact(&sum).set_requires_grad(true);
             let wide = exact(&weight).set_requires_grad(true);
-            let shift = bias.as_ref().map_or(wide.zeros_like(), |bias| exact(bias)).detach().set_requires_grad(true);
+            let shift = bias.as_ref().map_or(wide.zeros_like(), exact).detach().set_requires_grad(true);
             let expected = leaf.layer_norm([width], Some(&wide), Some(&shift), 1e-5, false);
             assert!(excess(&normed, &expected.detach(), half_ulp + 1e-4, 1e-5) <= 0.0, "norm, {at}");
             (expected * exact(&dnormed)).sum(Kind::Double).backward();

@@ -1,0 +1,162 @@
+//! Short words met before, and their ids.
+
+/// A word of up to 15 bytes: padded with zeros, and its length in the last byte.
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Key {
+    low: u64,
+    high: u64,
+}
+
+/// Where the length begins in `high`, and above it, in a table, the number of ids.
+const LENGTH_BIT: u32 = 56;
+const COUNT_BIT: u32 = 60;
+
+impl Key {
+    /// The word of a text that starts and ends there; None if it is too long.
+    #[inline]
+    pub(super) fn new(text: &[u8], start: usize, end: usize) -> Option<Self> {
+        let length = end - start;
+        let [low_mask, high_mask] = *MASKS.get(length)?;
+        let bytes = match text.get(start..).and_then(|rest| rest.first_chunk::<16>()) {
+            Some(bytes) => *bytes,
+            None => {
+                let mut bytes = [0; 16];
+                bytes[..length].copy_from_slice(&text[start..end]);
+                bytes
+            }
+        };
+        let bytes = u128::from_le_bytes(bytes);
+        let low = bytes as u64 & low_mask;
+        let high = (bytes >> 64) as u64 & high_mask | (length as u64) << LENGTH_BIT;
+        Some(Self { low, high })
+    }
+
+    #[inline]
+    fn hash(self) -> usize {
+        let product = u128::from(self.low ^ 0x9e37_79b9_7f4a_7c15) * u128::from(self.high ^ 0xd6e8_feb8_6659_fd93);
+        (product as u64 ^ (product >> 64) as u64) as usize
+    }
+}
+
+/// The bits of a word of each length.
+const MASKS: [[u64; 2]; 16] = {
+    let mut masks = [[0; 2]; 16];
+    let mut length = 1;
+    while length < 16 {
+        let mask = u128::MAX >> (128 - 8 * length);
+        masks[length] = [mask as u64, (mask >> 64) as u64];
+        length += 1;
+    }
+    masks
+};
+
+/// Most words are few tokens; longer ones are merged each time.
+const FEW: usize = 4;
+
+/// The words that hash to the same place: those that came first, which are likely to be frequent ones, and the last.
+#[derive(Clone, Copy, Default)]
+#[repr(align(64))]
+struct Bucket {
+    keys: [Key; WAYS],
+    /// The ids of words of one token.
+    ids: [u32; WAYS],
+}
+
+/// As many as there is room for in a line of the processor's cache.
+const WAYS: usize = 3;
+const BUCKETS: usize = 1 << 15;
+
+/// Short words met before and their ids, in a table that never grows.
+pub(super) struct Cache {
+    buckets: Box<[Bucket; BUCKETS]>,
+    /// The ids of words of several tokens. Memory is taken where there are such words only.
+    several: Vec<[u32; FEW]>,
+}
+
+impl Cache {
+    pub(super) fn new() -> Self {
+        let buckets = vec![Bucket::default(); BUCKETS].into_boxed_slice();
+        let buckets = buckets.try_into().unwrap_or_else(|_| unreachable!("the slice has as many"));
+        Self { buckets, several: vec![[0; FEW]; BUCKETS * WAYS] }
+    }
+
+    /// Appends the ids of a word; false if it is not known.
+    #[inline]
+    pub(super) fn append(&self, key: Key, ids: &mut Vec<u32>) -> bool {
+        let at = key.hash() % BUCKETS;
+        let bucket = &self.buckets[at];
+        // The number of ids, above the length, does not matter.
+        let is = |way: usize| {
+            let found = bucket.keys[way];
+            (found.low ^ key.low) | (found.high ^ key.high) << (64 - COUNT_BIT) == 0
+        };
+        // Without a branch, since no one could predict it.
+        let way = usize::from(!is(0)) * (1 + usize::from(!is(1)));
+        if !is(way) {
+            return false;
+        }
+        match bucket.keys[way].high >> COUNT_BIT {
+            1 => ids.push(bucket.ids[way]),
+            count => {
+                ids.extend_from_slice(&self.several[at * WAYS + way]);
+                ids.truncate(ids.len() - FEW + count as usize);
+            }
+        }
+        true
+    }
+
+    /// Notes the ids of a word, if they are few.
+    pub(super) fn store(&mut self, key: Key, ids: &[u32]) {
+        let at = key.hash() % BUCKETS;
+        let bucket = &mut self.buckets[at];
+        let way = bucket.keys.iter().position(|key| *key == Key::default()).unwrap_or(WAYS - 1);
+        match *ids {
+            [id] => bucket.ids[way] = id,
+            _ => match self.several[at * WAYS + way].get_mut(..ids.len()) {
+                Some(room) => room.copy_from_slice(ids),
+                None => return,
+            },
+        }
+        bucket.keys[way] = Key { low: key.low, high: key.high | (ids.len() as u64) << COUNT_BIT };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key(word: &str) -> Key {
+        // With text around it, and at the end of one.
+        let text = format!("<{word}>{}", "#".repeat(word.len()));
+        let (start, end) = (1, 1 + word.len());
+        let alone = Key::new(word.as_bytes(), 0, word.len()).unwrap();
+        assert!(Key::new(text.as_bytes(), start, end).unwrap() == alone);
+        alone
+    }
+
+    #[test]
+    fn a_cache_gives_the_ids_of_the_word_itself_or_none() {
+        let mut cache = Cache::new();
+        // More words than there is room for, some of which differ in zeros at their end or in the last byte only.
+        let words: Vec<String> = (0..200_000_u32)
+            .map(|number| format!("{number:x}{}", ["", "\0", "\0\0", "-------"][number as usize % 4]))
+            .collect();
+        let ids = |at: usize| vec![at as u32; 1 + at % (FEW + 1)];
+        let mut found = Vec::new();
+        for (at, word) in words.iter().enumerate() {
+            assert!(!cache.append(key(word), &mut found), "{word}");
+            cache.store(key(word), &ids(at));
+        }
+        assert!(found.is_empty());
+        let mut known = 0;
+        for (at, word) in words.iter().enumerate() {
+            found.clear();
+            if cache.append(key(word), &mut found) {
+                assert_eq!(found, ids(at));
+                known += 1;
+            }
+        }
+        assert!((2 * BUCKETS..=WAYS * BUCKETS).contains(&known), "{known}");
+        assert!(Key::new(b"sixteen letters.", 0, 16).is_none());
+    }
+}
