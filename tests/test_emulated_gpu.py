@@ -202,20 +202,15 @@ def test_the_whole_of_a_run_on_a_gpu(gpu, tmp_path):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("ranks", [0, 2])
-def test_a_run_resumes_bit_for_bit(gpu, ranks):
-    settings = (
-        DETERMINISTIC
-        | DROPOUT
-        | {"device": "cuda", "name": f"proof-{ranks}"}
-        | (ZERO1 if ranks else {})
-    )
+@pytest.mark.parametrize(
+    ("ranks", "more"), [(0, {}), (0, IN_BF16), (2, ZERO1)], ids=["alone", "bf16", "ZeRO-1"]
+)
+def test_a_run_resumes_bit_for_bit(gpu, tmp_path, ranks, more):
+    settings = DETERMINISTIC | DROPOUT | {"device": "cuda", "name": "proof"} | more
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     arguments = ["checkpoint", "prove", "--config", gpu.config, "--steps", "10", *words]
-    folder = gpu.folder / f"prove-{ranks}"
-    folder.mkdir()
     # It writes its runs to runs/ in its working folder.
-    done = gpu.call(arguments, ranks, cwd=folder)
+    done = gpu.call(arguments, ranks, cwd=tmp_path)
     assert done.code == 0, done.log + done.out
 
 
