@@ -1,6 +1,8 @@
 """Reads run directories, and compares two of them bit by bit."""
 
 import csv
+import hashlib
+import json
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,6 +18,17 @@ def last_step(train_csv):
     with suppress(OSError, ValueError, IndexError):
         return int(Path(train_csv).read_text().rsplit("\n", 2)[-2].split(",")[0])
     return 0
+
+
+def heartbeat(run, rank):
+    """The last heartbeat of a rank; None if it has left none. docs/formats.md has the format."""
+    found = []
+    for path in run.glob("heartbeats/node-*.txt"):
+        for line in path.read_bytes().split(b"\n"):
+            check, _, text = line.rstrip().partition(b" ")
+            if hashlib.sha256(text).hexdigest()[:8].encode() == check:
+                found.append(json.loads(text))
+    return max((one for one in found if one["rank"] == rank), key=lambda b: b["beat"], default=None)
 
 
 def rows(table, columns):

@@ -42,7 +42,8 @@ class Emulation:
         subprocess.run([ROOT / "tests/emulated_gpu/build.sh", LIBRARIES], check=True)
         self.binary = self.wrap(LIBRARIES)
         self.data = folder / "data"
-        command = [BINARY, "prepare", "--source", "sample", "--tokenizer", "bpe:512"]
+        # Not a multiple of 64 words, to which the head is filled up.
+        command = [BINARY, "prepare", "--source", "sample", "--tokenizer", "bpe:500"]
         subprocess.run([*command, "--out", self.data], check=True, capture_output=True)
         self.config = folder / "config.yaml"
         self.config.write_text(
@@ -69,6 +70,8 @@ class Emulation:
             **os.environ,
             "OMP_NUM_THREADS": "1",
             "OMP_WAIT_POLICY": "passive",
+            # For the kernels, so that they are compiled once for all tests.
+            "XDG_CACHE_HOME": str(self.folder / "cache"),
             "EMULATED_GPU_DEVICES": str(max(1, ranks)),
             "LOCKSTEP_BIN": str(binary),
             **variables,

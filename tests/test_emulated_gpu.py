@@ -5,14 +5,18 @@ for races. tests/emulated_gpu/README.md explains how far that goes.
 """
 
 import csv
-import ctypes
+import json
 import os
 import shutil
 import subprocess
+import sys
+from collections import Counter
 from functools import partial
+from statistics import mean
 
 import pytest
 
+import gpu_step
 from emulation import BINARY, FAILED, LIBRARIES, ROOT, Emulation, apart, figures
 
 FP32, BF16 = 1e-5, 0.02  # relative, in every step's loss
@@ -86,7 +90,11 @@ def test_gpus_learn_what_cpus_learn(gpu, request, ranks, settings, bound):
     )
     done = gpu.train(request.node.name, settings, ranks)
     assert done.code == 0, done.log
-    distance = apart(done.column("loss"), expected.column("loss"))
+    found, expected = done.column("loss"), expected.column("loss")
+    if bound == BF16 and DROPOUT.items() <= settings.items():
+        # Our kernels draw in their own way, so that losses are alike on average only.
+        found, expected = [mean(found)], [mean(expected)]
+    distance = apart(found, expected)
     assert distance <= bound, distance
     # Something must have been computed differently.
     if bound == BF16:
@@ -101,7 +109,7 @@ def test_memory_is_seen_and_smaller_micro_batches_need_less(gpu):
     micro = gpu.train("memory-micro", {"train.steps": 2} | MICRO_STEPS)
     [most], [least] = (set(done.column("memory_mib")[1:]) for done in (plain, micro))
     # Weights, gradients and two moments, 4 bytes each.
-    parameters = 111024
+    parameters = 110448
     assert 16 * parameters / 2**20 < least < most
 
 
@@ -274,26 +282,134 @@ def test_deterministic_products_need_cublas_told(gpu):
     assert "CUBLAS_WORKSPACE_CONFIG" in done.log
 
 
-def test_kernels_of_our_own_run_as_compiled_for_the_cpu(gpu, tmp_path):
-    source = tmp_path / "kernel.c"
-    source.write_text(
-        "void twice(const unsigned *grid, const unsigned *block, void **parameters) {\n"
-        "  float *numbers = *(float **)parameters[0];\n"
-        "  for (unsigned i = 0; i < grid[0] * block[0]; i++) numbers[i] *= 2;\n"
-        "}\n"
+@pytest.mark.parametrize(
+    "settings", [{}, full(UNTIED | PARAGRAPHS)], ids=["tied", "untied, padded"]
+)
+def test_without_our_kernels_libtorch_computes_the_same(gpu, tmp_path, request, settings):
+    """The log says so once. Both ways are as far from fp32 as bf16 is."""
+    said = "LibTorch computes without kernels of our own"
+    settings = IN_BF16 | {"train.steps": 10} | settings
+    ours = gpu.train(f"{request.node.name}-ours", settings, EMULATED_GPU_LOG=str(tmp_path / "ours"))
+    theirs = gpu.train(
+        f"{request.node.name}-theirs",
+        settings,
+        EMULATED_GPU_LOG=str(tmp_path / "theirs"),
+        EMULATED_GPU_FAULT="no-kernels",
+        XDG_CACHE_HOME=str(tmp_path / "empty"),
     )
-    library = tmp_path / "kernel.so"
-    subprocess.run(["cc", "-shared", "-fPIC", source, "-o", library], check=True)
-    driver = ctypes.CDLL(str(LIBRARIES / "libcuda.so.1"))
-    module, function = ctypes.c_void_p(), ctypes.c_void_p()
-    assert driver.cuModuleLoadData(ctypes.byref(module), str(library).encode()) == 0
-    assert driver.cuModuleGetFunction(ctypes.byref(function), module, b"thrice") == 500
-    assert driver.cuModuleGetFunction(ctypes.byref(function), module, b"twice") == 0
-    numbers = (ctypes.c_float * 6)(*range(6))
-    address = ctypes.c_void_p(ctypes.addressof(numbers))
-    parameters = (ctypes.c_void_p * 1)(ctypes.addressof(address))
-    assert driver.cuLaunchKernel(function, 2, 1, 1, 3, 1, 1, 0, None, parameters, None) == 0
-    assert list(numbers) == [0, 2, 4, 6, 8, 10]
+    assert (ours.code, theirs.code) == (0, 0), ours.log + theirs.log
+    assert (ours.log.count(said), theirs.log.count(said)) == (0, 1), theirs.log
+    ours_log, theirs_log = figures(tmp_path / "ours"), figures(tmp_path / "theirs")
+    assert ours_log["launches of cross_entropy"] == 10
+    assert "launches of cross_entropy" not in theirs_log
+    assert 0 < apart(ours.column("loss"), theirs.column("loss")) < BF16 / 4
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["our kernels", "LibTorch's way"])
+@pytest.mark.parametrize(
+    ("preset", "shape"),
+    [
+        ("gpt-nano", gpu_step.Shape(3, 3, 48, 500, 32, 8, 2)),
+        full("gpt-mini", gpu_step.Shape(6, 6, 192, 500, 32, 4, 4)),
+    ],
+)
+def test_a_step_launches_and_moves_what_the_page_says(gpu, tmp_path, request, preset, shape, own):
+    """The formulas behind docs/gpu-step.md, for a small model, operator by operator."""
+    settings = IN_BF16 | {"model.preset": preset, "data.micro_batch": shape.sequences}
+    fault = {} if own else {"EMULATED_GPU_FAULT": "no-kernels", "XDG_CACHE_HOME": str(tmp_path)}
+    seen = []
+    for steps in (1, 2):
+        log = tmp_path / f"log-{steps}"
+        name, settings = f"{request.node.name}-{steps}", settings | {"train.steps": steps}
+        done = gpu.train(name, settings, EMULATED_GPU_LOG=str(log), **fault)
+        assert done.code == 0, done.log
+        seen.append(Counter(figures(log)))
+    step = {name: n for name, n in (seen[1] - seen[0]).items() if " of " in name}
+    launches, moved = Counter(), Counter()
+    for one in gpu_step.of_step(shape, own):
+        launches[f"launches of {one.name}"] += one.times
+        moved[f"bytes of {one.name}"] += one.bytes
+    assert launches == {name: n for name, n in step.items() if name.startswith("launches")}
+    # What is not counted to the byte: numbers of single rows.
+    assert moved == pytest.approx(
+        {name: n for name, n in step.items() if name.startswith("bytes")}, rel=0.03, abs=256
+    )
+
+
+def test_compiled_kernels_are_kept(gpu, tmp_path):
+    """A second start compiles nothing; what is broken is made again; no cache is no error."""
+    settings = IN_BF16 | {"train.steps": 2}
+    cache = tmp_path / "cache"
+
+    def train(name, **variables):
+        done = gpu.train(f"kept-{name}", settings, XDG_CACHE_HOME=str(cache), **variables)
+        assert done.code == 0, done.log
+        return "without kernels of our own" not in done.log
+
+    assert train("made")
+    [file] = (cache / "lockstep").iterdir()
+    whole = file.read_bytes()
+    assert train("read", EMULATED_GPU_FAULT="no-kernels")
+    file.write_bytes(whole[:1000])
+    assert not train("broken", EMULATED_GPU_FAULT="no-kernels")
+    assert train("mended")
+    assert len(file.read_bytes()) == len(whole)
+    assert [file] == list((cache / "lockstep").iterdir())
+    shutil.rmtree(cache)
+    cache.write_text("a file, where a folder should be")
+    assert train("nowhere")
+
+
+# Runs a kernel over six numbers with so many blocks of three threads.
+KERNEL = r"""
+import ctypes, sys
+from ctypes import byref
+
+libraries, source, blocks = sys.argv[1:]
+driver, compiler = (ctypes.CDLL(f"{libraries}/{name}") for name in ("libcuda.so", "libnvrtc.so"))
+program, size = ctypes.c_void_p(), ctypes.c_size_t()
+assert compiler.nvrtcCreateProgram(byref(program), source.encode(), b"", 0, None, None) == 0
+assert compiler.nvrtcCompileProgram(program, 0, None) == 0
+assert compiler.nvrtcGetCUBINSize(program, byref(size)) == 0
+code = ctypes.create_string_buffer(size.value)
+assert compiler.nvrtcGetCUBIN(program, code) == 0
+module, function, memory = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
+assert driver.cuModuleLoadData(byref(module), b"\x7fELF, but no kernel" + bytes(64)) == 200
+assert driver.cuModuleLoadData(byref(module), code) == 0
+assert driver.cuModuleGetFunction(byref(function), module, b"other") == 500
+assert driver.cuModuleGetFunction(byref(function), module, b"work") == 0
+assert driver.cuMemAlloc_v2(byref(memory), 24) == 0
+numbers = (ctypes.c_float * 6).from_address(memory.value)
+numbers[:] = range(6)
+parameters = (ctypes.c_void_p * 1)(ctypes.addressof(memory))
+size = (int(blocks), 1, 1, 3, 1, 1)
+assert driver.cuLaunchKernel(function, *size, 0, None, parameters, None) == 0
+print(list(numbers))
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "blocks", "said"),
+    [
+        ("x[3 * blockIdx.x + threadIdx.x] *= 2;", 2, [0, 2, 4, 6, 8, 10]),
+        ("x[3 * blockIdx.x + threadIdx.x] *= 2;", 3, "work reads 4 bytes at"),
+        ("if (threadIdx.x) __syncthreads(); else __shfl_xor_sync(7, 1, 1);", 2, "for ever"),
+    ],
+    ids=["right", "beyond its tensor", "divergent"],
+)
+def test_the_emulated_processor_runs_kernels_and_finds_their_mistakes(
+    gpu, tmp_path, body, blocks, said
+):
+    script = tmp_path / "kernel.py"
+    script.write_text(KERNEL)
+    source = f'extern "C" __global__ void work(float* x) {{ {body} }}'
+    command = [sys.executable, script, LIBRARIES, source, str(blocks)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if isinstance(said, str):
+        assert done.returncode == FAILED and said in done.stderr, done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout) == said
 
 
 @pytest.mark.full

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from runs import same
+from runs import heartbeat, same
 from virtual_cluster import BINARY, ROOT, script, start, wait_until
 
 pytestmark = pytest.mark.full
@@ -98,6 +98,12 @@ def test_ranks_on_several_nodes_train_as_one(cluster, alone, options, ranks):
     assert [row["world_size"] for row in cluster.rows(run)] == [str(ranks)] * 50
     for found, expected in zip(cluster.rows(run), alone, strict=True):
         assert float(found["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-5)
+    # The ranks of a node share a file of heartbeats, and only rank 0 has something to log.
+    folder = cluster.work / run
+    assert len([*folder.glob("heartbeats/*")]) == (3 if "--nodes=3" in options else 2)
+    beats = [heartbeat(folder, rank) for rank in range(ranks)]
+    assert len({beat["host"] for beat in beats}) == (3 if "--nodes=3" in options else 2)
+    assert [path.name for path in folder.glob("logs/*")] == ["rank-0000.log"]
 
 
 def test_the_time_limit_strikes(cluster):

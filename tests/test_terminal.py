@@ -286,9 +286,9 @@ def test_training_shows_a_bar_that_fits_and_says_the_time_left(terminal, folder)
             if "/4 steps" in text
             for at in range(0, len(text.rstrip()), columns)
         ]
-        assert rows and all(re.match(r"\d+/4 steps(, | +)|evaluating: \d+/", row) for row in rows), (
-            rows
-        )
+        assert rows and all(
+            re.match(r"\d+/4 steps(, | +)|evaluating: \d+/", row) for row in rows
+        ), rows
         assert any(row.startswith("evaluating: ") for row in rows), rows
         assert any("█" in row for row in rows) == (columns == 100), rows
         assert columns == 30 or any(" left" in row for row in rows), rows

@@ -4,6 +4,7 @@
     .venv/bin/python analysis/scaling fit RUN... --out FIT     fits the model to runs on one link
     .venv/bin/python analysis/scaling check FIT RUN...         predicts runs it was not fitted to
     .venv/bin/python analysis/scaling predict                  GPU clusters, on paper
+    .venv/bin/python analysis/scaling footprint [RUN...]       files and messages, by ranks
 
 Exit codes: 1 if a prediction of `check` is too far from the measurement, 2 for a command line that
 cannot be run, 3 for runs that cannot be used, 4 for files that cannot be written.
@@ -23,7 +24,7 @@ import pandas as pd
 
 from measurements import Unusable
 
-from . import clusters, draw
+from . import clusters, draw, footprint
 from .cost import GRADIENT_BYTES, Model, step
 from .fit import BOUND, PARAMETERS, errors, fit, machine, milliseconds
 from .runs import Run, read_run, read_runs, table
@@ -67,7 +68,8 @@ def fit_command(arguments: argparse.Namespace) -> int:
     runs = read_runs(arguments.runs, arguments.warm_up, arguments.vocab_size)
     if not any(run.setting.world_size > 1 for run in runs):
         raise Unusable("expected a run of several ranks among them: one rank says nothing of links")
-    values, spread = fit(runs, arguments.ranks_at_once)
+    known = {"byte_s": 8e-9 / arguments.gbit_s} if arguments.gbit_s else {}
+    values, spread = fit(runs, arguments.ranks_at_once, known)
     unknown = [name for name in values if spread[name] > 1]
     record = {
         "model": asdict(runs[0].model),
@@ -144,11 +146,24 @@ def predict_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def footprint_command(arguments: argparse.Namespace) -> int:
+    found = footprint.table(arguments.runs, arguments.ranks_per_node, arguments.step_s)
+    print(found.to_csv(index=False, float_format="%.5g"), end="")
+    return 0
+
+
 def count(text: str) -> int:
     """A whole number of at least 1, for argparse."""
     if int(text) < 1:
         raise ValueError
     return int(text)
+
+
+def rate(text: str) -> float:
+    """A finite number above 0, for argparse."""
+    if not 0 < float(text) < math.inf:
+        raise ValueError
+    return float(text)
 
 
 def parse(given: list[str] | None) -> argparse.Namespace:
@@ -176,6 +191,13 @@ def parse(given: list[str] | None) -> argparse.Namespace:
         metavar="K",
         help="all ranks share one machine, such as a virtual cluster's, that can run K of them",
     )
+    fitting.add_argument(
+        "--gbit-s",
+        type=rate,
+        metavar="RATE",
+        help="the rate of a rank's link, if it is known: runs alone hardly tell what of a byte's "
+        "time is the link's and what is that of adding it up",
+    )
     checking = verb("check", check_command, "predicts runs that the model was not fitted to")
     checking.add_argument("fit", type=Path, metavar="FIT", help="what `fit` wrote")
     for added in (report, fitting, checking):
@@ -197,6 +219,12 @@ def parse(given: list[str] | None) -> argparse.Namespace:
     )
     predict.add_argument("--preset", choices=clusters.PRESETS, default="gpt2")
     predict.add_argument("--grad-dtype", choices=list(GRADIENT_BYTES), default="fp32")
+    small = verb("footprint", footprint_command, "prints files and messages by ranks, as CSV")
+    small.add_argument(
+        "runs", nargs="*", type=Path, metavar="RUN", help="made with -v (default: the model's)"
+    )
+    small.add_argument("--ranks-per-node", type=count, default=8, metavar="N", help="(default: 8)")
+    small.add_argument("--step-s", type=float, default=1.0, metavar="S", help="(default: 1)")
     return parser.parse_args(given)
 
 

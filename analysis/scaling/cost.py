@@ -124,9 +124,9 @@ class MpiLink:
     """Lockstep's CPU collectives, between ranks that each have a link of their own.
 
     Each rank sends the r-th part of a message to rank r, which sums the parts and sends the result
-    to all: (N-1)/N of the bytes each way. Copying and summing take `work_per_byte`, whatever N.
-    `latency` is for each message and each further rank; `crowd_latency` is for each rank beyond
-    those that can run at once: it waits for a core.
+    to all: (N-1)/N of the bytes each way. Summing the parts takes `work_per_byte`, whatever N; it
+    belongs to the first half alone. `latency` is for each message and each further rank;
+    `crowd_latency` is for each rank beyond those that can run at once: it waits for a core.
     """
 
     byte_s: float
@@ -135,17 +135,18 @@ class MpiLink:
     crowd_latency: float = 0.0
     ranks_at_once: float = math.inf
 
-    def half(self, size: float, n: int) -> float:
-        """Reduce-scatter or all-gather of `size` bytes over n ranks."""
+    def all_gather(self, size: float, n: int) -> float:
         if n == 1:
             return 0.0
         messages = math.ceil(size / MPI_MESSAGE_BYTES)
         waiting = self.latency * (n - 1) + self.crowd_latency * max(0.0, n - self.ranks_at_once)
-        moving = (n - 1) / n * self.byte_s + self.work_per_byte / 2
-        return size * moving + messages * waiting / 2
+        return (n - 1) / n * size * self.byte_s + messages * waiting / 2
+
+    def reduce_scatter(self, size: float, n: int) -> float:
+        return self.all_gather(size, n) + (size * self.work_per_byte if n > 1 else 0.0)
 
     def all_reduce(self, size: float, n: int) -> float:
-        return 2 * self.half(size, n)
+        return self.reduce_scatter(size, n) + self.all_gather(size, n)
 
 
 @dataclass(frozen=True)
@@ -174,11 +175,14 @@ class NcclLink:
         ]
         return min(times)
 
-    def half(self, size: float, n: int) -> float:
-        """Reduce-scatter or all-gather of `size` bytes, for which NCCL has only rings."""
+    def all_gather(self, size: float, n: int) -> float:
+        """For this and for a reduce-scatter NCCL has only rings."""
         if n == 1:
             return 0.0
         return min(self._ring(size, n, row, 1) for row in self.protocols if row[0] == "ring")
+
+    def reduce_scatter(self, size: float, n: int) -> float:
+        return self.all_gather(size, n)
 
     def _nodes(self, n: int) -> int:
         return math.ceil(n / self.gpus_per_node)
@@ -276,7 +280,7 @@ def step(model: Model, setting: Setting, machine: Machine) -> Step:
     n, link = setting.world_size, machine.link
     crowd = machine.crowd(n)
     sizes = np.array(bucket_sizes(model.parameters, setting.bucket_mib))
-    collective = link.half if setting.zero1 else link.all_reduce
+    collective = link.reduce_scatter if setting.zero1 else link.all_reduce
     durations = np.array([collective(size * setting.gradient_bytes, n) for size in sizes])
 
     compute = machine.compute_fixed + machine.compute_per_sequence * setting.sequences
@@ -301,7 +305,7 @@ def step(model: Model, setting: Setting, machine: Machine) -> Step:
     updated = model.parameters
     if setting.zero1:
         updated /= n
-        exposed += sum(link.half(4 * size, n) for size in sizes)
+        exposed += sum(link.all_gather(4 * size, n) for size in sizes)
     return Step(
         data=crowd * (machine.data_fixed + machine.data_per_sequence * setting.sequences),
         compute=compute,

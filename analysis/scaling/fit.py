@@ -67,38 +67,50 @@ def residuals(runs: list[Run], values: dict[str, float], ranks_at_once: float) -
     return np.array(found)
 
 
-def fit(runs: list[Run], ranks_at_once: float) -> tuple[dict[str, float], dict[str, float]]:
+def fit(
+    runs: list[Run], ranks_at_once: float, known: dict[str, float] | None = None
+) -> tuple[dict[str, float], dict[str, float]]:
     """The parameters that predict `runs` best, and each one's standard error as a share of it.
+    Those that are `known` keep their values.
 
     Least squares by Levenberg's and Marquardt's method, in the parameters' logarithms, so none
     becomes negative. The times of links differ by orders of magnitude, and buckets that overlap
     hide them in part, so the search begins at several places.
     """
-    best = None
+    best, known = None, known or {}
+    free = [name for name in PARAMETERS if name not in known]
     for latency in (1e-4, 1e-2):
         for byte_s in (1e-10, 1e-8, 1e-7):
             start = {**PARAMETERS, "latency": latency, "crowd_latency": latency, "byte_s": byte_s}
             start["compute_per_sequence"] = np.median(
                 [run.measured["compute_ms"] / 1000 / run.setting.sequences for run in runs]
             )
-            found = descend(runs, start, ranks_at_once)
+            start.update(known)
+            found = descend(runs, start, free, ranks_at_once)
             if best is None or found[0] < best[0]:
                 best = found
     cost, logarithms, slopes, count = best
-    values = dict(zip(PARAMETERS, map(float, np.exp(logarithms))))  # noqa: B905  # Python 3.9
-    variance = cost / max(1, count - len(values))
+    fitted = dict(zip(free, map(float, np.exp(logarithms))))  # noqa: B905  # Python 3.9
+    variance = cost / max(1, count - len(free))
     spread = np.sqrt(
-        variance * np.diag(np.linalg.pinv(slopes.T @ slopes + 1e-9 * np.eye(len(values))))
+        variance * np.diag(np.linalg.pinv(slopes.T @ slopes + 1e-9 * np.eye(len(free))))
     )
-    return values, dict(zip(PARAMETERS, map(float, spread)))  # noqa: B905  # Python 3.9
+    doubts = dict(zip(free, map(float, spread)))  # noqa: B905  # Python 3.9
+    values = {name: known.get(name, fitted.get(name)) for name in PARAMETERS}
+    return values, {name: doubts.get(name, 0.0) for name in PARAMETERS}
 
 
-def descend(runs: list[Run], start: dict[str, float], ranks_at_once: float) -> tuple:
-    """(sum of squares, logarithms of the parameters, slopes of the residuals, their number)."""
-    origin = np.log(np.array([start[name] for name in PARAMETERS]))
+def descend(
+    runs: list[Run], start: dict[str, float], free: list[str], ranks_at_once: float
+) -> tuple:
+    """(sum of squares, logarithms of the free parameters, slopes of the residuals, their number).
+    The other parameters stay where they start.
+    """
+    origin = np.log(np.array([start[name] for name in free]))
 
     def evaluate(at: np.ndarray) -> np.ndarray:
-        values = dict(zip(PARAMETERS, np.exp(np.clip(at, -40, 10))))  # noqa: B905  # Python 3.9
+        moved = dict(zip(free, np.exp(np.clip(at, -40, 10))))  # noqa: B905  # Python 3.9
+        values = {**start, **moved}
         # A weak pull to the start fixes what these runs do not determine.
         return np.append(residuals(runs, values, ranks_at_once), 1e-4 * (at - origin))
 

@@ -77,7 +77,7 @@ def test_auto_micro_batches_are_those_of_the_trainer():
 @pytest.mark.parametrize("link", [LINK, h100("ring").link, h100("tree").link, h100().link])
 def test_one_rank_sends_nothing(link):
     assert link.all_reduce(1e9, 1) == 0
-    assert link.half(1e9, 1) == 0
+    assert link.reduce_scatter(1e9, 1) == link.all_gather(1e9, 1) == 0
     alone = step(GPT2, Setting(1, 8), replace(MACHINE, link=link, slow_down_per_byte=1e-9))
     assert alone.exposed == 0
     assert alone == step(
@@ -92,7 +92,8 @@ def test_a_ring_moves_what_the_formula_says():
     slow = min(link.node_bandwidth, link.network_bandwidth)
     between = 2 * 63 / 64 * 1e9 / slow + (126 - 16) * 1e-6 + 16 * 1e-5
     assert link.all_reduce(1e9, 64) == pytest.approx(between)
-    assert link.half(1e9, 64) == pytest.approx(between / 2)
+    for half in (link.reduce_scatter, link.all_gather):
+        assert half(1e9, 64) == pytest.approx(between / 2)
 
 
 def test_mpi_moves_what_the_formula_says():
@@ -103,6 +104,9 @@ def test_mpi_moves_what_the_formula_says():
     assert link.all_reduce(large, 2) == pytest.approx(large * 8e-9 + 2 * 2e-3)
     busy = MpiLink(byte_s=0.0, latency=0.0, work_per_byte=2e-9)
     assert busy.all_reduce(1e6, 2) == busy.all_reduce(1e6, 8) == pytest.approx(2e-3)
+    # Whoever gathers has nothing to add up.
+    assert busy.reduce_scatter(1e6, 2) == busy.all_reduce(1e6, 2)
+    assert busy.all_gather(1e6, 2) == 0
     crowded = MpiLink(byte_s=0.0, latency=2e-3, crowd_latency=5e-3, ranks_at_once=2)
     assert crowded.all_reduce(1e6, 2) == pytest.approx(2e-3)
     assert crowded.all_reduce(1e6, 4) == pytest.approx(3 * 2e-3 + 2 * 5e-3)

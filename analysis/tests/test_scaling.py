@@ -137,6 +137,24 @@ def test_a_fit_finds_the_machine(cluster):
     assert len(record["runs"]) == len(FITTED)
 
 
+def test_a_known_rate_of_the_link_is_kept(cluster, tmp_path):
+    """It tells moving a byte from adding it up, which ZeRO-1's gather of weights does not do."""
+    seen = [cluster / f"seen-{number}" for number in range(len(FITTED))]
+    out = tmp_path / "fit.json"
+    options = ("--ranks-at-once", "2", "--gbit-s", "1", "--out", out)
+    assert scaling("fit", *seen, *options).returncode == 0
+    record = json.loads(out.read_text())
+    assert record["parameters"]["byte_s"] == TRUTH["byte_s"] == 8e-9
+    assert list(record["parameters"]) == list(TRUTH)
+    assert record["relative_standard_error"]["byte_s"] == 0
+    free = json.loads((cluster / "fit.json").read_text())
+    doubt = [each["relative_standard_error"]["work_per_byte"] for each in (record, free)]
+    assert doubt[0] < doubt[1] / 2
+    run = synthetic(tmp_path / "zero1", 2, 24, 1, True, zero1=True)
+    assert scaling("check", out, run).returncode == 0
+    assert scaling("fit", *seen, "--gbit-s", "0").returncode == 2
+
+
 def test_a_fit_without_noise_finds_every_parameter():
     runs = []
     for ranks, batch, bucket, overlap in FITTED:

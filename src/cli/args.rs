@@ -16,7 +16,7 @@ pub struct Cli {
     /// The format of log lines on standard error.
     #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,
-    /// Logs more, and which samples each rank computes; given twice, everything.
+    /// Logs more, and which samples each rank computes, in a log for each rank; given twice, everything.
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     pub verbose: u8,
     /// Shows warnings only. A run's `logs/` still get everything.
@@ -152,7 +152,7 @@ pub enum Verb {
         #[arg(long, default_value_t = 100)]
         tokens: usize,
         /// Divides the logits; 0 always takes the likeliest token.
-        #[arg(long, default_value_t = 0.8)]
+        #[arg(long, default_value_t = 0.8, allow_negative_numbers = true)]
         temperature: f64,
         /// Draws only from the K likeliest tokens.
         #[arg(long)]
@@ -166,6 +166,10 @@ pub enum Verb {
         /// How many continuations to write for each prompt.
         #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
         samples: u32,
+        /// The type that the weights are read in [default: fp32 on a CPU, the run's precision on a GPU]. bf16 takes
+        /// about half the time.
+        #[arg(long, value_enum)]
+        dtype: Option<Dtype>,
     },
     /// Writes a trained model as a Hugging Face folder, which `transformers` loads as a GPT-2.
     #[command(after_help = "Example:\n  lockstep export --run-dir runs/wikitext2 --out exports/wikitext2")]
@@ -350,7 +354,7 @@ pub enum SplitName {
     Test,
 }
 
-/// A type of exported weights.
+/// A type of weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 #[allow(missing_docs)]
 pub enum Dtype {

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use tch::{Device, Kind};
 
-use super::args::{Run, SplitName, Text};
+use super::args::{Dtype, Run, SplitName, Text};
 use super::checkpoint::checkpoints;
 use super::print;
 use crate::comm::Comm;
@@ -37,8 +37,8 @@ pub struct Loaded {
 }
 
 /// Loads it onto the device that the run's configuration asks for.
-fn load(run: &Run, world_size: usize, local_rank: usize) -> Result<Loaded> {
-    load_on(run, world_size, |config| {
+fn load(run: &Run, dtype: Option<Dtype>, world_size: usize, local_rank: usize) -> Result<Loaded> {
+    load_on(run, dtype, world_size, |config| {
         let wanted = match config.device {
             DeviceChoice::Cpu => "cpu",
             DeviceChoice::Cuda | DeviceChoice::Auto => "auto",
@@ -47,8 +47,13 @@ fn load(run: &Run, world_size: usize, local_rank: usize) -> Result<Loaded> {
     })
 }
 
-/// Loads it onto the device that is chosen.
-pub fn load_on(run: &Run, world_size: usize, choose_device: impl Fn(&Config) -> Result<Device>) -> Result<Loaded> {
+/// Loads it onto the device that is chosen; a GPU computes with weights of this type, or of the run's precision.
+pub fn load_on(
+    run: &Run,
+    dtype: Option<Dtype>,
+    world_size: usize,
+    choose_device: impl Fn(&Config) -> Result<Device>,
+) -> Result<Loaded> {
     let dir = RunDir(run.run_dir.clone());
     if !dir.config().is_file() {
         return Err(Error::Usage(format!(
@@ -66,7 +71,12 @@ pub fn load_on(run: &Run, world_size: usize, choose_device: impl Fn(&Config) -> 
     let device = choose_device(&plan.config)?;
     let tokenizer = Tokenizer::from_file(&dir.tokenizer())?;
     // The weights are kept in fp32; bf16 pays on a GPU only.
-    let kind = if device.is_cuda() { train::kind(plan.config.precision) } else { Kind::Float };
+    let kind = match dtype {
+        _ if !device.is_cuda() => Kind::Float,
+        Some(Dtype::Fp32) => Kind::Float,
+        Some(Dtype::Bf16) => Kind::BFloat16,
+        None => train::kind(plan.config.precision),
+    };
     let mut model = Gpt::new(plan.shape(tokenizer.vocab_size()), device, kind);
     let state = checkpoint::read_chosen(
         || choose(run, &dir),
@@ -125,7 +135,7 @@ fn check(run: &Run, path: &Path) -> Result<State> {
 
 /// Evaluates a checkpoint on a split or a file; rank 0 prints the row.
 pub fn eval(comm: &Comm, run: &Run, text: &Text) -> Result<()> {
-    let Loaded { plan, tokenizer, model, device, state } = load(run, comm.world_size, comm.local_rank)?;
+    let Loaded { plan, tokenizer, model, device, state } = load(run, None, comm.world_size, comm.local_rank)?;
     let Data { layout, block_size, .. } = plan.config.data;
     if let Some(stride) = text.stride {
         check_stride(stride, layout, block_size)?;
@@ -247,11 +257,19 @@ pub fn check_sampling(sampling: &Sampling) -> Result<()> {
 }
 
 /// Prints continuations of prompts.
-pub fn continue_prompts(run: &Run, prompts: &[String], tokens: usize, samples: u32, sampling: &Sampling) -> Result<()> {
-    let Loaded { tokenizer, model, .. } = load(run, 1, 0)?;
+pub fn continue_prompts(
+    run: &Run,
+    prompts: &[String],
+    tokens: usize,
+    samples: u32,
+    sampling: &Sampling,
+    dtype: Option<Dtype>,
+) -> Result<()> {
+    let Loaded { tokenizer, model, .. } = load(run, dtype, 1, 0)?;
+    let kind = if dtype == Some(Dtype::Bf16) { Kind::BFloat16 } else { model.kind() };
     let rows: Vec<&String> = prompts.iter().flat_map(|prompt| std::iter::repeat_n(prompt, samples as usize)).collect();
     let ids: Vec<Vec<u32>> = rows.iter().map(|prompt| tokenizer.encode(prompt)).collect();
-    let continuations = generate(&model, &ids, tokens, sampling, tokenizer.end_of_text());
+    let continuations = generate(&model, &ids, tokens, sampling, tokenizer.end_of_text(), kind);
     let many = rows.len() > 1;
     for (number, (prompt, ids)) in rows.iter().zip(continuations).enumerate() {
         if many && number > 0 {

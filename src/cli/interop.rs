@@ -19,7 +19,7 @@ use crate::run::RunDir;
 pub fn export(run: &Run, out: &Path, dtype: Dtype) -> Result<()> {
     // Before a large model is read.
     resolve_new(out)?;
-    let Loaded { plan, tokenizer, model, state, .. } = load_on(run, 1, |_| Ok(Device::Cpu))?;
+    let Loaded { plan, tokenizer, model, state, .. } = load_on(run, None, 1, |_| Ok(Device::Cpu))?;
     let dir = RunDir(run.run_dir.clone());
     let config = &plan.config;
     let precision = match dtype {

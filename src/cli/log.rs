@@ -3,13 +3,15 @@
 use std::fmt::Debug;
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use tracing::field::Field;
 use tracing::level_filters::LevelFilter;
+use tracing::Metadata;
 use tracing_subscriber::filter::{filter_fn, FilterExt};
 use tracing_subscriber::fmt::format::{self, Writer};
 use tracing_subscriber::fmt::time::FormatTime;
+use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::prelude::*;
 
 use super::args::{Cli, LogFormat};
@@ -19,7 +21,8 @@ use crate::host;
 pub const LOG_FILE_ONLY: &str = "log-file-only";
 
 /// Log lines on stderr, and in `file` if one is given, which gets its lines however quiet stderr is to be. Ranks other than 0
-/// put warnings only on stderr.
+/// put warnings only on stderr, and without `-v` they begin no file before their first warning: a job of thousands of ranks
+/// would leave as many files that say the same.
 ///
 /// An event's fields are for JSON; its message tells people the same.
 pub fn start(cli: &Cli, file: Option<&Path>, root: bool) {
@@ -45,10 +48,11 @@ pub fn start(cli: &Cli, file: Option<&Path>, root: bool) {
     if let Some(path) = file {
         let layer = tracing_subscriber::fmt::layer().fmt_fields(format::debug_fn(message_only));
         let layer = layer.with_ansi(false).with_target(false).with_timer(UtcTime);
-        let path = path.to_path_buf();
         let level = level.max(LevelFilter::INFO);
+        let begins_with = if root || cli.verbose > 0 { level } else { LevelFilter::WARN };
+        let log = RankLog { path: path.to_path_buf(), begins_with };
         // First, since whoever reads stderr may have stopped.
-        layers.insert(0, layer.with_writer(move || RankLog::open(&path)).with_filter(level).boxed());
+        layers.insert(0, layer.with_writer(log).with_filter(level).boxed());
     }
     let _ = tracing_subscriber::registry().with(layers).try_init();
 }
@@ -74,19 +78,39 @@ pub fn options(cli: &Cli) -> Vec<&'static str> {
     options
 }
 
-/// A rank's log file. What is said before the run directory exists, or if it cannot be written, is dropped here: stderr
-/// has it, and whoever writes the run's files next fails with the right exit code.
-struct RankLog(Option<File>);
+/// A rank's log file, opened anew for each line.
+struct RankLog {
+    path: PathBuf,
+    /// What may make the file. Once it is there, also by an earlier start, it gets all lines: they tell where its errors end.
+    begins_with: LevelFilter,
+}
 
 impl RankLog {
-    fn open(path: &Path) -> Self {
+    fn open(&self, begins: bool) -> LogFile {
         // A link could lead out of the run directory.
-        let linked = path.is_symlink() || path.parent().is_some_and(Path::is_symlink);
-        Self(if linked { None } else { File::options().create(true).append(true).open(path).ok() })
+        let linked = self.path.is_symlink() || self.path.parent().is_some_and(Path::is_symlink);
+        let open = || File::options().create(begins).append(true).open(&self.path).ok();
+        LogFile(if linked { None } else { open() })
     }
 }
 
-impl Write for RankLog {
+impl<'a> MakeWriter<'a> for RankLog {
+    type Writer = LogFile;
+
+    fn make_writer(&'a self) -> LogFile {
+        self.open(true)
+    }
+
+    fn make_writer_for(&'a self, metadata: &Metadata<'_>) -> LogFile {
+        self.open(*metadata.level() <= self.begins_with)
+    }
+}
+
+/// What is said before the run directory exists, or if it cannot be written, is dropped here: stderr has it, and whoever
+/// writes the run's files next fails with the right exit code.
+struct LogFile(Option<File>);
+
+impl Write for LogFile {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.0.as_mut().map_or(Ok(bytes.len()), |file| file.write(bytes))
     }

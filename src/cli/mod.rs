@@ -32,7 +32,7 @@ use crate::torch;
 use crate::train::prove::prove;
 use crate::train::{self, Resume};
 use crate::view;
-use crate::watch::Watchdog;
+use crate::watch::{Place, Watchdog};
 
 /// Does what the command line asks for.
 ///
@@ -114,16 +114,16 @@ pub fn run(cli: &Cli) -> Result<()> {
                 if comm.is_root() {
                     stop.acknowledge()?;
                 }
-                let watchdog = Watchdog::start(comm.rank, comm.host(), comm.world_size, &plan.config.fault)?;
+                let watchdog = Watchdog::start(place(comm), &plan.config.fault)?;
                 let allowed = &training.allow_config_change;
                 watchdog.end(train::train(comm, &watchdog, &stop, plan, &run_dir, &resume, allowed))
             })
         }
         Verb::Eval { run, text } => on_every_rank(Deadlines::default(), |comm| inference::eval(comm, run, text)),
-        Verb::Generate { run, prompt, tokens, temperature, top_k, top_p, seed, samples } => {
+        Verb::Generate { run, prompt, tokens, temperature, top_k, top_p, seed, samples, dtype } => {
             let sampling = Sampling { temperature: *temperature, top_k: *top_k, top_p: *top_p, seed: *seed };
             inference::check_sampling(&sampling)?;
-            inference::continue_prompts(run, prompt, *tokens, *samples, &sampling)
+            inference::continue_prompts(run, prompt, *tokens, *samples, &sampling, *dtype)
         }
         Verb::Export { run, out, dtype } => interop::export(run, out, *dtype),
         Verb::Import { from, out } => interop::import(from, out),
@@ -150,7 +150,7 @@ pub fn run(cli: &Cli) -> Result<()> {
                     stop.acknowledge()?;
                 }
                 let folder = Path::new("runs").join(format!("{}-proof", parsed.name));
-                let watchdog = Watchdog::start(comm.rank, comm.host(), comm.world_size, &parsed.fault)?;
+                let watchdog = Watchdog::start(place(comm), &parsed.fault)?;
                 watchdog.end(prove(comm, &watchdog, &stop, &parsed, *steps as usize, &folder, print::line))
             })
         }
@@ -244,6 +244,11 @@ fn deadlines(fault: &Fault) -> Deadlines {
     }
 }
 
+fn place(comm: &Comm) -> Place {
+    let Comm { rank, world_size, local_rank, node, nodes, .. } = *comm;
+    Place { rank, world_size, local_rank, node, nodes, host: comm.host() }
+}
+
 /// Runs the same on every rank of the job. An error of one rank ends them all: the others may be waiting for it in a
 /// collective and would wait for ever.
 fn on_every_rank(deadlines: Deadlines, work: impl FnOnce(&mut Comm) -> Result<()>) -> Result<()> {
@@ -258,10 +263,11 @@ fn on_every_rank(deadlines: Deadlines, work: impl FnOnce(&mut Comm) -> Result<()
     match error.downcast_ref() {
         // The run in whose log this stands is as it was.
         Some(Error::Usage(_)) => tracing::warn!(target: log::LOG_FILE_ONLY, "refused: {error:#}"),
+        // All ranks stop together, and rank 0's log says so.
+        Some(Error::Preempted(_)) if !comm.is_root() => tracing::info!(target: log::LOG_FILE_ONLY, "{error:#}"),
         _ => tracing::error!(target: log::LOG_FILE_ONLY, "{error:#}"),
     }
     if matches!(error.downcast_ref(), Some(Error::Preempted(_))) {
-        // All ranks stopped together; one of them says so.
         if !comm.is_root() {
             drop(comm);
             exit_now(exit_code(&error));

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use tch::Tensor;
 
+use super::Join;
 use crate::error::{Error, Result};
 
 /// Never constructed: [`World::start`] is the only way to one, and it fails.
@@ -12,6 +13,8 @@ pub struct World {
     pub rank: usize,
     pub local_rank: usize,
     pub world_size: usize,
+    pub node: usize,
+    pub nodes: usize,
     pub library: String,
     pub host: String,
 }
@@ -50,11 +53,19 @@ impl World {
         match self.never {}
     }
 
+    pub fn reduce(&self, _: &[f64], _: &[Join], _: &[f64], _: Duration) -> Result<(Vec<f64>, Vec<f64>)> {
+        match self.never {}
+    }
+
     pub fn gather(&self, _: &[f64], _: Duration) -> Result<Vec<Vec<f64>>> {
         match self.never {}
     }
 
     pub fn broadcast_bytes(&self, _: &[u8], _: Duration) -> Result<Vec<u8>> {
+        match self.never {}
+    }
+
+    pub fn sent(&self) -> u64 {
         match self.never {}
     }
 

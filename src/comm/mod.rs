@@ -4,9 +4,13 @@
 //! collective is the identity. MPI is started only if a launcher started this process. It joins the ranks and carries
 //! what is small, and CPU tensors; GPU tensors are NCCL's once [`Comm::use_device`] has joined the GPUs.
 //!
+//! What is small travels in a tree ([`Comm::reduce`], [`Comm::gather`]), so that no rank sends more than 2 log2 N messages
+//! for it, however many ranks there are.
+//!
 //! A collective on a tensor is begun, and all that was begun is finished together, so that sums travel while the backward
 //! pass goes on. No wait is longer than the deadline that [`Comm`] was given.
 
+use std::collections::HashMap;
 use std::thread;
 use std::time::Duration;
 
@@ -24,6 +28,8 @@ mod mpi;
 #[path = "absent.rs"]
 mod mpi;
 mod nccl;
+#[cfg(feature = "mpi")]
+mod tree;
 
 /// This process's place among the ranks of the job.
 pub struct Comm {
@@ -33,6 +39,10 @@ pub struct Comm {
     pub local_rank: usize,
     /// The number of ranks.
     pub world_size: usize,
+    /// The first rank of its node.
+    pub node: usize,
+    /// The number of nodes.
+    pub nodes: usize,
     /// How long it waits for the others.
     pub deadlines: Deadlines,
     // Declared before MPI's world, so that the GPUs part before it is finalised.
@@ -54,6 +64,25 @@ pub struct Deadlines {
 impl Default for Deadlines {
     fn default() -> Self {
         Self { startup: Duration::from_secs(600), step: Duration::from_secs(300), save: Duration::from_secs(600) }
+    }
+}
+
+/// How the numbers of several ranks become one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Join {
+    /// Their sum, with the bits that the tree's order gives: the same in every run of as many ranks, and on every rank.
+    Sum,
+    /// The largest; what is not a number does not count.
+    Most,
+}
+
+impl Join {
+    /// The number that two become.
+    pub fn of(self, one: f64, other: f64) -> f64 {
+        match self {
+            Self::Sum => one + other,
+            Self::Most => one.max(other),
+        }
     }
 }
 
@@ -90,14 +119,15 @@ impl Comm {
         // Before MPI starts, since it sets variables of its own.
         let launch = Launch::from_environment();
         if !launch.is_joined() {
-            return Ok(Self { rank: 0, local_rank: 0, world_size: 1, deadlines, gpus: None, world: None });
+            let (gpus, world) = (None, None);
+            return Ok(Self { rank: 0, local_rank: 0, world_size: 1, node: 0, nodes: 1, deadlines, gpus, world });
         }
         // Without a process manager some MPIs abort inside their initialisation, others see a world of one.
         if launch.manager.is_none() {
             return Err(apart(launch.world_size.unwrap_or(1)));
         }
         let world = mpi::World::start(deadlines.startup)?;
-        let (rank, local_rank, world_size) = (world.rank, world.local_rank, world.world_size);
+        let mpi::World { rank, local_rank, world_size, node, nodes, .. } = world;
         if world_size == 1 && launch.world_size.is_some_and(|n| n > 1) {
             return Err(apart(launch.world_size.unwrap_or(1)));
         }
@@ -114,7 +144,7 @@ impl Comm {
                 .into());
             }
         }
-        Ok(Self { rank, local_rank, world_size, deadlines, gpus: None, world: Some(world) })
+        Ok(Self { rank, local_rank, world_size, node, nodes, deadlines, gpus: None, world: Some(world) })
     }
 
     /// Joins the ranks' GPUs, if `device` is one and a launcher started this process. From then on, tensors on it are
@@ -126,7 +156,7 @@ impl Comm {
     pub fn use_device(&mut self, device: Device) -> Result<()> {
         let Some(world) = &self.world else { return Ok(()) };
         // Ranks meet here from loading CUDA, which may take some of them long.
-        self.gather_within(&[0.0], self.deadlines.startup)?;
+        self.barrier(self.deadlines.startup)?;
         let place = match device {
             Device::Cuda(index) => {
                 let gpu = crate::torch::gpu(index).map_err(Error::Usage)?;
@@ -286,20 +316,39 @@ impl Comm {
         Ok(())
     }
 
-    /// Every rank's numbers, in the order of the ranks; each rank must give the same count.
+    /// The ranks' numbers, each joined as the entry of `joins` for it says, alike on every rank; and on rank 0 the `notes` of
+    /// each rank, in the order of the ranks. Each rank must give the same counts.
     ///
-    /// The one small collective: sums, maxima and decisions are taken from its result, alike on every rank.
+    /// The one small collective of a step: it decides everything that ranks decide together.
     ///
     /// # Errors
     /// Communication, if a peer does not answer in time.
-    pub fn gather(&self, mine: &[f64]) -> Result<Vec<Vec<f64>>> {
-        self.gather_within(mine, self.deadlines.step)
+    pub fn reduce(&self, mine: &[f64], joins: &[Join], notes: &[f64]) -> Result<(Vec<f64>, Vec<f64>)> {
+        self.reduce_within(mine, joins, notes, self.deadlines.step)
     }
 
-    fn gather_within(&self, mine: &[f64], deadline: Duration) -> Result<Vec<Vec<f64>>> {
+    fn reduce_within(
+        &self,
+        mine: &[f64],
+        joins: &[Join],
+        notes: &[f64],
+        deadline: Duration,
+    ) -> Result<(Vec<f64>, Vec<f64>)> {
+        match &self.world {
+            None => Ok((mine.to_vec(), notes.to_vec())),
+            Some(world) => world.reduce(mine, joins, notes, deadline),
+        }
+    }
+
+    /// Every rank's numbers, in the order of the ranks, on every rank; each rank must give the same count. What is received
+    /// grows with the ranks: for the start, and for what is rare.
+    ///
+    /// # Errors
+    /// As [`Comm::reduce`].
+    pub fn gather(&self, mine: &[f64]) -> Result<Vec<Vec<f64>>> {
         match &self.world {
             None => Ok(vec![mine.to_vec()]),
-            Some(world) => world.gather(mine, deadline),
+            Some(world) => world.gather(mine, self.deadlines.step),
         }
     }
 
@@ -320,18 +369,12 @@ impl Comm {
         Ok(all.iter().zip(&lengths).map(text).collect())
     }
 
-    /// The sums of the ranks' numbers, added in the order of the ranks.
+    /// The sums of the ranks' numbers.
     ///
     /// # Errors
-    /// As [`Comm::gather`].
+    /// As [`Comm::reduce`].
     pub fn sum(&self, mine: &[f64]) -> Result<Vec<f64>> {
-        let mut totals = vec![0.0; mine.len()];
-        for numbers in self.gather(mine)? {
-            for (total, number) in totals.iter_mut().zip(numbers) {
-                *total += number;
-            }
-        }
-        Ok(totals)
+        Ok(self.reduce(mine, &vec![Join::Sum; mine.len()], &[])?.0)
     }
 
     /// The sums of a few numbers, (n,) fp64, over all ranks, alike on every rank and on the numbers' device: by NCCL on a GPU,
@@ -352,18 +395,23 @@ impl Comm {
     /// Whether any rank says so.
     ///
     /// # Errors
-    /// As [`Comm::gather`].
+    /// As [`Comm::reduce`].
     pub fn any(&self, mine: bool) -> Result<bool> {
-        Ok(self.sum(&[f64::from(u8::from(mine))])?[0] > 0.0)
+        Ok(self.reduce(&[f64::from(u8::from(mine))], &[Join::Most], &[])?.0[0] > 0.0)
     }
 
     /// Waits until every rank is here, for at most `deadline`: others may be busy with something that takes
     /// longer than a step, and before a rank leaves, whose end a launcher may take for the job's.
     ///
     /// # Errors
-    /// As [`Comm::gather`].
+    /// As [`Comm::reduce`].
     pub fn barrier(&self, deadline: Duration) -> Result<()> {
-        self.gather_within(&[0.0], deadline).map(drop)
+        self.reduce_within(&[], &[], &[], deadline).map(drop)
+    }
+
+    /// Messages that this rank has sent so far, but for those that carry tensors.
+    pub fn messages(&self) -> u64 {
+        self.world.as_ref().map_or(0, mpi::World::sent)
     }
 
     /// Ends every rank of the job with this exit code. One process alone just returns its own.
@@ -390,8 +438,10 @@ fn check_gpus(places: &[String]) -> Result<()> {
         ))
         .into());
     }
+    let mut first = HashMap::new();
     for &rank in &on_gpu {
-        if let Some(other) = places[..rank].iter().position(|place| *place == places[rank]) {
+        let other = *first.entry(&places[rank]).or_insert(rank);
+        if other != rank {
             let mut lines = places[rank].lines();
             let (host, bus) = (lines.next().unwrap_or_default(), lines.next().unwrap_or_default());
             return Err(Error::Usage(format!(

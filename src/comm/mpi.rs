@@ -6,7 +6,7 @@
 #![allow(unsafe_code)]
 
 use std::ffi::{c_int, CStr};
-use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::mpsc::{channel, Receiver, RecvTimeoutError, Sender};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
@@ -18,10 +18,12 @@ use mpi::environment::Universe;
 use mpi::ffi;
 use mpi::request::{scope, LocalScope, Request};
 use mpi::topology::{Communicator, SimpleCommunicator};
-use mpi::traits::{AsRaw, CommunicatorCollectives};
+use mpi::traits::{AsRaw, CommunicatorCollectives, Destination, Source};
 use mpi::{Count, Threading};
 use tch::{Device, Kind, Tensor};
 
+use super::tree::Branch;
+use super::Join;
 use crate::error::{tell, Error, Result};
 use crate::host;
 use crate::patience::receive;
@@ -49,6 +51,9 @@ pub struct World {
     pub rank: usize,
     pub local_rank: usize,
     pub world_size: usize,
+    /// The first rank of this node.
+    pub node: usize,
+    pub nodes: usize,
     /// What the MPI library says it is, in one line.
     pub library: String,
     /// The node's name as MPI knows it.
@@ -64,6 +69,8 @@ struct Shared {
     waiting: AtomicBool,
     /// An exit code above 0: end the job with it.
     abort: AtomicI32,
+    /// Messages that this rank has sent through the tree.
+    sent: AtomicU64,
 }
 
 /// The first line of what MPI says of itself, which it does without being initialised.
@@ -85,21 +92,26 @@ impl World {
             let world = universe.world();
             end_with_6_on_error(&world);
             let local = world.split_shared(world.rank());
-            let place = [world.rank(), local.rank(), world.size()].map(index);
+            let mut node = world.rank();
+            local.process_at_rank(0).broadcast_into(&mut node);
+            let mut place = [world.rank(), local.rank(), world.size(), node, 0].map(index);
             let mut mpi = Mpi { world, _local: local, scratch: Vec::new(), shared: seen, _universe: universe };
+            let is_first = f64::from(u8::from(place[1] == 0));
+            place[4] = mpi.reduce(&[is_first], &[Join::Sum], &[]).0[0] as usize;
             let host = mpi::environment::processor_name().unwrap_or_default();
             if tell.send((place, host)).is_ok() {
                 queue.into_iter().for_each(|job| job(&mut mpi));
             }
         };
         let thread = host::spawn("mpi", serve)?;
-        let ([rank, local_rank, world_size], host) = match receive(&told, deadline) {
+        let ([rank, local_rank, world_size, node, nodes], host) = match receive(&told, deadline) {
             Ok(told) => told,
             Err(RecvTimeoutError::Timeout) => return Err(late("starting MPI", deadline)),
             Err(RecvTimeoutError::Disconnected) => return Err(ended()),
         };
         let library = library().unwrap_or_default();
-        Ok(Self { jobs: Some(jobs), thread: Some(thread), shared, rank, local_rank, world_size, library, host })
+        let (jobs, thread) = (Some(jobs), Some(thread));
+        Ok(Self { jobs, thread, shared, rank, local_rank, world_size, node, nodes, library, host })
     }
 
     /// Begins to replace a tensor by its sum over the ranks; it must not be touched until [`World::complete`].
@@ -134,9 +146,21 @@ impl World {
         self.call(deadline, |_| ())
     }
 
+    /// Joins numbers and, on rank 0, collects each rank's notes: [`super::Comm::reduce`].
+    pub fn reduce(
+        &self,
+        mine: &[f64],
+        joins: &[Join],
+        notes: &[f64],
+        deadline: Duration,
+    ) -> Result<(Vec<f64>, Vec<f64>)> {
+        let (mine, joins, notes) = (mine.to_vec(), joins.to_vec(), notes.to_vec());
+        self.call(deadline, move |mpi| mpi.reduce(&mine, &joins, &notes))
+    }
+
     pub fn gather(&self, mine: &[f64], deadline: Duration) -> Result<Vec<Vec<f64>>> {
         let (mine, length) = (mine.to_vec(), mine.len().max(1));
-        let all = self.call(deadline, move |mpi| mpi.gather(&mine))?;
+        let all = self.call(deadline, move |mpi| mpi.gather(mine))?;
         Ok(match all.is_empty() {
             true => vec![Vec::new(); self.world_size],
             false => all.chunks_exact(length).map(<[f64]>::to_vec).collect(),
@@ -151,6 +175,11 @@ impl World {
             scope(|scope| mpi.wait(root.immediate_broadcast_into(scope, &mut bytes[..])));
             bytes
         })
+    }
+
+    /// Messages that this rank has sent through the tree.
+    pub fn sent(&self) -> u64 {
+        self.shared.sent.load(Ordering::Relaxed)
     }
 
     /// Ends every rank of the job with this exit code. Returns only if MPI cannot.
@@ -295,15 +324,71 @@ impl Mpi {
         }
     }
 
-    fn gather(&mut self, mine: &[f64]) -> Vec<f64> {
-        let mut all = vec![0f64; mine.len() * index(self.world.size())];
-        if !mine.is_empty() {
-            scope(|scope| self.wait(self.world.immediate_all_gather_into(scope, mine, &mut all[..])));
-        }
+    fn reduce(&mut self, mine: &[f64], joins: &[Join], notes: &[f64]) -> (Vec<f64>, Vec<f64>) {
+        let join = |numbers: &mut Vec<f64>, theirs: &[f64]| {
+            for ((number, &other), join) in numbers.iter_mut().zip(theirs).zip(joins) {
+                *number = join.of(*number, other);
+            }
+            numbers.extend(&theirs[joins.len()..]);
+        };
+        let mut numbers = self.up([mine, notes].concat(), |ranks| mine.len() + ranks * notes.len(), join);
+        let notes = numbers.split_off(mine.len());
+        self.down(&mut numbers);
+        (numbers, if self.world.rank() == 0 { notes } else { Vec::new() })
+    }
+
+    fn gather(&mut self, mine: Vec<f64>) -> Vec<f64> {
+        let length = mine.len();
+        let mut all = self.up(mine, |ranks| ranks * length, |numbers, theirs| numbers.extend(theirs));
+        all.resize(length * index(self.world.size()), 0.0);
+        self.down(&mut all);
         all
     }
 
-    /// Waits for a collective's end. MPI's own waiting would keep a core busy; while the rank computes, this one sleeps
+    /// Joins the ranks' numbers on their way to rank 0, which returns those of all. `length` says how many numbers come from
+    /// so many ranks; `join` adds the numbers of the ranks that follow to those of the ranks before.
+    fn up(&self, mine: Vec<f64>, length: impl Fn(usize) -> usize, join: impl Fn(&mut Vec<f64>, &[f64])) -> Vec<f64> {
+        let Branch { parent, children } = self.branch();
+        let mut numbers = mine;
+        for (child, ranks) in children {
+            let mut theirs = vec![0.0; length(ranks)];
+            self.receive(&mut theirs, child);
+            join(&mut numbers, &theirs);
+        }
+        if let Some(parent) = parent {
+            self.send(&numbers, parent);
+        }
+        numbers
+    }
+
+    /// Replaces every rank's numbers by rank 0's.
+    fn down(&self, numbers: &mut [f64]) {
+        let Branch { parent, children } = self.branch();
+        if let Some(parent) = parent {
+            self.receive(numbers, parent);
+        }
+        // The largest subtree has the longest way.
+        for (child, _) in children.into_iter().rev() {
+            self.send(numbers, child);
+        }
+    }
+
+    fn branch(&self) -> Branch {
+        Branch::of(index(self.world.rank()), index(self.world.size()))
+    }
+
+    fn send(&self, numbers: &[f64], to: usize) {
+        let to = self.world.process_at_rank(count(to));
+        scope(|scope| self.wait(to.immediate_send(scope, numbers)));
+        self.shared.sent.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn receive(&self, numbers: &mut [f64], from: usize) {
+        let from = self.world.process_at_rank(count(from));
+        scope(|scope| self.wait(from.immediate_receive_into(scope, numbers)));
+    }
+
+    /// Waits for the end of a request. MPI's own waiting would keep a core busy; while the rank computes, this one sleeps
     /// between its looks, so that a transfer costs the computation little.
     fn wait<'a, D: ?Sized>(&self, mut request: Request<'a, D, &LocalScope<'a>>) {
         const PAUSE: Duration = Duration::from_micros(200);

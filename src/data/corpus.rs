@@ -143,7 +143,7 @@ impl OwnFiles {
         let refused = |reason: String| Err(Error::Usage(reason).into());
         if let Held::Nothing = own.valid {
             return refused(format!(
-                "--source {own}: a file has no validation split; say how much of it to set aside, for example --valid 5%, or \
+                "--source {own}: nothing is set aside for validation; say how much of it to set aside, for example --valid 5%, or \
                  name files for it with --valid"
             ));
         }

@@ -2,9 +2,9 @@
 
 use super::report::{Place, Report};
 use crate::error::Result;
-use crate::torch::{self, Driver};
+use crate::torch::{self, Compiled, Driver};
 
-/// The GPUs that a kernel is compiled for: A100, H100 and H200, B200.
+/// The GPUs that the kernels are compiled for: A100, H100 and H200, B200.
 const CAPABILITIES: [i32; 3] = [80, 90, 100];
 
 const REMEDY: &str = "run `launch/setup --cuda` and build again; if LibTorch is your own (LIBTORCH), install what \
@@ -43,11 +43,13 @@ pub fn run(show: impl Fn(&str) -> Result<()>) -> Result<()> {
     }
     let compiler_is_here = libraries.iter().any(|library| library.name == "libnvrtc" && library.found.is_ok());
     for capability in CAPABILITIES.into_iter().filter(|_| compiler_is_here) {
-        let said = match torch::compile_for(capability) {
-            Ok(Some(bytes)) => format!("compiles a kernel for sm_{capability}: {bytes} bytes"),
+        let said = match torch::compile(capability) {
+            Ok(Some(Compiled { code, spilled })) => {
+                format!("compiles the kernels for sm_{capability}: {} bytes, {spilled} spilled", code.len())
+            }
             Ok(None) => format!("knows no sm_{capability}"),
             Err(reason) => {
-                let what = format!("NVRTC cannot compile a kernel for sm_{capability}: {reason}");
+                let what = format!("NVRTC cannot compile the kernels for sm_{capability}: {reason}");
                 report.fault(Place::Setup, what, REMEDY);
                 format!("fails for sm_{capability}: {reason}")
             }

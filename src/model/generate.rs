@@ -1,7 +1,9 @@
 //! Text from a trained model: sampling by temperature, top-k and top-p.
 
+use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
+use super::decode::Decoder;
 use super::gpt::Gpt;
 use crate::random::mix;
 
@@ -23,15 +25,17 @@ pub struct Sampling {
 /// Row r's draws depend on the seed, r and the position alone. The prompts advance together: if one is longer than
 /// the shortest, its own tokens are taken until it ends. A prompt longer than the model's block counts by its end; once
 /// a sequence fills the block, the later half of it stays in view and the earlier is forgotten. An empty prompt begins
-/// with `end_of_text`.
+/// with `end_of_text`. On a CPU, what follows a prompt is computed with matrices of type `kind`, `Float` or `BFloat16`.
 pub fn generate(
     model: &Gpt,
     prompts: &[Vec<u32>],
     tokens: usize,
     sampling: &Sampling,
     end_of_text: u32,
+    kind: Kind,
 ) -> Vec<Vec<u32>> {
     let block = model.shape.block_size as usize;
+    let device = model.parameters.flat.device();
     let mut rows: Vec<Vec<u32>> = prompts
         .iter()
         .map(|prompt| match prompt.len() {
@@ -42,73 +46,103 @@ pub fn generate(
     let lengths: Vec<usize> = rows.iter().map(Vec::len).collect();
     let (Some(&shortest), Some(&longest)) = (lengths.iter().min(), lengths.iter().max()) else { return Vec::new() };
     let mut cache = model.cache(rows.len() as i64);
+    let mut decoder: Option<Decoder> = None;
     let mut seen = 0; // tokens of each row that have left the view or are in the cache
     for length in shortest..longest + tokens {
-        if cache.len() as usize == block {
-            cache = model.cache(rows.len() as i64);
+        if decoder.as_ref().map_or(cache.len() as usize, Decoder::len) == block {
+            (cache, decoder) = (model.cache(rows.len() as i64), None);
             seen = length - block / 2;
         }
-        let window: Vec<i64> = rows.iter().flat_map(|row| row[seen..length].iter().map(|&id| i64::from(id))).collect();
-        let ids = Tensor::from_slice(&window)
-            .view([rows.len() as i64, (length - seen) as i64])
-            .to_device(model.parameters.flat.device());
-        seen = length;
-        let hidden = model.hidden(&ids, Some(&mut cache));
-        let last = hidden.select(1, hidden.size()[1] - 1); // (rows, C)
-        let logits = model.logits(&last).to_device(Device::Cpu); // (rows, V)
-        for (number, row) in rows.iter_mut().enumerate() {
-            if row.len() == length {
-                let random = mix(mix(sampling.seed, number as u64), (length - lengths[number]) as u64);
-                row.push(draw(&floats(&logits.get(number as i64)), sampling, random));
+        let logits = match &mut decoder {
+            Some(decoder) => decoder.step(&rows.iter().map(|row| row[length - 1]).collect::<Vec<_>>()),
+            None => {
+                let part = |row: &Vec<u32>| row[seen..length].iter().map(|&id| i64::from(id)).collect::<Vec<_>>();
+                let ids = Tensor::from_slice(&rows.iter().flat_map(part).collect::<Vec<_>>());
+                let ids = ids.view([rows.len() as i64, (length - seen) as i64]).to_device(device);
+                let hidden = model.hidden(&ids, Some(&mut cache));
+                let last = hidden.select(1, hidden.size()[1] - 1); // (rows, C)
+                if device == Device::Cpu {
+                    decoder = Some(Decoder::new(model, &cache, kind));
+                }
+                floats(&model.logits(&last)) // (rows, V)
             }
-        }
+        };
+        seen = length;
+        let drawn = |number: usize, row: &Vec<u32>, logits: &[f32]| {
+            let random = mix(mix(sampling.seed, number as u64), (length - lengths[number]) as u64);
+            (row.len() == length).then(|| draw(logits, sampling, random))
+        };
+        let width = logits.len() / rows.len();
+        rows.par_iter_mut().zip(logits.par_chunks(width)).enumerate().for_each(|(number, (row, logits))| {
+            row.extend(drawn(number, row, logits));
+        });
     }
     rows.iter().zip(lengths).map(|(row, length)| row[length..length + tokens].to_vec()).collect()
 }
 
 fn floats(tensor: &Tensor) -> Vec<f32> {
     let mut values = vec![0f32; tensor.numel()];
-    tensor.to_kind(Kind::Float).copy_data(&mut values, tensor.numel());
+    tensor.to_device(Device::Cpu).copy_data(&mut values, tensor.numel());
     values
 }
 
 /// Draws a token by its logits; `random` is the randomness.
 fn draw(logits: &[f32], sampling: &Sampling, random: u64) -> u32 {
-    let mut order: Vec<u32> = (0..logits.len() as u32).collect();
-    let by_logit = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
-    let keep = match sampling.top_k {
-        _ if sampling.temperature == 0.0 => 1,
-        Some(k) => k.clamp(1, order.len()),
-        None => order.len(),
-    };
-    if keep < order.len() {
-        order.select_nth_unstable_by(keep - 1, by_logit);
-        order.truncate(keep);
+    let mut ranked = Ranked { logits, order: (0..logits.len() as u32).collect(), ranked: 0 };
+    let Some(best) = ranked.get(0) else { return 0 };
+    if sampling.temperature == 0.0 {
+        return best;
     }
-    order.sort_unstable_by(by_logit);
-    let Some(&best) = order.first() else { return 0 };
     let highest = f64::from(logits[best as usize]);
-    let temperature = sampling.temperature.max(f64::MIN_POSITIVE);
-    let weight = |id: &u32| ((f64::from(logits[*id as usize]) - highest) / temperature).exp();
-    let weights: Vec<f64> = order.iter().map(weight).collect();
-    let whole: f64 = weights.iter().sum();
-    let mut reached = 0.0;
-    let within = weights.iter().take_while(|&&weight| {
-        let below = reached < sampling.top_p.unwrap_or(1.0) * whole;
-        reached += weight;
-        below
-    });
-    let kept = within.count().max(1);
-    let total: f64 = weights[..kept].iter().sum();
-    // 53 random bits: a uniform number from 0 to below 1.
-    let mut point = (random >> 11) as f64 / (1u64 << 53) as f64 * total;
-    for (id, weight) in order[..kept].iter().zip(&weights) {
-        point -= weight;
-        if point < 0.0 {
-            return *id;
+    let weight = |id: u32| ((f64::from(logits[id as usize]) - highest) / sampling.temperature).exp();
+    let most = sampling.top_k.unwrap_or(logits.len()).clamp(1, logits.len());
+    let mut total: f64 = match most < logits.len() {
+        true => (0..most).filter_map(|rank| ranked.get(rank)).map(weight).sum(),
+        false => (0..logits.len() as u32).map(weight).sum(),
+    };
+    if let Some(p) = sampling.top_p {
+        let enough = p * total;
+        total = 0.0;
+        for id in (0..most).map_while(|rank| ranked.get(rank)) {
+            total += weight(id);
+            if total >= enough {
+                break;
+            }
         }
     }
-    order[kept - 1]
+    // 53 random bits: a uniform number from 0 to below 1.
+    let mut point = (random >> 11) as f64 / (1u64 << 53) as f64 * total;
+    for id in (0..most).map_while(|rank| ranked.get(rank)) {
+        point -= weight(id);
+        if point < 0.0 {
+            return id;
+        }
+    }
+    best // by the last bit of a sum
+}
+
+/// Tokens, the likeliest first and of equals the lower number; sorted no further than is asked for.
+struct Ranked<'a> {
+    logits: &'a [f32],
+    order: Vec<u32>,
+    /// So many at the front of `order` are in their places.
+    ranked: usize,
+}
+
+impl Ranked<'_> {
+    /// The token with this rank, from 0.
+    fn get(&mut self, rank: usize) -> Option<u32> {
+        while rank >= self.ranked && self.ranked < self.order.len() {
+            let by_logit =
+                |a: &u32, b: &u32| self.logits[*b as usize].total_cmp(&self.logits[*a as usize]).then(a.cmp(b));
+            let more = (3 * self.ranked).max(32).min(self.order.len() - self.ranked);
+            let rest = &mut self.order[self.ranked..];
+            rest.select_nth_unstable_by(more - 1, by_logit);
+            rest[..more].sort_unstable_by(by_logit);
+            self.ranked += more;
+        }
+        self.order.get(rank).copied()
+    }
 }
 
 #[cfg(test)]

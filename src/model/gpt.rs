@@ -9,8 +9,10 @@ use tch::{no_grad, Device, Kind, Tensor};
 use super::cache::Cache;
 use super::head::{self, Score, Targets};
 use super::parameters::Parameters;
+use super::written::{self, Written};
 use crate::config::{Activation, Norm, Shape};
 use crate::random::mix;
+use crate::torch;
 
 impl Shape {
     /// Floating-point operations that one token of training needs: 6 N + 12 L C T, N without the embedding tables but
@@ -72,14 +74,16 @@ pub const WPE: &str = "transformer.wpe.weight";
 /// Added to a variance in a layer norm, as in GPT-2.
 pub const NORM_EPSILON: f64 = 1e-5;
 
-/// A weight and its bias, as views of the flat parameters.
-struct Affine {
-    weight: Tensor,
-    bias: Option<Tensor>,
+/// A weight and its bias, as views of the flat parameters, and their gradients, as views of the fp32 ones.
+pub(super) struct Affine {
+    pub(super) weight: Tensor,
+    pub(super) bias: Option<Tensor>,
+    pub(super) weight_grad: Tensor,
+    pub(super) bias_grad: Option<Tensor>,
 }
 
 impl Affine {
-    fn linear(&self, x: &Tensor) -> Tensor {
+    pub(super) fn linear(&self, x: &Tensor) -> Tensor {
         x.linear(&self.weight, self.bias.as_ref())
     }
 
@@ -88,13 +92,28 @@ impl Affine {
     }
 }
 
-struct Block {
-    ln_1: Affine,
-    c_attn: Affine,
-    attn_proj: Affine,
-    ln_2: Affine,
-    c_fc: Affine,
-    mlp_proj: Affine,
+pub(super) struct Block {
+    pub(super) ln_1: Affine,
+    pub(super) c_attn: Affine,
+    pub(super) attn_proj: Affine,
+    pub(super) ln_2: Affine,
+    pub(super) c_fc: Affine,
+    pub(super) mlp_proj: Affine,
+}
+
+/// A stage's input, and what of its forward pass the backward pass needs.
+struct Taped {
+    input: Tensor,
+    kept: Kept,
+}
+
+enum Kept {
+    /// Nothing: it is computed again.
+    Nothing,
+    /// Its output, with autograd's graph.
+    Graph(Tensor),
+    /// What the block that is written out keeps.
+    Written(written::Kept),
 }
 
 /// The model and its parameters.
@@ -129,6 +148,8 @@ impl Gpt {
         let affine = |name: String| Affine {
             weight: leaf(&format!("{name}.weight")),
             bias: shape.bias.then(|| leaf(&format!("{name}.bias"))),
+            weight_grad: grad(&format!("{name}.weight")),
+            bias_grad: shape.bias.then(|| grad(&format!("{name}.bias"))),
         };
         let blocks = (0..shape.n_layer)
             .map(|layer| {
@@ -246,19 +267,13 @@ impl Gpt {
         seed: u64,
         finished: &mut dyn FnMut(&Tensor, i64),
     ) -> Tensor {
-        let mut tape: Vec<(Tensor, Option<Tensor>)> = Vec::with_capacity(self.blocks.len() + 2);
+        let mut tape = Vec::with_capacity(self.stages());
         let mut x = no_grad(|| self.embed(inputs, 0));
         for stage in 0..self.stages() {
             let input = x.detach().set_requires_grad(true);
-            let output = if self.shape.recompute {
-                x = no_grad(|| self.stage(stage, &input, seed));
-                None
-            } else {
-                let output = self.stage(stage, &input, seed);
-                x = output.detach();
-                Some(output)
-            };
-            tape.push((input, output));
+            let (output, kept) = self.taped(stage, &input, seed, !self.shape.recompute);
+            x = output;
+            tape.push(Taped { input, kept });
         }
 
         let targets = Targets { ids: targets, weights, counted };
@@ -269,13 +284,25 @@ impl Gpt {
         let mut end = if self.shape.tied_head { 0 } else { self.parameters.end_of(HEAD) };
         finished(&self.parameters.grad, end);
 
-        while let Some((input, output)) = tape.pop() {
-            let output = output.unwrap_or_else(|| self.stage(tape.len(), &input, seed));
-            // The derivative of sum(y * dy) with respect to y is dy: a backward pass from a given gradient.
-            (output * grad).sum(Kind::Float).backward();
-            grad = input.grad();
-            let begin = std::mem::replace(&mut end, self.ends[tape.len()]);
-            self.parameters.collect_gradients(begin, end);
+        while let Some(Taped { input, kept }) = tape.pop() {
+            let stage = tape.len();
+            let begin = std::mem::replace(&mut end, self.ends[stage]);
+            let kept = match kept {
+                Kept::Nothing => self.taped(stage, &input, seed, true).1,
+                kept => kept,
+            };
+            grad = match kept {
+                Kept::Graph(output) => {
+                    torch::backward(&output, &grad);
+                    self.parameters.collect_gradients(begin, end);
+                    input.grad()
+                }
+                Kept::Written(kept) => {
+                    let (written, block) = self.written(stage, seed).unwrap_or_else(|| unreachable!("no such block"));
+                    written.backward(block, kept, &grad)
+                }
+                Kept::Nothing => unreachable!("a stage whose output is not kept"),
+            };
             finished(&self.parameters.grad, end);
         }
         no_grad(|| {
@@ -297,6 +324,32 @@ impl Gpt {
     /// The pieces between which the graph is cut: the embedding's dropout, the blocks, the final norm.
     fn stages(&self) -> usize {
         1 + self.blocks.len() + usize::from(self.ln_f.is_some())
+    }
+
+    /// A stage's output without a graph, and what it keeps for the backward pass, if it is to.
+    fn taped(&self, stage: usize, input: &Tensor, seed: u64, keeps: bool) -> (Tensor, Kept) {
+        if let Some((written, block)) = self.written(stage, seed) {
+            let attend = |qkv: &Tensor| self.attend(qkv, self.shape.dropout, None);
+            let (output, kept) = written.forward(block, input, attend);
+            return (output, if keeps { Kept::Written(kept) } else { Kept::Nothing });
+        }
+        if !keeps {
+            return (no_grad(|| self.stage(stage, input, seed)), Kept::Nothing);
+        }
+        let output = self.stage(stage, input, seed);
+        (output.detach(), Kept::Graph(output))
+    }
+
+    /// The block of a stage, if kernels of our own compute it.
+    fn written(&self, stage: usize, seed: u64) -> Option<(Written<'_>, &Block)> {
+        let block = self.blocks.get(stage.wrapping_sub(1))?;
+        let Shape { n_embd, norm, activation, dropout, .. } = self.shape;
+        let fits = norm == Norm::Pre && n_embd % 8 == 0 && n_embd <= torch::MOST_CHANNELS;
+        if !fits || self.kind() != Kind::BFloat16 {
+            return None;
+        }
+        let kernels = torch::kernels(self.wte.device())?;
+        Some((Written { kernels, activation, dropout, seed: mix(seed, stage as u64) }, block))
     }
 
     fn stage(&self, stage: usize, x: &Tensor, seed: u64) -> Tensor {
@@ -328,9 +381,15 @@ impl Gpt {
 
     /// Causal self-attention, (B, T, C) to (B, T, C); with a cache, T new tokens attend to all before them as well.
     fn attention(&self, block: &Block, x: &Tensor, dropout: f64, cache: Option<&mut (Tensor, Tensor)>) -> Tensor {
-        let (b, t, c) = (x.size()[0], x.size()[1], self.shape.n_embd);
+        let y = self.attend(&block.c_attn.linear(x), dropout, cache);
+        block.attn_proj.linear(&y).dropout(dropout, dropout > 0.0)
+    }
+
+    /// Attention between its projections, (B, T, 3C) to (B, T, C).
+    fn attend(&self, qkv: &Tensor, dropout: f64, cache: Option<&mut (Tensor, Tensor)>) -> Tensor {
+        let (b, t, c) = (qkv.size()[0], qkv.size()[1], self.shape.n_embd);
         let heads = |x: &Tensor| x.view([b, t, self.shape.n_head, -1]).transpose(1, 2); // (B, H, T, D)
-        let parts = block.c_attn.linear(x).split(c, 2); // 3 x (B, T, C)
+        let parts = qkv.split(c, 2); // 3 x (B, T, C)
         let (q, mut k, mut v) = (heads(&parts[0]), heads(&parts[1]), heads(&parts[2]));
         let mut causal = true;
         if let Some((keys, values)) = cache {
@@ -344,8 +403,7 @@ impl Gpt {
             (*keys, *values) = (k.shallow_clone(), v.shallow_clone());
         }
         let y = Tensor::scaled_dot_product_attention(&q, &k, &v, None::<&Tensor>, dropout, causal, None, false);
-        let y = y.transpose(1, 2).reshape([b, t, c]);
-        block.attn_proj.linear(&y).dropout(dropout, dropout > 0.0)
+        y.transpose(1, 2).reshape([b, t, c])
     }
 
     /// (B, T, C) to (B, T, 4C) and back.

@@ -30,6 +30,9 @@ impl Spec {
     }
 }
 
+/// A head's rows on a GPU are read in multiples of so many.
+pub const HEAD_ROWS: i64 = 64;
+
 /// All parameters and gradients of a model, P elements each.
 pub struct Parameters {
     /// Where each parameter is, in the order of the buffer.
@@ -38,11 +41,14 @@ pub struct Parameters {
     pub flat: Tensor,
     /// (P,) fp32: the gradients, summed over micro-steps and ranks.
     pub grad: Tensor,
-    /// (P,) the weights that the model computes with: `flat` itself, or its bf16 copy.
+    /// (P,) the weights that the model computes with: `flat` itself, or its bf16 copy. Zeros follow that copy, which are never
+    /// trained: a head can be read as if it had a multiple of [`HEAD_ROWS`] rows, whether it is the last parameter or not.
     compute: Tensor,
     /// (P,) what autograd adds into: `grad` itself, or one micro-step's bf16 gradients (autograd refuses an fp32
     /// gradient on a bf16 leaf).
     compute_grad: Tensor,
+    /// Whether whoever changed `flat` last has also made its bf16 copy.
+    pub copy_is_made: bool,
     leaves: Vec<Tensor>,
 }
 
@@ -56,12 +62,16 @@ impl Parameters {
             offset += spec.numel();
             specs.push(spec);
         }
-        let zeros = |kind| Tensor::zeros([offset], (kind, device));
-        let (flat, grad) = (zeros(Kind::Float), zeros(Kind::Float));
-        let (compute, compute_grad) =
-            if kind == Kind::Float { (flat.shallow_clone(), grad.shallow_clone()) } else { (zeros(kind), zeros(kind)) };
+        let zeros = |length, kind| Tensor::zeros([length], (kind, device));
+        let (flat, grad) = (zeros(offset, Kind::Float), zeros(offset, Kind::Float));
+        let (compute, compute_grad) = if kind == Kind::Float {
+            (flat.shallow_clone(), grad.shallow_clone())
+        } else {
+            let width: i64 = specs.last().map_or(0, |last| last.shape[1..].iter().product());
+            (zeros(offset + (HEAD_ROWS - 1) * width, kind).narrow(0, 0, offset), zeros(offset, kind))
+        };
         let leaves = specs.iter().map(|spec| leaf(spec, &compute, &compute_grad)).collect();
-        Self { specs, flat, grad, compute, compute_grad, leaves }
+        Self { specs, flat, grad, compute, compute_grad, copy_is_made: false, leaves }
     }
 
     /// P: the number of parameters.
@@ -109,9 +119,14 @@ impl Parameters {
 
     /// Makes changed weights those that the model computes with; call after every change of `flat`.
     pub fn publish(&mut self) {
-        if self.is_mixed() {
+        if self.is_mixed() && !std::mem::take(&mut self.copy_is_made) {
             no_grad(|| self.compute.copy_(&self.flat));
         }
+    }
+
+    /// (P,) the bf16 copy of the weights, if the model computes with one.
+    pub fn copy(&self) -> Option<Tensor> {
+        self.is_mixed().then(|| self.compute.shallow_clone())
     }
 
     fn is_mixed(&self) -> bool {

@@ -6,7 +6,7 @@ use tch::{no_grad, Device, Kind, Tensor};
 
 use crate::config::Optim;
 use crate::model::parameters::Parameters;
-use crate::torch::{self, AdamWNumbers};
+use crate::torch::{self, AdamWNumbers, Kernels, Update};
 
 /// Elements whose squares are added by themselves: the gradient's norm is the sum of the units' in their order, so that
 /// it has the same bits whichever ranks add up which units.
@@ -22,6 +22,8 @@ pub struct AdamW {
     pub exp_avg_sq: Tensor,
     /// The parts of the ranges that weight decay applies to.
     decayed: Vec<Range<i64>>,
+    /// (2 m,) int64: begin and end of each of these, where the parameters are.
+    cuts: Tensor,
     optim: Optim,
 }
 
@@ -34,7 +36,10 @@ impl AdamW {
             let both = |range: &Range<i64>| range.start.max(spec.offset)..range.end.min(spec.offset + spec.numel());
             ranges.iter().map(both).filter(|part| part.start < part.end)
         });
-        Self { decayed: decayed.collect(), exp_avg: zeros(), exp_avg_sq: zeros(), optim: optim.clone(), ranges }
+        let decayed: Vec<Range<i64>> = decayed.collect();
+        let cuts: Vec<i64> = decayed.iter().flat_map(|part| [part.start, part.end]).collect();
+        let cuts = Tensor::from_slice(&cuts).to_device(parameters.flat.device());
+        Self { decayed, cuts, exp_avg: zeros(), exp_avg_sq: zeros(), optim: optim.clone(), ranges }
     }
 
     /// Takes over both moments of the flat elements from `start` on, as far as they are in this optimizer's ranges.
@@ -57,9 +62,15 @@ impl AdamW {
     /// fp64, is more than that. Nothing changes if `norm` is not finite; on a GPU that is decided there, and the host
     /// does not wait for it. `step` counts from 1 and corrects the moments' bias. Publish the parameters afterwards.
     pub fn step(&mut self, parameters: &mut Parameters, step: usize, lr: f64, norm: &Tensor) {
-        no_grad(|| match parameters.flat.device().is_cuda() {
-            true => self.step_in_one_kernel(parameters, step, lr, norm),
-            false => self.step_in_caches(parameters, step, lr, norm.double_value(&[0])),
+        let device = parameters.flat.device();
+        let own = parameters.copy().and_then(|copy| Some((copy, torch::kernels(device)?)));
+        no_grad(|| match own {
+            Some((copy, kernels)) => {
+                self.step_in_own_kernel(parameters, &copy, step, lr, norm, kernels);
+                parameters.copy_is_made = self.exp_avg.size()[0] == parameters.numel();
+            }
+            None if device.is_cuda() => self.step_in_one_kernel(parameters, step, lr, norm),
+            None => self.step_in_caches(parameters, step, lr, norm.double_value(&[0])),
         });
     }
 
@@ -90,6 +101,35 @@ impl AdamW {
             let mut denominator = square.sqrt();
             let _ = denominator.g_div_scalar_(correction2).g_add_scalar_(self.optim.eps);
             let _ = slice(&parameters.flat, &piece).addcdiv_(&(mean * (-lr / correction1)), &denominator);
+        }
+    }
+
+    /// The update and the bf16 copy of the weights in one kernel of our own.
+    fn step_in_own_kernel(
+        &self,
+        parameters: &Parameters,
+        copy: &Tensor,
+        step: usize,
+        lr: f64,
+        norm: &Tensor,
+        kernels: &Kernels,
+    ) {
+        let Optim { betas, eps, weight_decay, grad_clip: clip, .. } = self.optim;
+        let mut done = 0;
+        for range in &self.ranges {
+            let moment = |all: &Tensor| all.narrow(0, done, range.end - range.start);
+            let [flat, grad] = [&parameters.flat, &parameters.grad].map(|all| slice(all, range));
+            kernels.adamw(&Update {
+                parts: [flat, grad, moment(&self.exp_avg), moment(&self.exp_avg_sq)],
+                copy: slice(copy, range),
+                norm,
+                cuts: &self.cuts,
+                from: range.start,
+                numbers: AdamWNumbers { lr, betas, weight_decay, eps },
+                clip,
+                step,
+            });
+            done += range.end - range.start;
         }
     }
 

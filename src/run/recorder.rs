@@ -93,9 +93,9 @@ impl Recorder {
         Ok(())
     }
 
-    /// Takes each rank's milliseconds of computing in a step, and names those that have become slow.
-    pub fn compute_times(&mut self, step: usize, times: &[f64]) -> Result<()> {
-        for slow in self.stragglers.step(times) {
+    /// Takes each rank's pace of computing after a step, and names those that have become slow.
+    pub fn paces(&mut self, step: usize, paces: &[f64]) -> Result<()> {
+        for slow in self.stragglers.step(paces) {
             let row = RankRow {
                 step,
                 rank: slow.rank,

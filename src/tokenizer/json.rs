@@ -246,11 +246,11 @@ impl<'a> Vocabulary<'a> {
         let mut token = Vec::new();
         for (id, name) in (0_u64..).zip(names.into_iter().flatten()) {
             token.clear();
-            let known = match name {
-                END_OF_TEXT => Some(token.extend_from_slice(name.as_bytes())),
-                _ => name.chars().try_for_each(|c| Some(token.push((*bytes.get(c as usize)?)?))),
-            };
-            if known.is_none() || token.is_empty() {
+            match name {
+                END_OF_TEXT => token.extend_from_slice(name.as_bytes()),
+                _ => token.extend(name.chars().map_while(|c| bytes.get(c as usize).copied().flatten())),
+            }
+            if token.is_empty() || name != END_OF_TEXT && token.len() < name.chars().count() {
                 return Err(refuse(name, &id.into(), "a name of characters that stand for bytes, as in GPT-2"));
             }
             tokens.push(&token);

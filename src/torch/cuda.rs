@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use cudarc::driver::{result as calls, sys, DriverError};
+use cudarc::nvrtc::sys as nvrtc;
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 
 use super::libtorch;
@@ -202,7 +203,7 @@ fn load_nvrtc() -> Result<(), String> {
     let by_name = || major.map_or("libnvrtc.so".into(), |major| format!("libnvrtc.so.{major}")).into();
     let compiler = beside.unwrap_or_else(by_name);
     open(&compiler)?;
-    let version = nvrtc_version().ok_or("NVRTC does not tell its version")?;
+    let version = nvrtc_version()?;
     let built_in = compiler.with_file_name(format!("libnvrtc-builtins.so.{version}"));
     match built_in.exists() {
         true => open(&built_in),
@@ -210,16 +211,19 @@ fn load_nvrtc() -> Result<(), String> {
     }
 }
 
-/// The version of NVRTC that this process has loaded, as 13.0.
-pub(super) fn nvrtc_version() -> Option<String> {
+/// The version of NVRTC, as 13.0.
+///
+/// # Errors
+/// That there is none.
+pub(super) fn nvrtc_version() -> Result<String, String> {
+    // SAFETY: opens the compiler's library by its names and closes it; [`load_nvrtc`] keeps it loaded.
+    if !unsafe { nvrtc::is_culib_present() } {
+        return Err("NVIDIA's compiler libnvrtc.so is not found".into());
+    }
     let (mut major, mut minor): (c_int, c_int) = (0, 0);
-    // SAFETY: the function has this type in nvrtc.h of every version, and writes one number to each place.
-    let status = unsafe {
-        let ask =
-            Library::this().get::<unsafe extern "C" fn(*mut c_int, *mut c_int) -> c_int>(b"nvrtcVersion\0").ok()?;
-        ask(&mut major, &mut minor)
-    };
-    (status == 0).then(|| format!("{major}.{minor}"))
+    // SAFETY: writes one number to each place.
+    unsafe { nvrtc::nvrtcVersion(&mut major, &mut minor) }.result().map_err(|e| format!("NVRTC fails: {e}"))?;
+    Ok(format!("{major}.{minor}"))
 }
 
 /// Where LibTorch's libraries of NVIDIA's may be: in wheels beside its own, or among its own.

@@ -1,6 +1,6 @@
 //! Every library that training on a GPU loads, sooner or later, loaded now: on a machine without a GPU, too.
 
-use std::ffi::{c_char, c_int, c_void, CStr};
+use std::ffi::c_int;
 use std::path::{Path, PathBuf};
 
 use libloading::os::unix::{Library as Handle, Symbol};
@@ -41,7 +41,7 @@ pub fn load_every_library() -> Vec<Library> {
         }
         add("libnccl", nccl());
     }
-    add("libnvrtc", here("libnvrtc.so", nvrtc_version()));
+    add("libnvrtc", here("libnvrtc.so", nvrtc_version().ok()));
     add("libnvrtc-builtins", here("libnvrtc-builtins.so", None));
     all
 }
@@ -100,78 +100,4 @@ fn nccl() -> Result<(String, PathBuf), String> {
     }
     let version = |code: c_int| format!("{}.{}.{}", code / 10000, code % 10000 / 100, code % 100);
     here("libnccl.so", number("ncclGetVersion").map(version))
-}
-
-/// A kernel to try a compiler with.
-const KERNEL: &CStr = c"extern \"C\" __global__ void twice(float* x, int n) {
-    int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < n) x[i] = 2 * x[i];
-}";
-
-/// Compiles a small kernel for GPUs of this compute capability (90 is the H100's) with the NVRTC that is loaded. Returns
-/// the machine code's bytes; `None` if this NVRTC is too old, or too new, for such GPUs.
-///
-/// # Errors
-/// NVRTC's own words; that there is none.
-pub fn compile_for(capability: i32) -> Result<Option<usize>, String> {
-    let failed = |what: &str, status: c_int| format!("{what} returns {status}");
-    let missing = |what: &str| format!("there is no {what}: NVRTC is not loaded");
-    // SAFETY: the functions have these types in nvrtc.h of every version. The program is created before it is used, and
-    // destroyed once, at the end; each buffer is as long as NVRTC has just said, and each text ends in zero.
-    unsafe {
-        macro_rules! nvrtc {
-            ($name:ident($($type:ty),* $(,)?)) => {
-                function::<unsafe extern "C" fn($($type),*) -> c_int>(stringify!($name))
-                    .ok_or_else(|| missing(stringify!($name)))?
-            };
-        }
-        let count = nvrtc!(nvrtcGetNumSupportedArchs(*mut c_int));
-        let list = nvrtc!(nvrtcGetSupportedArchs(*mut c_int));
-        let create = nvrtc!(
-            nvrtcCreateProgram(
-                *mut *mut c_void,
-                *const c_char,
-                *const c_char,
-                c_int,
-                *const *const c_char,
-                *const *const c_char,
-            )
-        );
-        let compile = nvrtc!(nvrtcCompileProgram(*mut c_void, c_int, *const *const c_char));
-        let log_size = nvrtc!(nvrtcGetProgramLogSize(*mut c_void, *mut usize));
-        let log = nvrtc!(nvrtcGetProgramLog(*mut c_void, *mut c_char));
-        let code_size = nvrtc!(nvrtcGetCUBINSize(*mut c_void, *mut usize));
-        let destroy = nvrtc!(nvrtcDestroyProgram(*mut *mut c_void));
-
-        let mut known = 0;
-        count(&mut known);
-        let mut capabilities = vec![0; usize::try_from(known).unwrap_or(0)];
-        list(capabilities.as_mut_ptr());
-        if !capabilities.contains(&capability) {
-            return Ok(None);
-        }
-        let mut program = std::ptr::null_mut();
-        let none = std::ptr::null();
-        let status = create(&mut program, KERNEL.as_ptr(), c"twice.cu".as_ptr(), 0, none, none);
-        if status != 0 {
-            return Err(failed("nvrtcCreateProgram", status));
-        }
-        let option = format!("--gpu-architecture=sm_{capability}\0");
-        let status = compile(program, 1, &option.as_ptr().cast());
-        let mut bytes = 0;
-        let result = if status == 0 {
-            match code_size(program, &mut bytes) {
-                0 => Ok(Some(bytes)),
-                status => Err(failed("nvrtcGetCUBINSize", status)),
-            }
-        } else {
-            log_size(program, &mut bytes);
-            let mut text = vec![0_u8; bytes];
-            log(program, text.as_mut_ptr().cast());
-            let text = String::from_utf8_lossy(&text).trim_matches(['\0', '\n']).replace('\n', " ");
-            Err(format!("{}: {text}", failed("nvrtcCompileProgram", status)))
-        };
-        destroy(&mut program);
-        result
-    }
 }

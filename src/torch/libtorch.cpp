@@ -1,5 +1,5 @@
 // What LibTorch offers in C++ only: the switches for deterministic kernels and for cuDNN's attention, its CUDA allocator's
-// statistics, and AdamW in one kernel.
+// statistics, a backward pass from a given gradient, and AdamW in one kernel.
 
 #include <string>
 #include <vector>
@@ -37,23 +37,36 @@ extern "C" void lockstep_forget_device_memory(int device) {
   }
 }
 
+// Runs `f`; returns what went wrong, until the thread's next call, or null.
+template <typename F>
+static const char* message_of(F f) {
+  thread_local std::string error;
+  try {
+    f();
+    return nullptr;
+  } catch (const std::exception& e) {
+    error = e.what();
+  } catch (...) {
+    error = "LibTorch failed, and does not say why";
+  }
+  return error.c_str();
+}
+
+// Adds the gradients of the leaves that `output` was computed from, given its own. Returns what went wrong, or null.
+extern "C" const char* lockstep_backward(const at::Tensor* output, const at::Tensor* gradient) {
+  return message_of([&] { output->backward(*gradient); });
+}
+
 // Updates `n` parts, each of which is four of `tensors`: weights, gradient, and both moments. The gradient is divided by
 // `scale`; nothing changes if `skip` is 1. Returns what went wrong, or null.
 extern "C" const char* lockstep_fused_adamw(at::Tensor* const* tensors, size_t n, const at::Tensor* step, double lr,
                                             double beta1, double beta2, double weight_decay, double eps,
                                             const at::Tensor* scale, const at::Tensor* skip) {
-  thread_local std::string error;
-  try {
+  return message_of([&] {
     std::vector<at::Tensor> lists[4];
     for (size_t i = 0; i < 4 * n; i++) lists[i % 4].push_back(*tensors[i]);
     std::vector<at::Tensor> steps(n, *step);
     at::_fused_adamw_(lists[0], lists[1], lists[2], lists[3], /*max_exp_avg_sqs=*/{}, steps, lr, beta1, beta2,
                       weight_decay, eps, /*amsgrad=*/false, /*maximize=*/false, *scale, *skip);
-    return nullptr;
-  } catch (const std::exception& e) {
-    error = e.what();
-    return error.c_str();
-  } catch (...) {
-    return "LibTorch's fused AdamW failed, and does not say why";
-  }
+  });
 }

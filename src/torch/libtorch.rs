@@ -9,6 +9,7 @@ extern "C" {
     fn lockstep_allow_cudnn_attention(allowed: bool);
     fn lockstep_peak_device_bytes(device: c_int) -> i64;
     fn lockstep_forget_device_memory(device: c_int);
+    fn lockstep_backward(output: *const c_void, gradient: *const c_void) -> *const c_char;
     fn lockstep_fused_adamw(
         tensors: *const *const c_void,
         n: usize,
@@ -47,16 +48,34 @@ pub fn fused_adamw(parts: &[[Tensor; 4]], step: &Tensor, numbers: &AdamWNumbers,
     if parts.is_empty() {
         return;
     }
-    let address = |tensor: &Tensor| tensor.as_ptr().cast::<c_void>();
     let tensors: Vec<_> = parts.iter().flatten().map(address).collect();
     let AdamWNumbers { lr, betas: [beta1, beta2], weight_decay, eps } = *numbers;
     let (n, step, scale, skip) = (parts.len(), address(step), address(scale), address(skip));
-    // SAFETY: a tch tensor's address is that of a C++ at::Tensor, alive as long as it; `tensors` holds four for each of the
-    // n parts. LibTorch checks their shapes, types and devices; every C++ exception is caught.
+    // SAFETY: `tensors` holds four addresses for each of the n parts, all alive. LibTorch checks their shapes, types and devices; every C++ exception is caught.
     let error =
         unsafe { lockstep_fused_adamw(tensors.as_ptr(), n, step, lr, beta1, beta2, weight_decay, eps, scale, skip) };
+    panic_if(error);
+}
+
+/// Adds the gradients of the leaves that `output` was computed from, given its own: `gradient`, of its shape and type.
+/// `tch` lacks it, and has it only for a single number; the detour over `(output * gradient).sum()` costs two passes over
+/// every element.
+///
+/// # Panics
+/// With LibTorch's message if there is nothing to derive, as `tch` does.
+pub fn backward(output: &Tensor, gradient: &Tensor) {
+    // SAFETY: both are alive; LibTorch checks shapes and types; every C++ exception is caught.
+    panic_if(unsafe { lockstep_backward(address(output), address(gradient)) });
+}
+
+/// A tch tensor's address is that of a C++ `at::Tensor`, alive as long as it.
+fn address(tensor: &Tensor) -> *const c_void {
+    tensor.as_ptr().cast()
+}
+
+fn panic_if(error: *const c_char) {
     if !error.is_null() {
-        // SAFETY: a text that ends in zero and stays until this thread's next call.
+        // SAFETY: not null, it is a text that ends in zero and stays until this thread's next call of LibTorch.
         panic!("{}", unsafe { CStr::from_ptr(error) }.to_string_lossy());
     }
 }

@@ -1,12 +1,15 @@
 //! Where the tensors are, how many threads compute, and how fast this machine multiplies.
 #![allow(unsafe_code)]
 
+mod compile;
 mod cuda;
+mod kernels;
 mod libraries;
 mod libtorch;
 mod mark;
 mod peak;
 mod threads;
+mod views;
 
 use std::ffi::c_int;
 use std::path::Path;
@@ -16,15 +19,18 @@ use cudarc::driver::sys::CUdevice_attribute as Attribute;
 use serde::{Deserialize, Serialize};
 use tch::{Cuda, Device};
 
+pub use self::compile::{compile, Compiled};
 pub use self::cuda::{driver, driver_module, has_driver, libtorch_cuda, libtorch_version, Driver};
-pub use self::libraries::{compile_for, load_every_library, Library};
+pub use self::kernels::{kernels, Dropout, Kernels, Normed, Update, MOST_CHANNELS};
+pub use self::libraries::{load_every_library, Library};
 pub use self::libtorch::{
-    allow_cudnn_attention, ask_for_deterministic_libraries, cudnn_attention_is_exact, fused_adamw,
+    allow_cudnn_attention, ask_for_deterministic_libraries, backward, cudnn_attention_is_exact, fused_adamw,
     use_deterministic_kernels, AdamWNumbers,
 };
 pub use self::mark::{Mark, Marks};
 pub use self::peak::{describe_peak, measure_peak, measure_product};
 pub use self::threads::{bound_waiting, set_threads};
+pub use self::views::{floats, floats_mut};
 use crate::error::{Error, Result};
 
 /// The device that `device: cpu|cuda|auto` means for this rank.
@@ -42,7 +48,8 @@ pub fn select(wanted: &str, local_rank: usize) -> Result<Device> {
     let visible = if loaded.is_ok() { usize::try_from(Cuda::device_count()).unwrap_or(0) } else { 0 };
     match visible {
         0 if wanted == "auto" => {
-            if has_driver() {
+            // One rank of a node says it for all.
+            if local_rank == 0 && has_driver() {
                 let reason = loaded.err().unwrap_or_else(|| "LibTorch sees no GPU".into());
                 tracing::warn!(
                     "computing on the CPU of a machine with an NVIDIA driver: {reason}; see `launch/setup --cuda`"

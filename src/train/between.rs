@@ -87,7 +87,9 @@ impl<'a> Trainer<'a> {
         let sampling = Sampling { temperature: 0.8, top_k: Some(40), top_p: None, seed: self.loader.seed };
         let end_of_text = self.tokenizer.end_of_text();
         let mut text = String::new();
-        for (prompt, ids) in prompts.iter().zip(generate(&self.model, &ids, 64, &sampling, end_of_text)) {
+        for (prompt, ids) in
+            prompts.iter().zip(generate(&self.model, &ids, 64, &sampling, end_of_text, self.model.kind()))
+        {
             text += &format!("{prompt}{}\n\n", String::from_utf8_lossy(&self.tokenizer.decode(&ids)?));
         }
         recorder.sample(step, &text)

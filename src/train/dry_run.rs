@@ -44,6 +44,7 @@ pub fn dry_run(comm: &mut Comm, mut plan: Plan, mut show: impl FnMut(&str) -> Re
         numbers.reduce(|a, b| if a.is_nan() || a > b { a } else { b }).unwrap_or(f64::NAN)
     };
     let (seconds, program_mib) = (most(0), most(1));
+    plan.oddities().iter().for_each(|odd| tracing::warn!("{odd}"));
     for line in model_lines(&plan, &shape, &loader, &work) {
         show(&line)?;
     }
@@ -135,7 +136,7 @@ fn model_lines(plan: &Plan, shape: &Shape, loader: &Loader, work: &Work) -> Vec<
         line(
             "batch",
             &format!(
-                "{} sequences a step: {} ranks x {} micro-steps x {} sequences of at most {} tokens",
+                "{} sequences a step: {} x {} x {} (ranks, micro-steps, sequences of at most {} tokens)",
                 data.batch_size, plan.world_size, plan.accumulation, plan.micro_batch, data.block_size
             ),
         ),

@@ -39,7 +39,7 @@ use crate::run::{Recorder, RunDir};
 use crate::stop::StopRequest;
 use crate::tokenizer::Tokenizer;
 use crate::torch::{self, Marks};
-use crate::watch::{Phase, Watchdog};
+use crate::watch::{Pace, Phase, Watchdog};
 
 /// Where a run begins.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -118,6 +118,8 @@ struct Trainer<'a> {
     /// After how many micro-steps the ranks ask each other whether to give a step up.
     asks_every: usize,
     speed: Speed,
+    /// How long this rank computes.
+    pace: Pace,
     /// Batches skipped since the last update.
     skipped: usize,
     /// Whether no rank is still writing a checkpoint.

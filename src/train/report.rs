@@ -2,10 +2,12 @@
 
 use std::time::{Duration, Instant};
 
+use tracing::{debug, info};
+
 use super::timeline::{Part, Timeline};
 use super::Trainer;
+use crate::comm::Join;
 use crate::error::Result;
-use crate::run::checkpoint::Saving;
 use crate::run::tables::{rounded, TrainRow};
 use crate::torch;
 use crate::watch::Phase;
@@ -24,8 +26,8 @@ pub(super) struct Report {
     /// Whether a rank was asked to stop.
     pub stop: bool,
     pub memory_mib: f64,
-    /// Each rank's milliseconds of computing.
-    pub compute_ms: Vec<f64>,
+    /// The pace of each rank's computing; on rank 0 only.
+    pub paces: Vec<f64>,
     /// Milliseconds of each [`Part`].
     pub times: [f64; 4],
 }
@@ -76,30 +78,32 @@ impl Trainer<'_> {
         let Report { loss, grad_norm, lr, mut times, .. } = mine;
         let step = self.state.step + 1;
         let memory = torch::peak_memory_mib(self.device).unwrap_or(0.0);
-        let written = self.saving.as_ref().is_none_or(Saving::is_written);
-        let [stop, written] = [self.stop.is_raised(), written].map(|flag| f64::from(u8::from(flag)));
-        let ranks = self.comm.gather(&[loss, stop, memory, written, times[Part::Compute as usize]])?;
+        let writes = self.saving.as_ref().is_some_and(|saving| !saving.is_written());
+        let [stop, writes] = [self.stop.is_raised(), writes].map(|flag| f64::from(u8::from(flag)));
+        let compute_ms = times[Part::Compute as usize];
+        let joins = [Join::Sum, Join::Most, Join::Most, Join::Most, Join::Most];
+        let pace = self.pace.step(compute_ms);
+        let (all, paces) = self.comm.reduce(&[loss, stop, writes, memory, compute_ms], &joins, &[pace])?;
+        let [loss, stop, writes, memory_mib, most_ms] = [0, 1, 2, 3, 4].map(|place| all[place]);
         self.watchdog.enter(Phase::Step, step);
         times[Part::Exchange as usize] += since.elapsed().as_secs_f64() * 1000.0;
-        let total = |column: usize| ranks.iter().map(|rank| rank[column]).sum::<f64>();
-        let most = |column: usize| ranks.iter().map(|rank| rank[column]).fold(0.0, f64::max);
         if grad_norm.is_finite() {
             self.skipped = 0;
         } else {
-            self.not_finite(step, global, total(0), grad_norm)?;
+            self.not_finite(step, global, loss, grad_norm)?;
         }
-        self.written = total(3) as usize == self.comm.world_size;
+        self.written = writes == 0.0;
         self.sequences += self.loader.share(global).len();
-        let micro_step_ms = most(4) / self.plan.accumulation as f64;
+        let micro_step_ms = most_ms / self.plan.accumulation as f64;
         self.asks_every = (BETWEEN_LOOKS_MS / micro_step_ms).max(1.0) as usize;
         Ok(Report {
-            loss: total(0),
+            loss,
             grad_norm,
             lr,
             targets: self.loader.targets(global) as u64,
-            stop: total(1) > 0.0,
-            memory_mib: most(2),
-            compute_ms: ranks.iter().map(|rank| rank[4]).collect(),
+            stop: stop > 0.0,
+            memory_mib,
+            paces,
             times,
         })
     }
@@ -116,9 +120,26 @@ impl Trainer<'_> {
         });
         if let Some(recorder) = &mut self.recorder {
             recorder.step(step, report.loss, row.as_ref())?;
-            recorder.compute_times(step, &report.compute_ms)?;
+            recorder.paces(step, &report.paces)?;
         }
         Ok(())
+    }
+
+    /// Says which part of the work this rank has done.
+    pub(super) fn say_share(&self) {
+        let (from, to) = (self.from, self.state.step);
+        if to > from {
+            let all = (to - from) * self.loader.batch_size;
+            let (rank, mine) = (self.comm.rank, self.sequences);
+            info!("rank {rank} computed {mine} of the {all} sequences of steps {} to {to}", from + 1);
+            self.say_messages();
+        }
+    }
+
+    /// Says how many small messages it has cost so far: what is said before the first step and at the end tells what a step
+    /// costs.
+    pub(super) fn say_messages(&self) {
+        debug!("rank {} has sent {} messages that carry no tensor", self.comm.rank, self.comm.messages());
     }
 
     fn row(&self, report: &Report, tokens_per_s: f64) -> TrainRow {

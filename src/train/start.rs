@@ -27,7 +27,7 @@ use crate::run::{find_checkpoint, Recorder, RunDir};
 use crate::stop::StopRequest;
 use crate::tokenizer::Tokenizer;
 use crate::torch::{self, Marks};
-use crate::watch::{Phase, Watchdog};
+use crate::watch::{Pace, Phase, Watchdog};
 
 /// What a run reads, opened and checked.
 pub(super) struct Opened {
@@ -146,6 +146,7 @@ impl<'a> Trainer<'a> {
             sequences: 0,
             asks_every: 1,
             speed: Speed::from(0),
+            pace: Pace::default(),
             skipped: 0,
             written: false,
             saving: None,
@@ -237,7 +238,9 @@ impl<'a> Trainer<'a> {
                 ))
                 .into());
             }
-            warn!("ranks {others:?} have another {name} than rank 0: {difference}");
+            if self.comm.is_root() {
+                warn!("ranks {others:?} have another {name} than rank 0: {difference}");
+            }
         }
         Ok(())
     }
@@ -432,16 +435,6 @@ impl<'a> Trainer<'a> {
         }
     }
 
-    /// Says which part of the work this rank has done.
-    pub(super) fn say_share(&self) {
-        let (from, to) = (self.from, self.state.step);
-        if to > from {
-            let all = (to - from) * self.loader.batch_size;
-            let (rank, mine) = (self.comm.rank, self.sequences);
-            info!("rank {rank} computed {mine} of the {all} sequences of steps {} to {to}", from + 1);
-        }
-    }
-
     fn describe(&self) {
         let State { step, conditions, .. } = &self.state;
         let train = &self.plan.config.train;
@@ -450,7 +443,7 @@ impl<'a> Trainer<'a> {
             return;
         }
         info!(
-            "{} parameters, vocabulary {}, on {:?} ({}), {} ranks x {} threads, {} sequences a step as {} x {} x {} (ranks, \
+            "{} parameters, vocabulary {}, on {:?} ({}), {} x {} threads (ranks, threads of each), {} sequences a step as {} x {} x {} (ranks, \
              micro-steps, sequences)",
             self.model.parameters.numel(),
             self.model.shape.vocab_size,
@@ -480,6 +473,7 @@ impl<'a> Trainer<'a> {
         let (rank, step) = (self.comm.rank, step + 1);
         info!("rank {rank} computes {} of the {} sequences of each step", mine.len(), global.len());
         debug!("of step {step}, rank {rank} computes samples {mine:?}");
+        self.say_messages();
     }
 }
 

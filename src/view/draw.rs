@@ -245,7 +245,7 @@ mod tests {
     use crate::run::lease::Lease;
     use crate::run::tables::{EvalRow, Table, TrainRow};
     use crate::watch::heartbeats::{write, Heartbeat};
-    use crate::watch::Phase;
+    use crate::watch::{Phase, Place};
     use std::fs;
     use std::time::{Duration, Instant};
 
@@ -270,16 +270,19 @@ mod tests {
         }
         let beat = |beat: u64| {
             for rank in 0..8 {
+                let (host, world_size) = (format!("node{rank}"), 8);
+                let place = Place { rank, world_size, local_rank: 0, node: rank, nodes: 8, host: host.clone() };
                 let heartbeat = Heartbeat {
                     rank,
-                    host: format!("node{rank}"),
+                    host,
                     pid: 1,
                     step: if rank == 5 { 1199 } else { 1200 },
                     phase: if rank == 5 { Phase::Step } else { Phase::Exchange },
                     phase_s: 2,
                     beat: if rank == 3 { 1 } else { beat },
+                    every_s: 1,
                 };
-                write(&folder.join("heartbeats"), &heartbeat).unwrap();
+                write(&folder.join("heartbeats"), &place, &heartbeat).unwrap();
             }
         };
         let mut live = Live::open(folder).unwrap();

@@ -17,8 +17,8 @@ use crate::run::tables::{EvalRow, TrainRow};
 use crate::run::RunDir;
 use crate::watch::heartbeats::{self, Heartbeat};
 
-/// A rank leaves a heartbeat each second; without one for so long it is silent.
-const SILENCE: Duration = Duration::from_secs(5);
+/// A rank that has missed so many heartbeats is silent.
+const MISSED: u64 = 5;
 
 /// Rows that the time left is reckoned from.
 const RECENT: usize = 100;
@@ -181,10 +181,10 @@ impl Live {
     /// Takes up the ranks' heartbeats.
     fn hear(&mut self) {
         let mut before = std::mem::take(&mut self.ranks);
-        for last in heartbeats::all(&self.dir.heartbeats()) {
-            let known = before.remove(&last.rank).filter(|known| known.last.beat == last.beat);
+        for (rank, last) in heartbeats::all(&self.dir.heartbeats()) {
+            let known = before.remove(&rank).filter(|known| known.last.beat == last.beat);
             let seen = known.map_or(self.now, |known| known.seen);
-            self.ranks.insert(last.rank, Rank { last, seen });
+            self.ranks.insert(rank, Rank { last, seen });
         }
     }
 
@@ -210,6 +210,7 @@ impl Live {
     /// How long a rank has been silent, if so long that something is wrong with it.
     pub fn silence(&self, rank: &Rank) -> Option<Duration> {
         let silence = self.now.saturating_duration_since(rank.seen);
-        (self.state == Some(State::Running) && silence >= SILENCE).then_some(silence)
+        let missed = silence.as_secs() / rank.last.every_s.max(1);
+        (self.state == Some(State::Running) && missed >= MISSED).then_some(silence)
     }
 }

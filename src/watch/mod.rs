@@ -15,12 +15,39 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use self::heartbeats::Heartbeat;
-pub use self::stragglers::{Straggler, Stragglers};
+pub use self::stragglers::{Pace, Straggler, Stragglers};
 use crate::config::Fault;
 use crate::error::{exit_code, Error, Result};
 use crate::host;
 use crate::patience::{within, Patience};
 use crate::stop::exit_now;
+
+/// A rank's place in its job.
+#[derive(Debug, Clone)]
+#[allow(missing_docs)]
+pub struct Place {
+    pub rank: usize,
+    pub world_size: usize,
+    /// Its number among the ranks of its node.
+    pub local_rank: usize,
+    /// The first rank of its node.
+    pub node: usize,
+    pub nodes: usize,
+    /// The name of its node.
+    pub host: String,
+}
+
+/// Of so many nodes, one rank each reads the heartbeats when something is wrong. More would read as many files again, and
+/// only if all of these have stopped would nobody be named.
+const JUDGES: usize = 8;
+
+impl Place {
+    /// Whether it is for this rank to find out who has stopped.
+    fn is_judge(&self) -> bool {
+        // The nodes' numbers are reckoned: ranks are spread over them as evenly as can be.
+        self.nodes <= JUDGES || self.local_rank == 0 && self.node * self.nodes < JUDGES * self.world_size
+    }
+}
 
 /// What a rank is doing. Each has its deadline, which a mark restarts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -88,22 +115,20 @@ const GRACE: Duration = Duration::from_secs(5);
 /// Between two looks at the marks.
 const TICK: Duration = Duration::from_millis(200);
 
-/// Between two heartbeats.
-const BEAT: Duration = Duration::from_secs(1);
-
-/// How long other ranks' heartbeats are looked at: three beats.
-const LISTENING: Duration = Duration::from_secs(3);
-
-/// How long it may take to find out or to say anything: the file system, or whoever reads stderr, may be what hangs.
+/// How long it may take to say anything: whoever reads stderr may be what hangs.
 const PATIENCE: Duration = Duration::from_millis(4500);
+
+/// How long it may take to read the heartbeats, beside what each node's file takes: the file system may be what hangs.
+const READING: Duration = Duration::from_millis(1500);
+
+/// How long it may take to read the file of a node.
+const READING_A_FILE: Duration = Duration::from_millis(5);
 
 /// How the trainer reports its progress.
 pub struct Watchdog(Arc<Shared>);
 
 struct Shared {
-    rank: usize,
-    host: String,
-    world_size: usize,
+    place: Place,
     fault: Fault,
     mark: Mutex<Mark>,
     /// Where the heartbeats are, once a run directory is this job's.
@@ -126,11 +151,9 @@ impl Watchdog {
     ///
     /// # Errors
     /// Usage, if the system gives no thread.
-    pub fn start(rank: usize, host: String, world_size: usize, fault: &Fault) -> Result<Self> {
+    pub fn start(place: Place, fault: &Fault) -> Result<Self> {
         let shared = Arc::new(Shared {
-            rank,
-            host,
-            world_size,
+            place,
             fault: fault.clone(),
             mark: Mutex::new(Mark { phase: Phase::StartUp, step: 0, since: Instant::now(), count: 0 }),
             heartbeats: Mutex::new(None),
@@ -199,21 +222,36 @@ impl Shared {
             thread::sleep(TICK);
             let mark = *self.mark();
             let waited = still.since(mark.count, Instant::now());
-            if waited >= mark.phase.deadline(&self.fault) + GRACE {
+            if waited >= self.deadline(mark.phase) + GRACE {
                 self.give_up(mark, waited)
             }
         }
     }
 
+    /// A rank that ends may have to find out first who has stopped.
+    fn deadline(&self, phase: Phase) -> Duration {
+        phase.deadline(&self.fault) + if phase == Phase::End { self.finding_out() } else { Duration::ZERO }
+    }
+
+    /// How long the others' heartbeats are looked at: three beats.
+    fn listening(&self) -> Duration {
+        3 * heartbeats::interval(self.place.nodes)
+    }
+
+    /// How long it may take to find out who has stopped.
+    fn finding_out(&self) -> Duration {
+        self.listening() + READING + 2 * READING_A_FILE * self.place.nodes as u32
+    }
+
     fn give_up(self: Arc<Self>, mark: Mark, waited: Duration) -> ! {
         let line = format!(
             "rank {} on {} hangs: no progress for {} s at step {}, {} (allowed are {} s and {} s more)",
-            self.rank,
-            self.host,
+            self.place.rank,
+            self.place.host,
             waited.as_secs(),
             mark.step,
             mark.phase.name(),
-            mark.phase.deadline(&self.fault).as_secs(),
+            self.deadline(mark.phase).as_secs(),
             GRACE.as_secs(),
         );
         let others = self.others().map_or(String::new(), |others| format!("; {others}"));
@@ -221,38 +259,48 @@ impl Shared {
         exit_now(HANGS)
     }
 
-    /// What the other ranks' heartbeats say; `None` if there are none.
+    /// What the other ranks' heartbeats say; `None` if there are none, or if it is for other ranks to say it.
     fn others(self: Arc<Self>) -> Option<String> {
-        if self.world_size == 1 {
+        if self.place.world_size == 1 {
             return None;
         }
         let folder = self.folder().clone()?;
+        let deadline = self.finding_out();
+        if !self.place.is_judge() {
+            // A launcher ends the job with the first rank that leaves, and the judges would say nothing.
+            thread::sleep(deadline);
+            return None;
+        }
         let listen = move || {
-            let read = || (0..self.world_size).map(|rank| heartbeats::read(&folder, rank)).collect::<Vec<_>>();
+            let read = || heartbeats::of_ranks(&folder, self.place.world_size);
             let before = read();
-            thread::sleep(LISTENING);
-            heartbeats::judge(self.rank, &before, &read())
+            thread::sleep(self.listening());
+            heartbeats::judge(self.place.rank, &before, &read())
         };
-        Some(within(PATIENCE, listen).unwrap_or_else(|| "the heartbeats in the run directory cannot be read".into()))
+        Some(within(deadline, listen).unwrap_or_else(|| "the heartbeats in the run directory cannot be read".into()))
     }
 
     /// Leaves heartbeats for as long as the process lives.
     fn beat(self: Arc<Self>) {
+        let interval = heartbeats::interval(self.place.nodes);
+        // Not all nodes write at the same moment.
+        thread::sleep(interval.mul_f64(self.place.node as f64 / self.place.world_size as f64));
         let mut failed = false;
         for beat in 1.. {
             let beating = self.beating.lock();
             let Some(folder) = self.folder().clone() else { return };
             let mark = *self.mark();
             let heartbeat = Heartbeat {
-                rank: self.rank,
-                host: self.host.clone(),
+                rank: self.place.rank,
+                host: self.place.host.clone(),
                 pid: std::process::id(),
                 step: mark.step,
                 phase: mark.phase,
                 phase_s: mark.since.elapsed().as_secs(),
                 beat,
+                every_s: interval.as_secs(),
             };
-            match heartbeats::write(&folder, &heartbeat) {
+            match heartbeats::write(&folder, &self.place, &heartbeat) {
                 Err(e) if !failed => {
                     tracing::warn!(
                         "cannot leave a heartbeat in {}: {e}; should this rank hang, the others cannot name it",
@@ -263,7 +311,7 @@ impl Shared {
                 _ => {}
             }
             drop(beating);
-            thread::sleep(BEAT);
+            thread::sleep(interval);
         }
     }
 }
@@ -299,6 +347,39 @@ mod tests {
         assert_eq!(since(1, 3_602_500), 1500);
     }
 
+    /// The place of a rank of a job with as many ranks on each node.
+    fn place(rank: usize, world_size: usize, nodes: usize) -> Place {
+        let ranks = world_size / nodes;
+        let (local_rank, node) = (rank % ranks, rank / ranks * ranks);
+        Place { rank, world_size, local_rank, node, nodes, host: format!("n{node}") }
+    }
+
+    #[test]
+    fn on_few_nodes_every_rank_finds_out_who_has_stopped_and_on_many_one_rank_of_eight_nodes() {
+        let judges = |world_size, nodes| {
+            (0..world_size).filter(|&rank| place(rank, world_size, nodes).is_judge()).collect::<Vec<_>>()
+        };
+        assert_eq!(judges(64, 8), (0..64).collect::<Vec<_>>());
+        assert_eq!(judges(16_384, 2048), (0..8).map(|node| 8 * node).collect::<Vec<_>>());
+        // One rank has stopped, whichever: another says so.
+        assert!(judges(9, 9).len() > 1);
+    }
+
+    #[test]
+    fn whoever_ends_may_listen_to_slow_heartbeats_first() {
+        for (nodes, seconds) in [(1, 60 + 3), (2048, 60 + 3 * 21)] {
+            let shared = Shared {
+                place: place(0, nodes, nodes),
+                fault: Fault::default(),
+                mark: Mutex::new(Mark { phase: Phase::End, step: 0, since: Instant::now(), count: 0 }),
+                heartbeats: Mutex::default(),
+                beating: Mutex::default(),
+            };
+            assert!(shared.deadline(Phase::End) > Duration::from_secs(seconds) + READING);
+            assert_eq!(shared.deadline(Phase::Step).as_secs(), 300);
+        }
+    }
+
     #[test]
     fn each_phase_has_its_deadline() {
         let fault = Fault { startup_deadline_s: 1, step_deadline_s: 2, save_deadline_s: 3, ..Fault::default() };
@@ -312,15 +393,16 @@ mod tests {
     #[test]
     fn a_folder_of_heartbeats_can_be_removed_once_they_have_stopped() {
         let folder = tempfile::tempdir().unwrap();
-        let watchdog = Watchdog::start(0, "n0".into(), 1, &Fault::default()).unwrap();
+        let watchdog = Watchdog::start(place(0, 1, 1), &Fault::default()).unwrap();
         watchdog.leave_heartbeats(folder.path().into()).unwrap();
-        let beat = || folder.path().join("rank-0000.json").exists();
+        let file = folder.path().join("node-0000.txt");
+        let beat = || file.exists();
         while !beat() {
             thread::sleep(Duration::from_millis(1));
         }
         watchdog.stop_heartbeats();
-        std::fs::remove_file(folder.path().join("rank-0000.json")).unwrap();
-        thread::sleep(BEAT * 3 / 2);
+        std::fs::remove_file(&file).unwrap();
+        thread::sleep(heartbeats::interval(1) * 3 / 2);
         assert!(!beat());
     }
 }

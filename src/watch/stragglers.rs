@@ -1,4 +1,5 @@
-//! Which ranks compute more slowly than the others, by the times that travel with each step.
+//! Which ranks compute more slowly than the others, by the times that travel with each step. A rank keeps its own window of
+//! steps ([`Pace`]), so that rank 0 has but one number of each to look at.
 
 use std::collections::VecDeque;
 
@@ -35,28 +36,37 @@ impl Straggler {
     }
 }
 
-/// The last steps' times of each rank.
+/// The times of a rank's last steps.
+#[derive(Default)]
+pub struct Pace(VecDeque<f64>);
+
+impl Pace {
+    /// Takes the milliseconds of a step. Returns their median over the window; not a number before that is full.
+    pub fn step(&mut self, ms: f64) -> f64 {
+        self.0.truncate(WINDOW - 1);
+        self.0.push_front(ms);
+        if self.0.len() < WINDOW {
+            return f64::NAN;
+        }
+        median(&mut self.0.iter().copied().collect::<Vec<_>>())
+    }
+}
+
+/// The ranks that have been slow.
 #[derive(Default)]
 pub struct Stragglers {
-    windows: Vec<VecDeque<f64>>,
     /// For how many steps a rank has been slow; from [`LASTING`] on it is named, and stays so until it has recovered.
     slow_for: Vec<usize>,
 }
 
 impl Stragglers {
-    /// Takes each rank's milliseconds of a step. Returns the ranks that are slow now and were not before.
-    pub fn step(&mut self, times: &[f64]) -> Vec<Straggler> {
-        self.windows.resize_with(times.len(), VecDeque::new);
-        self.slow_for.resize(times.len(), 0);
-        for (window, &time) in self.windows.iter_mut().zip(times) {
-            window.truncate(WINDOW - 1);
-            window.push_front(time);
-        }
-        if self.windows.iter().any(|window| window.len() < WINDOW) {
+    /// Takes each rank's [`Pace`] after a step. Returns the ranks that are slow now and were not before.
+    pub fn step(&mut self, medians: &[f64]) -> Vec<Straggler> {
+        if medians.iter().any(|ms| ms.is_nan()) {
             return Vec::new();
         }
-        let medians: Vec<f64> = self.windows.iter().map(|window| median(window.iter().copied())).collect();
-        let median_ms = median(medians.iter().copied());
+        self.slow_for.resize(medians.len(), 0);
+        let median_ms = median(&mut medians.to_vec());
         let mut found = Vec::new();
         for (rank, (&compute_ms, slow_for)) in medians.iter().zip(&mut self.slow_for).enumerate() {
             let slow = compute_ms >= SLOW * median_ms && compute_ms >= median_ms + LEAST_MS;
@@ -71,10 +81,9 @@ impl Stragglers {
 }
 
 /// The lower median: of two ranks the faster one's, so that half the ranks may be slow and are measured by the others.
-fn median(values: impl Iterator<Item = f64>) -> f64 {
-    let mut values: Vec<f64> = values.collect();
-    values.sort_unstable_by(f64::total_cmp);
-    values.get(values.len().saturating_sub(1) / 2).copied().unwrap_or(f64::NAN)
+fn median(values: &mut [f64]) -> f64 {
+    let middle = values.len().saturating_sub(1) / 2;
+    *values.select_nth_unstable_by(middle, f64::total_cmp).1
 }
 
 #[cfg(test)]
@@ -83,6 +92,21 @@ mod tests {
     use crate::random::mix;
 
     const WORLDS: [usize; 4] = [1, 2, 3, 8];
+
+    /// All ranks of a job.
+    #[derive(Default)]
+    struct Job {
+        paces: Vec<Pace>,
+        stragglers: Stragglers,
+    }
+
+    impl Job {
+        fn step(&mut self, times: &[f64]) -> Vec<Straggler> {
+            self.paces.resize_with(times.len(), Pace::default);
+            let medians: Vec<f64> = self.paces.iter_mut().zip(times).map(|(pace, &ms)| pace.step(ms)).collect();
+            self.stragglers.step(&medians)
+        }
+    }
 
     /// From 0 to below 1, the same in every run.
     fn uniform(seed: u64, step: usize, rank: usize) -> f64 {
@@ -102,9 +126,9 @@ mod tests {
     fn quiet_ranks_are_never_named() {
         for ranks in WORLDS {
             for (seed, ms) in [(1, 3.0), (2, 40.0), (3, 1000.0)] {
-                let mut stragglers = Stragglers::default();
+                let mut job = Job::default();
                 for step in 0..10_000 {
-                    let found = stragglers.step(&noisy(seed, step, ranks, ms));
+                    let found = job.step(&noisy(seed, step, ranks, ms));
                     assert_eq!(found, [], "{ranks} ranks, {ms} ms, step {step}");
                 }
             }
@@ -115,7 +139,7 @@ mod tests {
     fn a_rank_slowed_twofold_is_named_once_within_twenty_steps() {
         for ranks in &WORLDS[1..] {
             for slow in 0..*ranks {
-                let mut stragglers = Stragglers::default();
+                let mut job = Job::default();
                 let mut events = Vec::new();
                 for step in 1..=500 {
                     let mut times = noisy(7, step, *ranks, 40.0);
@@ -123,7 +147,7 @@ mod tests {
                     if (101..=200).contains(&step) || step > 300 {
                         times[slow] *= 2.0;
                     }
-                    events.extend(stragglers.step(&times).into_iter().map(|found| (step, found)));
+                    events.extend(job.step(&times).into_iter().map(|found| (step, found)));
                 }
                 assert_eq!(events.len(), 2, "{events:?}");
                 for (&(step, found), begun) in events.iter().zip([100, 300]) {
@@ -138,25 +162,25 @@ mod tests {
     #[test]
     fn one_rank_alone_and_a_world_that_slows_together_are_no_stragglers() {
         for ranks in WORLDS {
-            let mut stragglers = Stragglers::default();
+            let mut job = Job::default();
             for step in 0..200 {
                 let ms = if ranks == 1 && step % 40 > 20 { 400.0 } else { 40.0 + step as f64 };
-                assert_eq!(stragglers.step(&vec![ms; ranks]), []);
+                assert_eq!(job.step(&vec![ms; ranks]), []);
             }
         }
     }
 
     #[test]
     fn half_the_ranks_may_be_slow() {
-        let mut stragglers = Stragglers::default();
+        let mut job = Job::default();
         let found: Vec<usize> =
-            (0..20).flat_map(|_| stragglers.step(&[90.0, 40.0, 90.0, 40.0])).map(|found| found.rank).collect();
+            (0..20).flat_map(|_| job.step(&[90.0, 40.0, 90.0, 40.0])).map(|found| found.rank).collect();
         assert_eq!(found, [0, 2]);
     }
 
     #[test]
     fn a_few_milliseconds_are_nobodys_fault() {
-        let mut stragglers = Stragglers::default();
-        assert!((0..50).all(|_| stragglers.step(&[3.0, 7.0, 3.0]).is_empty()));
+        let mut job = Job::default();
+        assert!((0..50).all(|_| job.step(&[3.0, 7.0, 3.0]).is_empty()));
     }
 }

@@ -241,6 +241,13 @@ pub fn copy_folder(from: &Path, to: &Path) {
 
 /// The content of every file below a folder by its relative path, except what every start touches: logs, heartbeats.
 pub fn snapshot(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut files = files(folder);
+    files.retain(|name, _| !name.starts_with("logs/") && !name.starts_with("heartbeats/"));
+    files
+}
+
+/// The content of every file below a folder by its relative path.
+pub fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
     let mut files = BTreeMap::new();
     let mut folders = vec![folder.to_owned()];
     while let Some(next) = folders.pop() {
@@ -254,7 +261,6 @@ pub fn snapshot(folder: &Path) -> BTreeMap<String, Vec<u8>> {
             }
         }
     }
-    files.retain(|name, _| !name.starts_with("logs/") && !name.starts_with("heartbeats/"));
     files
 }
 

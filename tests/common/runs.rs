@@ -7,6 +7,8 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use lockstep::watch::heartbeats::{self, Heartbeat};
+
 use super::{binary, sample};
 
 /// Steps of milliseconds, and far too many to finish.
@@ -170,9 +172,8 @@ impl<'a> Going<'a> {
     #[track_caller]
     pub fn trains(&mut self, rank: usize) -> (u32, String) {
         let dir = self.run.dir.clone();
-        self.until("it trains", || heartbeat(&dir, rank, "step").filter(|(step, _)| *step >= 3));
-        let (pid, host) = heartbeat(&dir, rank, "pid").unwrap();
-        (u32::try_from(pid).unwrap(), host)
+        let beat = self.until("it trains", || heartbeat(&dir, rank).filter(|beat| beat.step >= 3));
+        (beat.pid, beat.host)
     }
 }
 
@@ -186,12 +187,9 @@ impl Drop for Going<'_> {
     }
 }
 
-/// A number from a rank's heartbeat, and the rank's node.
-fn heartbeat(dir: &Path, rank: usize, field: &str) -> Option<(u64, String)> {
-    let text = fs::read(dir.join(format!("heartbeats/rank-{rank:04}.json"))).ok()?;
-    let value: serde_json::Value = serde_json::from_slice(&text).ok()?;
-    assert_eq!(value["rank"].as_u64(), Some(rank as u64));
-    Some((value[field].as_u64()?, value["host"].as_str()?.to_owned()))
+/// What a rank is doing.
+pub fn heartbeat(dir: &Path, rank: usize) -> Option<Heartbeat> {
+    heartbeats::all(&dir.join("heartbeats")).remove(&rank)
 }
 
 fn is_alive(dir: &Path) -> bool {

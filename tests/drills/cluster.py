@@ -4,7 +4,6 @@ No job is submitted twice: whatever happens to it, the job must requeue itself, 
 """
 
 import csv
-import json
 import os
 import shutil
 import signal
@@ -17,6 +16,7 @@ from pathlib import Path
 from drills.lab import BINARY, GONE_S, ROOT, Drill, Lab
 from outcomes import Failed, NotRun
 from processes import until
+from runs import heartbeat
 from virtual_cluster import Cluster
 
 # The nodes send so slowly that a step takes a third of a second but hardly any CPU time.
@@ -133,9 +133,7 @@ class Job:
 
     def beat(self, rank):
         """A rank's heartbeat, which tells what it is doing; None if it has none."""
-        with suppress(OSError, ValueError):
-            return json.loads((self.run.dir / f"heartbeats/rank-{rank:04}.json").read_text())
-        return None
+        return heartbeat(self.run.dir, rank)
 
     def goes_on_for(self, steps):
         """Waits for some more steps and a new checkpoint."""

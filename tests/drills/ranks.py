@@ -16,7 +16,7 @@ import numpy as np
 
 from drills.lab import GONE_S, Drill, Run
 from outcomes import Failed, NotRun
-from runs import CURVE
+from runs import CURVE, heartbeat
 
 # Steps are long enough to kill a rank in one. The deadline is too long to end ranks that others
 # should end.
@@ -51,9 +51,8 @@ def kill_at_random(lab, times):
 
 def phase(run, rank):
     """What a rank is doing, by its last heartbeat."""
-    with suppress(OSError, ValueError):
-        return json.loads((run.dir / f"heartbeats/rank-{rank:04}.json").read_text())["phase"]
-    return None
+    beat = heartbeat(run.dir, rank)
+    return beat and beat["phase"]
 
 
 def evaluated(run):
@@ -318,7 +317,7 @@ def signal_at_random(lab, times):
     run = lab.run("asked", 2)
     for _ in range(times):
         before = stops(run)
-        run.start()
+        run.start("-v")  # so that rank 1 has a log, too
         to, number = lab.random.choice([None, 0, 1]), lab.random.choice(ASKING)
         time.sleep(lab.random.uniform(0, whole))
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the emulated GPU's three libraries into the folder $1, from the sources beside this script, against the
+# Builds the emulated GPU's libraries into the folder $1, from the sources beside this script, against the
 # LibTorch that LIBTORCH names. Does nothing if they are newer than their sources.
 
 set -euo pipefail
@@ -8,19 +8,28 @@ out=$1
 mkdir -p "$out"
 
 compile() {
-  local source=$1 library=$2
-  shift 2
-  if [[ $out/$library -nt $here/$source && $out/$library -nt $here/gpu.h && $out/$library -nt $here/build.sh ]]; then
-    return
-  fi
-  "${CXX:-c++}" -std=c++17 -O1 -Wall -Wextra -fPIC -shared "$here/$source" -o "$out/$library.new" \
+  local library=$1 sources=() source newest
+  shift
+  while [[ ${1-} == *.cpp ]]; do
+    sources+=("$here/$1")
+    shift
+  done
+  newest=$out/$library
+  for source in "${sources[@]}" "$here"/{gpu.h,build.sh}; do
+    [[ $newest -nt $source ]] || newest=
+  done
+  [[ -z $newest ]] || return 0
+  "${CXX:-c++}" -std=c++17 -O1 -Wall -Wextra -fPIC -shared "${sources[@]}" -o "$out/$library.new" \
     -Wl,-soname,"$library" -L"$out" -Wl,-rpath,"\$ORIGIN" "$@"
   mv "$out/$library.new" "$out/$library"
 }
 
-compile driver.cpp libcuda.so.1 -pthread -ldl
+compile libcuda.so.1 driver.cpp kernels.cpp -U_FORTIFY_SOURCE -pthread -ldl
 ln -sfn libcuda.so.1 "$out/libcuda.so"
-compile nccl.cpp libnccl.so -l:libcuda.so.1 -pthread
-compile torch_cuda.cpp libtorch_cuda.so -isystem "$LIBTORCH/include" -L"$LIBTORCH/lib" -ltorch_cpu -lc10 -l:libcuda.so.1 \
+compile libnvrtc.so.13 nvrtc.cpp -l:libcuda.so.1
+ln -sfn libnvrtc.so.13 "$out/libnvrtc.so"
+ln -sfn libnvrtc.so.13 "$out/libnvrtc-builtins.so.13.99"
+compile libnccl.so nccl.cpp -l:libcuda.so.1 -pthread
+compile libtorch_cuda.so torch_cuda.cpp -isystem "$LIBTORCH/include" -L"$LIBTORCH/lib" -ltorch_cpu -lc10 -l:libcuda.so.1 \
   -D_GLIBCXX_USE_CXX11_ABI="${LIBTORCH_CXX11_ABI:-1}"
-cp -u "$here/operators.txt" "$out"
+cp -u "$here"/{operators.txt,kernel.h} "$out"

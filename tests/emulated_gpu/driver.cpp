@@ -16,9 +16,11 @@
 #include <mutex>
 #include <sstream>
 #include <thread>
-#include <unistd.h>
 
 #include <dlfcn.h>
+#include <elf.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 namespace gpu {
 namespace {
@@ -50,6 +52,7 @@ auto& mutex = *new std::recursive_mutex;
 auto& changed = *new std::condition_variable_any;
 Clock host;
 std::map<uintptr_t, Access> accesses;  // by the first byte; no two overlap
+std::map<uintptr_t, size_t> allocations;
 
 const char* variable(const char* name) {
   const char* value = getenv(name);
@@ -229,6 +232,14 @@ void count(const std::string& what, int64_t by) {
   figures.all[what] += by;
 }
 
+bool count_launches = false;
+
+void count_launch(const std::string& what, int64_t bytes) {
+  if (!count_launches || !bytes) return;  // nothing is launched for nothing
+  count("launches of " + what);
+  count("bytes of " + what, bytes);
+}
+
 namespace {
 
 // The numbers of the machine's GPUs that this process sees.
@@ -304,8 +315,23 @@ void wait_for(Stream* stream) {
   learn(stream, stream->clock);
 }
 
+void allocated(const Range& range) {
+  std::lock_guard lock(mutex);
+  allocations[reinterpret_cast<uintptr_t>(range.start)] = range.length;
+}
+
+Range allocation(const void* memory) {
+  std::lock_guard lock(mutex);
+  auto address = reinterpret_cast<uintptr_t>(memory);
+  auto place = allocations.upper_bound(address);
+  if (place == allocations.begin()) return {nullptr, 0};
+  auto [start, length] = *--place;
+  return address < start + length ? Range{reinterpret_cast<void*>(start), length} : Range{nullptr, 0};
+}
+
 void freed(Stream* stream, const Range& range) {
   std::lock_guard lock(mutex);
+  allocations.erase(reinterpret_cast<uintptr_t>(range.start));
   // The next user of these bytes is launched after this.
   join(stream->clock, host);
   check(stream, "freeing a buffer", range);
@@ -371,7 +397,7 @@ using namespace gpu;
 // CUDA's driver interface, as far as Lockstep calls it. Results are CUresult's numbers.
 extern "C" {
 
-enum { SUCCESS = 0, INVALID_VALUE = 1, NO_DEVICE = 100, INVALID_DEVICE = 101, FILE_NOT_FOUND = 301, INVALID_HANDLE = 400,
+enum { SUCCESS = 0, INVALID_VALUE = 1, NO_DEVICE = 100, INVALID_DEVICE = 101, INVALID_IMAGE = 200, INVALID_HANDLE = 400,
        NOT_FOUND = 500, NOT_READY = 600, SYSTEM_DRIVER_MISMATCH = 803 };
 
 static int device_of(void* context) { return static_cast<int>(reinterpret_cast<intptr_t>(context)) - 1; }
@@ -390,6 +416,10 @@ int cuDeviceGet(int* device, int ordinal) {
 int cuDeviceGetName(char* name, int length, int) { return snprintf(name, length, "Emulated GPU"), SUCCESS; }
 int cuDeviceTotalMem_v2(size_t* bytes, int) { return *bytes = size_t(1) << 34, SUCCESS; }
 int cuMemGetInfo_v2(size_t* free, size_t* total) { return *free = *total = size_t(1) << 34, SUCCESS; }
+int cuMemAlloc_v2(void** memory, size_t bytes) {
+  allocated({*memory = aligned_alloc(512, (bytes + 511) / 512 * 512), bytes});
+  return SUCCESS;
+}
 int cuDeviceGetAttribute(int* value, int attribute, int device) {
   enum { PCI_BUS_ID = 33, PCI_DEVICE_ID = 34, PCI_DOMAIN_ID = 50, MAJOR = 75, MINOR = 76 };
   *value = attribute == PCI_BUS_ID ? 16 + physical(device) : attribute == MAJOR ? 9 : 0;
@@ -399,7 +429,7 @@ int cuDeviceGetAttribute(int* value, int attribute, int device) {
 int cuGetErrorName(int error, const char** name) {
   static const std::map<int, const char*> names = {
       {INVALID_VALUE, "CUDA_ERROR_INVALID_VALUE"}, {NO_DEVICE, "CUDA_ERROR_NO_DEVICE"},
-      {INVALID_DEVICE, "CUDA_ERROR_INVALID_DEVICE"}, {FILE_NOT_FOUND, "CUDA_ERROR_SHARED_OBJECT_SYMBOL_NOT_FOUND"},
+      {INVALID_DEVICE, "CUDA_ERROR_INVALID_DEVICE"}, {INVALID_IMAGE, "CUDA_ERROR_INVALID_IMAGE"},
       {INVALID_HANDLE, "CUDA_ERROR_INVALID_HANDLE"}, {NOT_FOUND, "CUDA_ERROR_NOT_FOUND"},
       {NOT_READY, "CUDA_ERROR_NOT_READY"}, {SYSTEM_DRIVER_MISMATCH, "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH"}};
   auto found = names.find(error);
@@ -509,23 +539,36 @@ int cuStreamSynchronize(void* on) {
   return cuEventSynchronize(&event);
 }
 
-// The program's own kernels, compiled for the CPU. An image is the path of a shared library, in which a kernel is a
-// function of its name, with arguments (grid, block, parameters), that does the work of the whole grid.
+// The program's own kernels, compiled for the CPU by nvrtc.cpp: an image is a shared library's bytes, in which launch_NAME
+// calls the kernel NAME for one thread.
 int cuModuleLoadData(void** module, const void* image) {
-  *module = dlopen(static_cast<const char*>(image), RTLD_NOW | RTLD_LOCAL);
-  return *module ? SUCCESS : FILE_NOT_FOUND;
+  Elf64_Ehdr header;
+  memcpy(&header, image, sizeof header);
+  if (memcmp(header.e_ident, ELFMAG, SELFMAG) || header.e_type != ET_DYN) return INVALID_IMAGE;
+  auto length = header.e_shoff + size_t(header.e_shentsize) * header.e_shnum;
+  int file = memfd_create("kernels", 0);
+  if (file < 0 || write(file, image, length) != static_cast<ssize_t>(length)) fail("no memory for a module");
+  *module = dlopen(("/proc/self/fd/" + std::to_string(file)).c_str(), RTLD_NOW | RTLD_LOCAL);
+  close(file);
+  return *module ? SUCCESS : INVALID_IMAGE;
 }
 int cuModuleUnload(void* module) { return dlclose(module), SUCCESS; }
+
+struct Kernel {
+  std::string name;
+  void (*function)(void**);
+};
 int cuModuleGetFunction(void** function, void* module, const char* name) {
-  *function = dlsym(module, name);
-  return *function ? SUCCESS : NOT_FOUND;
+  auto* found = dlsym(module, (std::string("launch_") + name).c_str());
+  if (!found) return NOT_FOUND;
+  return *function = new Kernel{name, reinterpret_cast<void (*)(void**)>(found)}, SUCCESS;
 }
 int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned,
                    void* on, void** parameters, void**) {
   if (on) fail("a kernel of the program's own runs beside LibTorch's; only the default stream is emulated for them");
   const unsigned grid[] = {gx, gy, gz}, block[] = {bx, by, bz};
-  launch(default_stream(current_device()), "a kernel", {});
-  reinterpret_cast<void (*)(const unsigned*, const unsigned*, void**)>(function)(grid, block, parameters);
+  auto& kernel = *static_cast<Kernel*>(function);
+  run_kernel(kernel.name, kernel.function, grid, block, parameters);
   return SUCCESS;
 }
 

@@ -1,4 +1,4 @@
-// What the three libraries of the emulated GPU share; driver.cpp implements it.
+// What the libraries of the emulated GPU share; driver.cpp and kernels.cpp implement it.
 //
 // The emulated GPU's memory is the host's. An operator runs when LibTorch launches it; a collective runs later, on its
 // stream's own thread. A real GPU runs both whenever it likes. To test that this is safe, every memory access is
@@ -36,6 +36,11 @@ bool fault_is_set(const std::string& name);
 // Adds to a figure of this process. At its end, rank 0 writes all of its figures to the file EMULATED_GPU_LOG.
 void count(const std::string& what, int64_t by = 1);
 
+// Adds a launch and the bytes that it moves to the figures, once the first batch has come: what is measured before takes as
+// many as it has time for.
+void count_launch(const std::string& what, int64_t bytes);
+extern bool count_launches;
+
 // The number of GPUs that this process sees, by CUDA_VISIBLE_DEVICES and EMULATED_GPU_DEVICES; a GPU's number on the
 // machine; and the GPU that is current for this thread, like a driver's context.
 int device_count();
@@ -56,8 +61,15 @@ void read(Stream* stream, const std::string& what, const Range& range);
 void wait_for(Stream* stream);
 // or on every stream.
 void synchronize();
+// A tensor's memory, from its making until `freed`; and which a byte belongs to, of length 0 if to none.
+void allocated(const Range& range);
+Range allocation(const void* memory);
 // Returns memory to the pool from which the default stream takes it; fails if another stream may still use it.
 void freed(Stream* stream, const Range& range);
+
+// Runs a kernel of the program's own on the default stream: `function` is one thread's work.
+void run_kernel(const std::string& name, void (*function)(void**), const unsigned* grid, const unsigned* block,
+                void** parameters);
 
 // Gives a made stream's thread some work, which returns whether it was done. If not, the stream is broken, and the work
 // after it stays undone until `release`.

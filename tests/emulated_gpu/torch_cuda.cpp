@@ -20,6 +20,8 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <ATen/native/transformers/attention.h>
+#include <ATen/ops/_scaled_dot_product_flash_attention_for_cpu.h>
+#include <ATen/ops/_scaled_dot_product_flash_attention_for_cpu_backward.h>
 #include <ATen/ops/_reshape_alias_native.h>
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/view_native.h>
@@ -85,6 +87,7 @@ c10::DataPtr Allocator::allocate(size_t n) {
   std::lock_guard lock(mutex);
   blocks[memory] = {size, device};
   stats[device].allocated_bytes[0].increase(size);
+  gpu::allocated({memory, size});
   return {memory, memory, &deleter, place};
 }
 
@@ -239,6 +242,14 @@ void check_determinism(const std::string& name, const std::vector<IValue>& argum
               "CUBLAS_WORKSPACE_CONFIG=:4096:8 before it is loaded");
 }
 
+// The bytes of a tensor's elements; those of an expanded one are fewer than it has elements.
+int64_t size(const Tensor& tensor) {
+  return static_cast<int64_t>(std::min<size_t>(range(tensor).length, tensor.numel() * tensor.element_size()));
+}
+
+
+bool begins(const std::string& name, const char* with) { return name.rfind(with, 0) == 0; }
+
 // Runs one of the device's operators with the CPU's kernel.
 struct Call {
   Call(const c10::OperatorHandle& op, torch::jit::Stack* stack) : op(op), stack(stack), name(c10::toString(op.operator_name())) {}
@@ -248,8 +259,9 @@ struct Call {
   DeviceIndex device = -1;
   std::vector<gpu::Range> touched;
   std::vector<std::pair<Tensor, Tensor>> written;  // (the device's, the host's)
+  std::vector<int64_t> reads, writes;              // bytes
 
-  Tensor argument(const Tensor& tensor, bool writes) {
+  Tensor argument(const Tensor& tensor, const c10::Argument& what) {
     if (!tensor.defined()) return tensor;
     if (!tensor.is_cuda()) {
       // A scalar may come from the CPU, and so may indices of an assignment. LibTorch refuses anything else.
@@ -261,9 +273,12 @@ struct Call {
                 " was given ones on two GPUs");
     device = tensor.device().index();
     touched.push_back(range(tensor));
+    bool changes = what.alias_info() && what.alias_info()->isWrite();
+    if (!what.is_out()) reads.push_back(size(tensor));
+    if (changes) writes.push_back(size(tensor));
     // An empty result is one that will be resized.
-    auto host = writes && !tensor.numel() ? at::empty({0}, tensor.options().device(at::kCPU)) : on_host(tensor);
-    if (writes) written.emplace_back(tensor, host);
+    auto host = changes && !tensor.numel() ? at::empty({0}, tensor.options().device(at::kCPU)) : on_host(tensor);
+    if (changes) written.emplace_back(tensor, host);
     return host;
   }
 
@@ -274,29 +289,40 @@ struct Call {
     auto mine = device_empty(host.sizes(), host.strides(), host.scalar_type());
     on_host(mine).copy_(host);
     gpu::touch(stream(device), name, range(mine));
+    writes.push_back(size(mine));
     return mine;
   }
 
+  // Bytes that a GPU moves for this operator, each operand once.
+  int64_t bytes() {
+    // Of their first tensor these touch as much as their result, or what they add to it, has.
+    if (begins(name, "aten::gather") || begins(name, "aten::index_select")) reads[0] = writes.at(0);
+    if (begins(name, "aten::scatter_add") || begins(name, "aten::index_add")) reads[0] = writes.at(0) = reads.back();
+    if (begins(name, "aten::zero_") || begins(name, "aten::fill_")) reads.clear();
+    int64_t sum = 0;
+    for (auto* all : {&reads, &writes})
+      for (auto n : *all) sum += n;
+    return sum;
+  }
+
   void run() {
-    gpu::count("operators");
     if (!has_kernel(name)) gpu::fail("LibTorch has no CUDA kernel for %s, or the emulation lacks it", name.c_str());
     auto& schema = op.schema();
     size_t n = schema.arguments().size(), begin = stack->size() - n;
     check_determinism(name, {stack->begin() + begin, stack->end()});
     for (size_t i = 0; i < n; i++) {
       IValue& value = (*stack)[begin + i];
-      auto* alias = schema.arguments()[i].alias_info();
-      bool writes = alias && alias->isWrite();
+      auto& what = schema.arguments()[i];
       if (value.isTensor()) {
-        value = argument(value.toTensor(), writes);
+        value = argument(value.toTensor(), what);
       } else if (value.isTensorList()) {
         std::vector<Tensor> list;
-        for (auto& tensor : value.toTensorVector()) list.push_back(argument(tensor, writes));
+        for (auto& tensor : value.toTensorVector()) list.push_back(argument(tensor, what));
         value = list;
       } else if (value.isOptionalTensorList()) {
         c10::List<std::optional<Tensor>> list;
         for (std::optional<Tensor> tensor : value.toOptionalTensorList())
-          list.push_back(tensor ? std::optional(argument(*tensor, writes)) : tensor);
+          list.push_back(tensor ? std::optional(argument(*tensor, what)) : tensor);
         value = list;
       } else if (value.isDevice()) {
         value = Device(at::kCPU);
@@ -322,6 +348,7 @@ struct Call {
         value = list;
       }
     }
+    gpu::count_launch(name, bytes());
   }
 };
 
@@ -351,6 +378,10 @@ Tensor& copy_(Tensor& self, const Tensor& source, bool non_blocking) {
   for (const Tensor& tensor : {std::cref<Tensor>(self), std::cref(source)})
     if (tensor.is_cuda()) touched.push_back(range(tensor));
   gpu::launch(stream(device), "aten::copy_", touched);
+  // A batch is the first that comes from pinned memory.
+  if (non_blocking && source.is_pinned()) gpu::count_launches = true;
+  bool moves = self.is_cuda() && source.is_cuda();
+  gpu::count_launch(moves ? "aten::copy_" : "a copy to the device", size(self) + (moves ? size(source) : 0));
   on_host(self).copy_(on_host(source));
   if (!source.is_cuda() && !(non_blocking && source.is_pinned())) gpu::wait_for(stream(device));
   return self;
@@ -361,7 +392,41 @@ at::Scalar item(const Tensor& tensor) {
   return on_host(tensor).item();
 }
 
-// Computes attention with plain mathematics, and counts which kernel a Hopper GPU would have chosen.
+// Runs `work` with the CPU's tensors of `inputs`, as the operator `name`, and returns its results on the device. It moves so
+// many bytes besides them.
+std::vector<Tensor> run(const char* name, const std::vector<Tensor>& inputs, int64_t bytes,
+                        const std::function<std::vector<Tensor>(const std::vector<Tensor>&)>& work) {
+  auto device = inputs[0].device().index();
+  std::vector<gpu::Range> touched;
+  std::vector<Tensor> hosts, results;
+  for (auto& input : inputs) touched.push_back(range(input)), hosts.push_back(on_host(input)), bytes += size(input);
+  gpu::current_device() = device;
+  gpu::launch(stream(device), name, touched);
+  for (auto& host : work(hosts)) {
+    auto mine = device_empty(host.sizes(), host.strides(), host.scalar_type());
+    on_host(mine).copy_(host);
+    gpu::touch(stream(device), name, range(mine));
+    results.push_back(mine), bytes += size(mine);
+  }
+  gpu::count_launch(name, bytes);
+  return results;
+}
+
+// The CPU has no product of bf16 matrices that is added to fp32 ones.
+Tensor& addmm_dtype_out(const Tensor& self, const Tensor& a, const Tensor& b, at::ScalarType type, const at::Scalar& beta,
+                        const at::Scalar& alpha, Tensor& out) {
+  TORCH_CHECK(self.is_same(out) && type == at::kFloat && a.scalar_type() == at::kBFloat16, "the emulation adds in place only");
+  check_determinism("aten::addmm.out", {});
+  run("aten::addmm.dtype_out", {self, a, b}, size(out), [&](auto& in) -> std::vector<Tensor> {
+    Tensor sum = in[0];
+    sum.addmm_(in[1].to(type), in[2].to(type), beta, alpha);
+    return {};
+  });
+  return out;
+}
+
+// Computes attention in one operator if the CPU can, as a GPU would in bf16, else with plain mathematics. Counts which kernel
+// a Hopper GPU would have chosen.
 int64_t choose_attention(const Tensor& query, const Tensor&, const Tensor&, const std::optional<Tensor>&, double dropout,
                          bool, std::optional<double>, bool) {
   auto& context = at::globalContext();
@@ -369,7 +434,30 @@ int64_t choose_attention(const Tensor& query, const Tensor&, const Tensor&, cons
   bool cudnn = half && context.userEnabledCuDNNSDP() && !context.deterministicAlgorithms() && query.size(3) % 8 == 0;
   gpu::count(cudnn ? "attention_cudnn" : half ? "attention_flash" : "attention_efficient");
   if (cudnn && dropout * 16 != static_cast<int>(dropout * 16)) gpu::fail("cuDNN's attention rounds a dropout of %g", dropout);
-  return static_cast<int64_t>(at::SDPBackend::math);
+  return static_cast<int64_t>(half && dropout == 0 ? at::SDPBackend::flash_attention : at::SDPBackend::math);
+}
+
+using Flash = std::tuple<Tensor, Tensor, Tensor, Tensor, c10::SymInt, c10::SymInt, Tensor, Tensor, Tensor>;
+
+Flash flash_attention(const Tensor& q, const Tensor& k, const Tensor& v, double, bool causal, bool, std::optional<double> scale) {
+  auto done = run("attention", {q, k, v}, 0, [&](auto& in) -> std::vector<Tensor> {
+    auto [out, sums] = at::_scaled_dot_product_flash_attention_for_cpu(in[0], in[1], in[2], 0.0, causal, {}, scale);
+    return {out, sums};
+  });
+  auto none = at::empty({0}, at::kLong);
+  return {done[0], done[1], Tensor(), Tensor(), q.size(2), k.size(2), none, none, Tensor()};
+}
+
+std::tuple<Tensor, Tensor, Tensor> flash_attention_backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v,
+                                                            const Tensor& out, const Tensor& sums, const Tensor&, const Tensor&,
+                                                            c10::SymInt, c10::SymInt, double, bool causal, const Tensor&,
+                                                            const Tensor&, std::optional<double> scale) {
+  auto done = run("attention, backward", {grad, q, k, v, out, sums}, 0, [&](auto& in) -> std::vector<Tensor> {
+    auto [dq, dk, dv] = at::_scaled_dot_product_flash_attention_for_cpu_backward(in[0], in[1], in[2], in[3], in[4], in[5], 0.0,
+                                                                                 causal, {}, scale);
+    return {dq, dk, dv};
+  });
+  return {done[0], done[1], done[2]};
 }
 
 TORCH_LIBRARY_IMPL(_, CUDA, library) { library.fallback(torch::CppFunction::makeFromBoxedFunction<&fallback>()); }
@@ -381,6 +469,11 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
   library.impl("_reshape_alias", at::native::_reshape_alias);
   library.impl("copy_", copy_);
   library.impl("_local_scalar_dense", item);
+  // LibTorch would compute these on a device of its own kind by other operators.
+  library.impl("native_layer_norm", torch::CppFunction::makeFromBoxedFunction<&fallback>());
+  library.impl("addmm.dtype_out", addmm_dtype_out);
+  library.impl("_scaled_dot_product_flash_attention", flash_attention);
+  library.impl("_scaled_dot_product_flash_attention_backward", flash_attention_backward);
 }
 
 struct Registered {

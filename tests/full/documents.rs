@@ -29,9 +29,9 @@ const LEFT: [&str; 9] = [
     "data/wikitext-2/meta.json",
     "data/wikitext-103-raw-gpt2/meta.json",
     "runs/wikitext2/checkpoints/step-00000004/model.safetensors",
-    "runs/wikitext2/logs/rank-0001.log",
+    "runs/wikitext2/logs/rank-0000.log",
     "runs/wikitext2/plots/loss.png",
-    "runs/four-ranks/logs/rank-0003.log",
+    "runs/four-ranks/logs/rank-0000.log",
     "runs/comparison/ppl.png",
     "runs/by-hours/step_time.svg",
     "runs/comparison/report.html",
@@ -116,7 +116,7 @@ fn substituted(command: &str) -> String {
         .replace("--steps 50 --devices cpu,cuda", "--steps 2 --devices cpu")
         .replace(
             "configs/gpt2-124m.yaml",
-            "configs/gpt2-124m.yaml --set model.preset=gpt-nano --set data.batch_size=2",
+            "configs/gpt2-124m.yaml --set model.preset=gpt-nano --set data.batch_size=2 --set data.micro_batch=1",
         );
     assert!(!run.contains("--source wikitext"), "{command}: this test downloads nothing, tell it what to read");
     if let Some((before, after)) = run.split_once("train.steps=") {

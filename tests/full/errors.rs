@@ -42,7 +42,7 @@ fn text_that_cannot_be_prepared_is_refused() {
     let parts = ["found train.txt without valid.txt and test.txt", "a single file", "--valid 5%"];
     work.lockstep(&format!("{command} one")).fails(3, &parts);
     let refused = |more: &str, parts: &[&str]| work.lockstep(&format!("{command} {more}")).fails(2, parts);
-    refused("one/train.txt", &["--source one/train.txt: a file has no validation split", "--valid 5%"]);
+    refused("one/train.txt", &["--source one/train.txt: nothing is set aside for validation", "--valid 5%"]);
     refused("one/train.txt --valid 60% --test 40%", &["--valid and --test leave nothing to train on"]);
     refused("one/train.txt --valid 5", &["--valid", "a percentage, for example 5%"]);
     refused("text --valid 5%", &["--valid and --test split a file; text has splits of its own"]);

@@ -176,7 +176,11 @@ fn assert_alike(python: &Python, work: &Workspace, pairs: &[Pair]) {
         assert_eq!(said["special"], json!([end, end, end]), "{folder}");
         if !is_rounded {
             let greedy = Sampling { temperature: 0.0, top_k: None, top_p: None, seed: 0 };
-            assert_eq!(said["greedy"], json!(generate(&model, &[prompt], 64, &greedy, end)[0]), "{folder}");
+            assert_eq!(
+                said["greedy"],
+                json!(generate(&model, &[prompt], 64, &greedy, end, Kind::Float)[0]),
+                "{folder}"
+            );
         }
     }
 }

@@ -9,6 +9,7 @@ mod documents;
 mod dry_run;
 mod errors;
 mod hugging_face;
+mod kernels;
 mod lease;
 mod resume;
 mod tensorboard;

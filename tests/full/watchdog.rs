@@ -9,8 +9,10 @@ use std::time::Duration;
 
 use lockstep::data::sample;
 use lockstep::data::wikitext::Split;
+use lockstep::watch::heartbeats::Heartbeat;
+use lockstep::watch::Phase;
 
-use crate::common::runs::{fifo, last_step, says, signal, Going, Run, ENDLESS};
+use crate::common::runs::{fifo, heartbeat, last_step, says, signal, Going, Run, ENDLESS};
 use crate::common::{binary, finish, in_memory, rows, sample};
 
 /// Linux's flag for opening a file without blocking.
@@ -101,9 +103,8 @@ fn ranks_that_were_all_stopped_for_longer_than_the_deadline_go_on() {
     let pids = [0, 1].map(|rank| going.trains(rank).0);
     // Like `scontrol suspend`, but while rank 0 waits for rank 1.
     signal("STOP", pids[1]);
-    let waits = r#""phase":"exchange""#;
-    let beat = run.dir.join("heartbeats/rank-0000.json");
-    going.until("rank 0 waits", || fs::read_to_string(&beat).ok()?.contains(waits).then_some(()));
+    let waits = |beat: Heartbeat| (beat.phase == Phase::Exchange).then_some(());
+    going.until("rank 0 waits", || heartbeat(&run.dir, 0).and_then(waits));
     signal("STOP", pids[0]);
     // Longer than the watchdog allows.
     sleep(Duration::from_secs(12));

@@ -16,7 +16,7 @@ fn what_it_says_is_what_the_run_does() {
     let parameters = embeddings + 2 * block + 2 * 32;
     for line in [
         format!("parameters  {parameters}, of which {embeddings} are embeddings\n"),
-        "8 sequences a step: 1 ranks x 4 micro-steps x 2 sequences of at most 32 tokens\n".into(),
+        "8 sequences a step: 1 x 4 x 2 (ranks, micro-steps, sequences of at most 32 tokens)\n".into(),
         "length      8 steps, 2.05 k tokens, ".into(),
         // Steps 3, 6 and 8.
         format!("B for a checkpoint, {:.2} MB for the 3 ", 36.0 * f64::from(parameters) / 1e6),

@@ -145,6 +145,7 @@ fn settings_that_hardly_anybody_means_are_said_once() {
 
     let work = Workspace::new();
     let odd = "--set optim.warmup_steps=2000 --set data.block_size=16384 --set data.batch_size=2 --set model.n_embd=2";
+    work.train("planned", &format!("{odd} --dry-run")).ok().says(&["optim.warmup_steps is 2000"]);
     let said = work.train("run", &format!("{odd} --set train.steps=1"));
     let parts = ["optim.warmup_steps is 2000", "data.block_size is 16384, the validation split has "];
     let said = said.ok().says(&parts);
@@ -284,7 +285,6 @@ fn a_prompt_outside_the_vocabulary_is_refused() {
         ("--top-p 1.5", ["--top-p", "above 0 to 1"]),
         ("--tokens many", ["many", "--tokens"]),
     ] {
-        let option = option.replace(' ', "=");
         work.lockstep(&format!("generate --run-dir run --prompt A {option}")).fails(2, &parts);
     }
 }

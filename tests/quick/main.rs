@@ -16,6 +16,7 @@ mod evaluate;
 mod faults;
 mod golden;
 mod interop;
+mod kernels;
 mod layers;
 mod lease;
 mod libraries;

@@ -116,21 +116,46 @@ fn uncached(model: &Gpt, prompt: &[u32], tokens: usize) -> Vec<u32> {
     row[start..].to_vec()
 }
 
+const GREEDY: Sampling = Sampling { temperature: 0.0, top_k: None, top_p: None, seed: 0 };
+
 #[test]
 fn generation_equals_the_uncached_result_over_and_past_the_block() {
     let _turn = generator();
     let model = model(SMALL);
-    let greedy = Sampling { temperature: 0.0, top_k: None, top_p: None, seed: 0 };
     let prompts: Vec<Vec<u32>> = vec![vec![3, 1, 4], vec![9], (0..30).collect(), vec![7; 12]];
     for prompt in &prompts {
-        let alone = generate(&model, std::slice::from_ref(prompt), 40, &greedy, 0);
+        let alone = generate(&model, std::slice::from_ref(prompt), 40, &GREEDY, 0, Kind::Float);
         assert_eq!(alone, [uncached(&model, prompt, 40)], "prompt {prompt:?}");
     }
     // A batch continues each prompt as if it were alone, as long as all fit the block.
     let short = &prompts[..2];
-    let together = generate(&model, short, 9, &greedy, 0);
+    let together = generate(&model, short, 9, &GREEDY, 0, Kind::Float);
     for (prompt, continuation) in short.iter().zip(together) {
         assert_eq!(continuation, uncached(&model, prompt, 9));
+    }
+}
+
+#[test]
+fn every_kind_of_model_generates_what_libtorch_computes() {
+    let _turn = generator();
+    let other = Shape { norm: Norm::Post, activation: Activation::Relu, tied_head: false, bias: false, ..SMALL };
+    // One whose rows are odd, and no multiple of any vector's length.
+    let odd = Shape { n_head: 3, n_embd: 33, ..SMALL };
+    for shape in [SMALL, other, odd] {
+        let mut model = model(shape);
+        for kind in [Kind::Float, Kind::BFloat16] {
+            tch::no_grad(|| {
+                for spec in model.parameters.specs.iter().filter(|spec| spec.shape.len() == 2) {
+                    let mut weights = spec.view(&model.parameters.flat);
+                    weights.copy_(&weights.to_kind(kind).to_kind(Kind::Float));
+                }
+            });
+            model.parameters.publish();
+            let prompts: Vec<Vec<u32>> = (0..11).map(|first| vec![first, 5]).collect();
+            for (prompt, continuation) in prompts.iter().zip(generate(&model, &prompts, 10, &GREEDY, 0, kind)) {
+                assert_eq!(continuation, uncached(&model, prompt, 10), "{kind:?}");
+            }
+        }
     }
 }
 
@@ -140,11 +165,11 @@ fn a_seed_fixes_the_samples_and_rows_differ() {
     let model = model(SMALL);
     let sampling = |seed| Sampling { temperature: 1.0, top_k: Some(20), top_p: Some(0.95), seed };
     let prompts = vec![vec![3, 1, 4]; 3];
-    let first = generate(&model, &prompts, 20, &sampling(1), 0);
-    assert_eq!(first, generate(&model, &prompts, 20, &sampling(1), 0));
-    assert_ne!(first, generate(&model, &prompts, 20, &sampling(2), 0));
+    let first = generate(&model, &prompts, 20, &sampling(1), 0, Kind::Float);
+    assert_eq!(first, generate(&model, &prompts, 20, &sampling(1), 0, Kind::Float));
+    assert_ne!(first, generate(&model, &prompts, 20, &sampling(2), 0, Kind::Float));
     assert_ne!(first[0], first[1]);
-    assert_eq!(generate(&model, &[Vec::new()], 3, &sampling(1), 39)[0].len(), 3);
+    assert_eq!(generate(&model, &[Vec::new()], 3, &sampling(1), 39, Kind::Float)[0].len(), 3);
 }
 
 #[test]

@@ -39,7 +39,7 @@ fn a_run_directory_holds_what_is_documented() {
     expected.sort();
     assert_eq!(snapshot(&run).into_keys().collect::<Vec<_>>(), expected);
     assert!(run.join("logs/rank-0000.log").is_file());
-    assert!(run.join("heartbeats/rank-0000.json").is_file());
+    assert!(run.join("heartbeats/node-0000.txt").is_file());
 
     let (columns, rows) = table(&fs::read_to_string(run.join("train.csv")).unwrap());
     assert_eq!(columns.join(","), TRAIN_COLUMNS);

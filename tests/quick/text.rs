@@ -322,7 +322,7 @@ fn splits_may_be_files_of_their_own() {
         from_ref(&train),
         &Choices::default(),
         2,
-        &["my-train.txt: a file has no validation split", "--valid 5%"],
+        &["my-train.txt: nothing is set aside for validation", "--valid 5%"],
     );
     let empty = fresh.write("empty.txt", "");
     fresh.refused(from_ref(&empty), &share(0.5), 3, &["empty.txt", "not a single word"]);

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use lockstep::comm::{even_parts, Comm, Deadlines};
+use lockstep::comm::{even_parts, Comm, Deadlines, Join};
 use lockstep::torch;
 use tch::{Device, Kind, Tensor};
 
@@ -36,6 +36,13 @@ fn passes(ranks: usize, name: &str) {
 fn sums_parts_and_copies_are_right_for_one_to_four_ranks() {
     for ranks in 1..=4 {
         passes(ranks, "a_rank_checks_every_collective");
+    }
+}
+
+#[test]
+fn what_is_small_reaches_every_rank_in_few_messages() {
+    for ranks in [1, 2, 3, 5, 8] {
+        passes(ranks, "a_rank_checks_what_is_small");
     }
 }
 
@@ -132,13 +139,53 @@ fn a_rank_checks_every_collective() {
     comm.all_reduce(&mut whole).unwrap();
     assert_eq!(flat, whole);
 
-    let gathered = comm.gather(&[rank as f64, 0.5]).unwrap();
-    assert_eq!(gathered, (0..n).map(|rank| vec![rank as f64, 0.5]).collect::<Vec<_>>());
-    assert_eq!(comm.gather(&[]).unwrap(), vec![Vec::<f64>::new(); n]);
-    assert_eq!(comm.sum(&[1.0, rank as f64]).unwrap(), [n as f64, (n * (n - 1) / 2) as f64]);
-    assert!(comm.any(rank + 1 == n).unwrap());
-    assert!(!comm.any(false).unwrap());
     comm.barrier(comm.deadlines.step).unwrap();
+}
+
+#[test]
+#[ignore = "one rank of a test above"]
+fn a_rank_checks_what_is_small() {
+    let comm = Comm::start(deadlines(600)).unwrap();
+    let (n, rank) = (comm.world_size, comm.rank);
+    assert_eq!((comm.node, comm.nodes, comm.local_rank), (0, 1, rank));
+    // 0 for one rank, 1 for two, 3 for five to eight.
+    let most = u64::from(n.next_power_of_two().trailing_zeros());
+    let sent = std::cell::Cell::new(comm.messages());
+    let few = |what: &str, times: u64| {
+        let now = comm.messages();
+        assert!(now - sent.replace(now) <= times * most, "{what}: rank {rank} of {n}");
+    };
+
+    let numbers = |rank: usize| vec![rank as f64, 0.5];
+    let all: Vec<Vec<f64>> = (0..n).map(numbers).collect();
+    assert_eq!(comm.gather(&numbers(rank)).unwrap(), all);
+    few("gather", 1);
+    assert_eq!(comm.gather(&[]).unwrap(), vec![Vec::<f64>::new(); n]);
+    few("gather of nothing", 1);
+    assert_eq!(comm.gather_text(&"x".repeat(rank)).unwrap(), (0..n).map(|rank| "x".repeat(rank)).collect::<Vec<_>>());
+    few("gather of text", 2);
+    comm.barrier(comm.deadlines.step).unwrap();
+    few("barrier", 1);
+    assert!(comm.any(rank + 1 == n).unwrap() && !comm.any(false).unwrap());
+    few("any", 2);
+
+    let last = (n - 1) as f64;
+    let nan_but_on_the_last = if rank + 1 == n { -3.0 } else { f64::NAN };
+    let mine = [rank as f64, rank as f64, nan_but_on_the_last, if rank == 0 { f64::NAN } else { 1.0 }];
+    let joins = [Join::Sum, Join::Most, Join::Most, Join::Sum];
+    let (joined, notes) = comm.reduce(&mine, &joins, &numbers(rank)).unwrap();
+    few("reduce", 1);
+    assert_eq!(joined[..3], [last * n as f64 / 2.0, last, -3.0]);
+    assert!(joined[3].is_nan());
+    assert_eq!(notes, if rank == 0 { all.concat() } else { Vec::new() });
+
+    // Of numbers that no float holds: every rank has the bits of every other, and long lists arrive whole.
+    let long: Vec<f64> = (1..=20_000).map(|place| 0.1 * place as f64 * (rank + 1) as f64).collect();
+    let sums = comm.sum(&long).unwrap();
+    few("a long sum", 1);
+    let times = (n * (n + 1) / 2) as f64;
+    assert!((1..=20_000).zip(&sums).all(|(place, sum)| (sum / (0.1 * f64::from(place) * times) - 1.0).abs() < 1e-12));
+    assert!(comm.gather(&sums[..100]).unwrap().iter().all(|theirs| theirs[..] == sums[..100]));
 }
 
 /// 1 + 2^-24 is 1 in fp32, so the sum shows the order of adding.

@@ -26,8 +26,9 @@ impl Place {
         self.folder.path().join("data/train.bin")
     }
 
-    fn start(&self) -> Going<'_> {
-        Going::start(&self.run, &["--set", &format!("data.dir={}", self.folder.path().join("data").display())])
+    fn start(&self, more: &[&str]) -> Going<'_> {
+        let data = format!("data.dir={}", self.folder.path().join("data").display());
+        Going::start(&self.run, &[&["--set", &data], more].concat())
     }
 
     fn logs(&self) -> Vec<String> {
@@ -37,7 +38,7 @@ impl Place {
 
     /// Runs a few steps, changes the shard, and asserts that the run ends with 3 and says this of it.
     fn disturbed(&self, change: impl FnOnce(&File), reason: &str) {
-        let mut going = self.start();
+        let mut going = self.start(&[]);
         going.until("step 2", || (last_step(&self.run.dir) >= 2).then_some(()));
         change(&File::options().write(true).open(self.shard()).unwrap());
         let (code, said) = going.ends();
@@ -68,7 +69,7 @@ fn a_shard_that_is_changed_under_a_run_ends_it_with_3_and_is_named() {
 #[test]
 fn one_rank_of_a_node_verifies_the_data_for_all() {
     let place = Place::new(4);
-    let mut going = place.start();
+    let mut going = place.start(&["-v"]);
     going.until("step 1", || (last_step(&place.run.dir) >= 1).then_some(()));
     let said = going.said();
     assert!(said.contains("rank 0 verifies ") && said.contains("for ranks [0, 1, 2, 3]"), "{said}");
@@ -84,7 +85,7 @@ fn one_rank_of_a_node_verifies_the_data_for_all() {
     // Damage that only the checksum shows, found by one, ends all.
     let place = Place::new(4);
     flip(&place.shard(), 1001);
-    let (code, said) = place.start().ends();
+    let (code, said) = place.start(&[]).ends();
     assert_eq!(code, Some(3), "{said}");
     assert!(said.contains("data/train.bin: checksum") && said.contains("lockstep prepare"), "{said}");
 }

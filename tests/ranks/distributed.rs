@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use crate::common::rows;
-use crate::common::runs::Run;
+use crate::common::runs::{heartbeat, Run};
+use crate::common::{files, rows};
 
 #[test]
 fn one_to_four_ranks_learn_the_same() {
@@ -58,6 +58,62 @@ fn check_shares(run_dir: &Path, ranks: usize) {
         }
     }
     assert_eq!(seen.len(), 24);
+}
+
+#[test]
+fn more_ranks_leave_no_more_files_unless_they_have_something_to_say() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = "data: {block_size: 16, batch_size: 8}\nmodel: {n_layer: 1, n_head: 2, n_embd: 16}\n\
+                  train: {steps: 3, eval_every: 3, save_every: 2}\n";
+    let [one, four] = [1, 4].map(|ranks| {
+        let run = Run::new(folder.path(), &format!("ranks-{ranks}"), config, ranks);
+        assert!(run.start(&[]).success(), "{ranks} ranks");
+        run
+    });
+    let names = |run: &Run| files(&run.dir).into_keys().collect::<Vec<_>>();
+    assert_eq!(names(&four), names(&one));
+    for name in ["logs/rank-0000.log", "heartbeats/node-0000.txt"] {
+        assert!(names(&four).iter().any(|other| other == name), "{:?}", names(&four));
+    }
+    for rank in 0..4 {
+        assert_eq!(heartbeat(&four.dir, rank).unwrap().rank, rank);
+    }
+    // Whoever asks gets a log of each rank, which tells what it has sent before its first step and in all.
+    let more = ["train.steps=50", "train.eval_every=0", "train.save_every=0"].map(|key| ["--set", key]).concat();
+    assert!(four.start(&[&["-v"], &more[..]].concat()).success());
+    for rank in 0..4 {
+        let log = std::fs::read_to_string(four.dir.join(format!("logs/rank-{rank:04}.log"))).unwrap();
+        let says = format!("DEBUG rank {rank} has sent ");
+        let sent = log.lines().filter_map(|line| line.split_once(&says)?.1.split(' ').next()?.parse().ok());
+        let [before, after]: [usize; 2] = sent.collect::<Vec<_>>().try_into().unwrap();
+        // The tree's two leaves send one message a step, the others two; and twice as many when the run saves at its end.
+        let once = if rank % 2 == 1 { 1 } else { 2 };
+        assert_eq!(after - before, (47 + 2) * once, "rank {rank}");
+    }
+}
+
+#[test]
+fn a_rank_that_warns_leaves_a_log_which_later_starts_go_on_with() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = "data: {block_size: 16, batch_size: 9}\nmodel: {n_layer: 1, n_head: 2, n_embd: 16}\n\
+                  train: {steps: 2, eval_every: 0, save_every: 1}\n";
+    let run = Run::new(folder.path(), "warns", config, 3);
+    let log = |rank| std::fs::read_to_string(run.dir.join(format!("logs/rank-{rank:04}.log"))).ok();
+    assert!(run.start(&[]).success());
+    assert_eq!([1, 2].map(log), [None, None]);
+    let script =
+        wrapper(folder.path(), "if [ \"$OMPI_COMM_WORLD_RANK$PMI_RANK\" = 2 ]; then export OMP_NUM_THREADS=9999; fi");
+    let done = run.command(&["--set", "train.steps=3"]).env("LOCKSTEP_BIN", script).output().unwrap();
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    let warned = log(2).unwrap();
+    assert!(warned.contains(" WARN OMP_NUM_THREADS asks for 9999 threads"), "{warned}");
+    assert_eq!(log(1), None);
+    // The next start has nothing to say, but says where it begins.
+    assert!(run.start(&["--set", "train.steps=4"]).success());
+    let text = log(2).unwrap();
+    let later = text.strip_prefix(&warned).unwrap();
+    assert!(later.contains(" INFO rank 2 computes ") && !later.contains("WARN"), "{later}");
+    assert_eq!(log(1), None);
 }
 
 #[test]

@@ -32,7 +32,7 @@ fn a_dry_run_counts_each_ranks_part_and_writes_nothing() {
         let output = command.stdout(Stdio::piped()).output().unwrap();
         let text = String::from_utf8_lossy(&output.stdout);
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        assert_eq!(text.matches("12 sequences a step: 2 ranks x 2 micro-steps x 3 sequences").count(), 1, "{text}");
+        assert_eq!(text.matches("12 sequences a step: 2 x 2 x 3 (ranks, micro-steps, sequences").count(), 1, "{text}");
         text.lines().find_map(|line| line.strip_suffix("  moments")).unwrap().trim().parse().unwrap()
     };
     let (whole, part) = (moments("optim.zero1=false"), moments("optim.zero1=true"));

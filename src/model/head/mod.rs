@@ -5,13 +5,17 @@
 //! (the idea of Liger Kernel's fused linear cross-entropy, Hsu et al. 2024).
 //!
 //! On the CPU in fp32 every core takes a share of the rows, and its chunk stays in its cache from the product to the
-//! gradients; elsewhere LibTorch's own kernels do the work.
-#![allow(unsafe_code)]
-
+//! gradients. On a GPU in bf16 a kernel of our own turns logits into loss and gradient in place; elsewhere LibTorch's own
+//! kernels do the work.
 mod softmax;
+
+pub(super) use self::softmax::exp_of_negative;
 
 use rayon::prelude::*;
 use tch::{no_grad, Device, Kind, Tensor};
+
+use super::parameters::HEAD_ROWS;
+use crate::torch::{self, Kernels};
 
 /// What the hidden states are to predict.
 pub struct Targets<'a> {
@@ -48,7 +52,7 @@ pub fn scores(hidden: &Tensor, head: &Tensor, targets: &Targets) -> Vec<Score> {
             Tensor::cat(&[(nll.to_kind(Kind::Double) * weights), is_likeliest.to_kind(Kind::Double)], 1)
             // (n, 2)
         };
-        let chunks: Vec<Tensor> = rows.chunks(head).map(score).collect();
+        let chunks: Vec<Tensor> = rows.chunks(head.size()[0], Rows::CHUNK_ELEMENTS).map(score).collect();
         // One copy for all chunks: each would wait for the device.
         let numbers: Vec<f64> = if chunks.is_empty() { Vec::new() } else { values(&Tensor::cat(&chunks, 0)) };
         numbers.chunks_exact(2).map(|row| Score { loss: row[0], is_likeliest: row[1] > 0.0 }).collect()
@@ -76,6 +80,8 @@ pub fn loss_and_gradients(
             let share_loss = |share: &Done| share.scores.iter().map(|score| score.loss).sum::<f64>();
             let loss: f64 = done.iter().map(share_loss).sum();
             (Tensor::from_slice(&[loss]), done.into_iter().map(|share| share.grad).collect())
+        } else if let Some(kernels) = own_kernels(head) {
+            by_own_kernel(&rows, head, head_grad, kernels)
         } else {
             on_device(&rows, head, head_grad)
         };
@@ -90,8 +96,12 @@ pub fn working_bytes(rows: i64, width: i64, words: i64, threads: i64, kind: Kind
         let shares = shares(rows, words * width, threads);
         return 4 * shares * words * (Share::chunk(words).min(rows) + width);
     }
+    if device.is_cuda() && kind == Kind::BFloat16 {
+        let words = padded(words);
+        return 2 * Rows::chunk(words, Rows::OWN_CHUNK_ELEMENTS).min(rows) * words + 4 * rows;
+    }
     // Logits in fp32; in bf16 also as they were made, or as a gradient, and the head's gradient before it is added.
-    let logits = Rows::chunk(words).min(rows) * words;
+    let logits = Rows::chunk(words, Rows::CHUNK_ELEMENTS).min(rows) * words;
     match kind {
         Kind::Float => 4 * logits,
         _ => (4 + 2) * logits + 2 * words * width,
@@ -103,11 +113,44 @@ fn shares(rows: i64, head: i64, threads: i64) -> i64 {
     threads.min(rows).min(Rows::HEAD_GRAD_ELEMENTS / head).max(1)
 }
 
+/// The kernels that compute with this head, if there are any.
+fn own_kernels(head: &Tensor) -> Option<&'static Kernels> {
+    (head.kind() == Kind::BFloat16).then(|| torch::kernels(head.device())).flatten()
+}
+
+/// The rows of a head of so many words on a GPU, whose tensor cores take matrices of whole multiples only at full speed.
+fn padded(words: i64) -> i64 {
+    (words + HEAD_ROWS - 1) / HEAD_ROWS * HEAD_ROWS
+}
+
+/// The loss and each chunk's gradient (n, C), by LibTorch's products and a kernel of our own between them.
+fn by_own_kernel(rows: &Rows, head: &Tensor, head_grad: &Tensor, kernels: &Kernels) -> (Tensor, Vec<Tensor>) {
+    let [words, width] = [0, 1].map(|d| head.size()[d]);
+    // Below the head are zeros or other parameters, `Parameters` says; the kernel takes no notice of their logits.
+    let head = head.detach().as_strided([padded(words), width], [width, 1], None::<i64>); // (P, C), P >= V
+    let n = rows.hidden.size()[0];
+    let losses = Tensor::empty([n], (Kind::Float, head.device()));
+    let mut grads = Vec::new();
+    let mut done = 0;
+    for (hidden, targets, weights) in rows.chunks(padded(words), Rows::OWN_CHUNK_ELEMENTS) {
+        let n = hidden.size()[0];
+        let logits = hidden.mm(&head.tr()); // (n, P)
+        kernels.cross_entropy(&logits, words, &targets, &weights, &losses.narrow(0, done, n));
+        let dlogits = logits;
+        // Into fp32, without a product in bf16 that would be added.
+        let by_word = dlogits.narrow(1, 0, words).tr(); // (V, n)
+        let _ = head_grad.addmm_dtype_out(head_grad, &by_word, &hidden, Kind::Float);
+        grads.push(dlogits.mm(&head)); // (n, C)
+        done += n;
+    }
+    (losses.sum(Kind::Double).view([1]), grads)
+}
+
 /// The loss and each chunk's gradient (n, C), by LibTorch's kernels.
 fn on_device(rows: &Rows, head: &Tensor, head_grad: &mut Tensor) -> (Tensor, Vec<Tensor>) {
     let mut total = zero(head);
     let mut grads = Vec::new();
-    for (hidden, targets, weights) in rows.chunks(head) {
+    for (hidden, targets, weights) in rows.chunks(head.size()[0], Rows::CHUNK_ELEMENTS) {
         let mut logits = hidden.mm(&head.tr()).to_kind(Kind::Float); // (n, V)
         let largest = logits.amax([1i64].as_slice(), true); // (n, 1)
         let _ = logits.g_sub_(&largest);
@@ -182,7 +225,7 @@ impl Share {
                 let mut logits = logits.narrow(0, 0, rows); // (rows, V)
                 let _ = hidden.mm_out(&logits, &self.head.tr());
                 let first = start as usize;
-                for (row, logits) in floats(&mut logits).chunks_exact_mut(v as usize).enumerate() {
+                for (row, logits) in torch::floats_mut(&mut logits).chunks_exact_mut(v as usize).enumerate() {
                     let (target, weight) = (self.targets[first + row] as usize, self.weights[first + row]);
                     let (nll, is_likeliest) = softmax::cross_entropy(logits, target, self.wants_grad.then_some(weight));
                     scores.push(Score { loss: f64::from(nll) * f64::from(weight), is_likeliest });
@@ -195,14 +238,6 @@ impl Share {
             Done { scores, grad, head_grad }
         })
     }
-}
-
-/// The memory of a contiguous fp32 CPU tensor.
-fn floats(tensor: &mut Tensor) -> &mut [f32] {
-    assert!(tensor.kind() == Kind::Float && tensor.device() == Device::Cpu && tensor.is_contiguous());
-    // SAFETY: checked above, `numel` floats lie at the data pointer; the exclusive borrow outlives the slice, and the only
-    // other handle to this storage is the buffer that `compute` cuts it from and does not touch meanwhile.
-    unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast::<f32>(), tensor.numel()) }
 }
 
 /// The rows that count: padding (weight 0) costs nothing in the head.
@@ -222,10 +257,13 @@ impl Rows {
     const HEAD_GRAD_ELEMENTS: i64 = 1 << 28;
     /// Elements of logits that a chunk of LibTorch's kernels works on.
     const CHUNK_ELEMENTS: i64 = 1 << 26;
+    /// The same for the kernel of our own, which has them once and in bf16: 512 MiB. The fewer chunks, the fewer times all of
+    /// the head's gradient is read and written.
+    const OWN_CHUNK_ELEMENTS: i64 = 1 << 28;
 
-    /// Rows of a chunk against so many words.
-    fn chunk(words: i64) -> i64 {
-        (Self::CHUNK_ELEMENTS / words).clamp(16, 8192)
+    /// Rows of a chunk of so many elements against so many words.
+    fn chunk(words: i64, elements: i64) -> i64 {
+        (elements / words).clamp(16, 8192)
     }
 
     fn new(hidden: &Tensor, targets: &Targets) -> Self {
@@ -242,9 +280,9 @@ impl Rows {
     }
 
     /// Hidden states (n, C), targets (n, 1) and weights (n, 1) of each chunk.
-    fn chunks(&self, head: &Tensor) -> impl Iterator<Item = (Tensor, Tensor, Tensor)> + '_ {
+    fn chunks(&self, words: i64, elements: i64) -> impl Iterator<Item = (Tensor, Tensor, Tensor)> + '_ {
         let rows = self.hidden.size()[0];
-        let length = Self::chunk(head.size()[0]);
+        let length = Self::chunk(words, elements);
         (0..rows).step_by(length as usize).map(move |start| {
             let part = |tensor: &Tensor| tensor.narrow(0, start, length.min(rows - start));
             (part(&self.hidden), part(&self.targets), part(&self.weights))

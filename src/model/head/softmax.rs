@@ -98,6 +98,11 @@ fn fold(values: &[f32], start: f32, combine: impl Fn(f32, f32) -> f32) -> f32 {
     lanes.iter().chain(chunks.remainder()).fold(start, |most, &x| combine(most, x))
 }
 
+/// e^x for x <= 0, as [`exp`] has it without fused instructions.
+pub fn exp_of_negative(x: f32) -> f32 {
+    exp(x, |a, b, c| a * b + c)
+}
+
 /// e^x for x <= 0 within 2 units in the last place: x = n ln 2 + r, and e^r by its Taylor polynomial.
 ///
 /// Below -87 the result is 0 rather than subnormal. NaN stays NaN.
