@@ -1,5 +1,7 @@
 //! Short words met before, and their ids.
 
+use std::hint::black_box;
+
 /// A word of up to 15 bytes: padded with zeros, and its length in the last byte.
 #[derive(Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct Key {
@@ -12,11 +14,13 @@ const LENGTH_BIT: u32 = 56;
 const COUNT_BIT: u32 = 60;
 
 impl Key {
-    /// The word of a text that starts and ends there; None if it is too long.
+    /// The word of a text that starts and ends there, if it is short; else a key that no word has.
     #[inline]
-    pub(super) fn new(text: &[u8], start: usize, end: usize) -> Option<Self> {
+    pub(super) fn new(text: &[u8], start: usize, end: usize) -> Self {
         let length = end - start;
-        let [low_mask, high_mask] = *MASKS.get(length)?;
+        let Some(&[low_mask, high_mask]) = MASKS.get(length) else {
+            return Self { low: 1, high: 0 };
+        };
         let bytes = match text.get(start..).and_then(|rest| rest.first_chunk::<16>()) {
             Some(bytes) => *bytes,
             None => {
@@ -28,7 +32,12 @@ impl Key {
         let bytes = u128::from_le_bytes(bytes);
         let low = bytes as u64 & low_mask;
         let high = (bytes >> 64) as u64 & high_mask | (length as u64) << LENGTH_BIT;
-        Some(Self { low, high })
+        Self { low, high }
+    }
+
+    /// Whether it stands for a short word.
+    pub(super) fn is_short(self) -> bool {
+        self.high != 0
     }
 
     #[inline]
@@ -80,23 +89,22 @@ impl Cache {
         Self { buckets, several: vec![[0; FEW]; BUCKETS * WAYS] }
     }
 
+    /// Where a word is, or belongs: there, or next to it. Looks there, so that it is at hand a little later.
+    #[inline]
+    pub(super) fn place(&self, key: Key) -> usize {
+        let at = key.hash() % BUCKETS;
+        black_box(self.buckets[at].keys[0].low);
+        at
+    }
+
     /// Appends the ids of a word; false if it is not known.
     #[inline]
-    pub(super) fn append(&self, key: Key, ids: &mut Vec<u32>) -> bool {
-        let at = key.hash() % BUCKETS;
-        let bucket = &self.buckets[at];
-        // The number of ids, above the length, does not matter.
-        let is = |way: usize| {
-            let found = bucket.keys[way];
-            (found.low ^ key.low) | (found.high ^ key.high) << (64 - COUNT_BIT) == 0
-        };
-        // Without a branch, since no one could predict it.
-        let way = usize::from(!is(0)) * (1 + usize::from(!is(1)));
-        if !is(way) {
+    pub(super) fn append(&self, key: Key, place: usize, ids: &mut Vec<u32>) -> bool {
+        let Some((at, way)) = self.find(key, place).or_else(|| self.find(key, place ^ 1)) else {
             return false;
-        }
-        match bucket.keys[way].high >> COUNT_BIT {
-            1 => ids.push(bucket.ids[way]),
+        };
+        match self.buckets[at].keys[way].high >> COUNT_BIT {
+            1 => ids.push(self.buckets[at].ids[way]),
             count => {
                 ids.extend_from_slice(&self.several[at * WAYS + way]);
                 ids.truncate(ids.len() - FEW + count as usize);
@@ -105,19 +113,32 @@ impl Cache {
         true
     }
 
+    /// Finds a word in a bucket.
+    #[inline]
+    fn find(&self, key: Key, at: usize) -> Option<(usize, usize)> {
+        let at = at % BUCKETS;
+        // The number of ids, above the length, does not matter.
+        let is = |way: usize| {
+            let found = self.buckets[at].keys[way];
+            (found.low ^ key.low) | (found.high ^ key.high) << (64 - COUNT_BIT) == 0
+        };
+        // Without a branch, since no one could predict it.
+        let way = usize::from(!is(0)) * (1 + usize::from(!is(1)));
+        is(way).then_some((at, way))
+    }
+
     /// Notes the ids of a word, if they are few.
-    pub(super) fn store(&mut self, key: Key, ids: &[u32]) {
-        let at = key.hash() % BUCKETS;
-        let bucket = &mut self.buckets[at];
-        let way = bucket.keys.iter().position(|key| *key == Key::default()).unwrap_or(WAYS - 1);
+    pub(super) fn store(&mut self, key: Key, place: usize, ids: &[u32]) {
+        let free = |at: usize| Some((at, self.buckets[at].keys.iter().position(|key| *key == Key::default())?));
+        let (at, way) = free(place).or_else(|| free(place ^ 1)).unwrap_or((place, WAYS - 1));
         match *ids {
-            [id] => bucket.ids[way] = id,
+            [id] => self.buckets[at].ids[way] = id,
             _ => match self.several[at * WAYS + way].get_mut(..ids.len()) {
                 Some(room) => room.copy_from_slice(ids),
                 None => return,
             },
         }
-        bucket.keys[way] = Key { low: key.low, high: key.high | (ids.len() as u64) << COUNT_BIT };
+        self.buckets[at].keys[way] = Key { low: key.low, high: key.high | (ids.len() as u64) << COUNT_BIT };
     }
 }
 
@@ -129,8 +150,8 @@ mod tests {
         // With text around it, and at the end of one.
         let text = format!("<{word}>{}", "#".repeat(word.len()));
         let (start, end) = (1, 1 + word.len());
-        let alone = Key::new(word.as_bytes(), 0, word.len()).unwrap();
-        assert!(Key::new(text.as_bytes(), start, end).unwrap() == alone);
+        let alone = Key::new(word.as_bytes(), 0, word.len());
+        assert!(alone.is_short() && alone == Key::new(text.as_bytes(), start, end));
         alone
     }
 
@@ -144,19 +165,20 @@ mod tests {
         let ids = |at: usize| vec![at as u32; 1 + at % (FEW + 1)];
         let mut found = Vec::new();
         for (at, word) in words.iter().enumerate() {
-            assert!(!cache.append(key(word), &mut found), "{word}");
-            cache.store(key(word), &ids(at));
+            assert!(!cache.append(key(word), cache.place(key(word)), &mut found), "{word}");
+            cache.store(key(word), cache.place(key(word)), &ids(at));
         }
         assert!(found.is_empty());
         let mut known = 0;
         for (at, word) in words.iter().enumerate() {
             found.clear();
-            if cache.append(key(word), &mut found) {
+            if cache.append(key(word), cache.place(key(word)), &mut found) {
                 assert_eq!(found, ids(at));
                 known += 1;
             }
         }
         assert!((2 * BUCKETS..=WAYS * BUCKETS).contains(&known), "{known}");
-        assert!(Key::new(b"sixteen letters.", 0, 16).is_none());
+        let long = Key::new(b"sixteen letters.", 0, 16);
+        assert!(!long.is_short() && !cache.append(long, cache.place(long), &mut found));
     }
 }

@@ -19,6 +19,15 @@ pub(super) struct Encoder {
     merged: Vec<u32>,
 }
 
+/// A word that is to be encoded: where it is in the text, and in the cache.
+#[derive(Clone, Copy, Default)]
+struct Word {
+    key: Key,
+    place: usize,
+    start: usize,
+    end: usize,
+}
+
 /// No pair here that merges.
 const NEVER: u32 = u32::MAX;
 
@@ -41,25 +50,46 @@ impl Encoder {
         Ok(Self { bytes, ranks, byte_ranks, merged })
     }
 
-    /// Appends the ids of a text, and how many there are at the end of each of its lines.
+    /// Appends the ids of a text, and says how many ids there are at the end of each of its lines.
     pub(super) fn encode(&self, text: &str, cache: &mut Cache, ids: &mut Vec<u32>, mut ends: impl FnMut(usize)) {
-        let text_bytes = text.as_bytes();
+        // Words are cut first and looked up then, many at a time, so that memory fetches their places meanwhile.
+        let mut words = [Word::default(); 64];
+        let mut count = 0;
         for_each_word(text, |start, end| {
-            match Key::new(text_bytes, start, end) {
-                Some(key) if cache.append(key, ids) => {}
-                Some(key) => {
-                    let before = ids.len();
-                    self.encode_word(&text_bytes[start..end], ids);
-                    cache.store(key, &ids[before..]);
-                }
-                None => self.encode_word(&text_bytes[start..end], ids),
-            }
-            if text_bytes[end - 1] == b'\n' {
-                ends(ids.len());
+            let key = Key::new(text.as_bytes(), start, end);
+            words[count] = Word { key, place: cache.place(key), start, end };
+            count += 1;
+            if count == words.len() {
+                self.look_up(text.as_bytes(), &words, cache, ids, &mut ends);
+                count = 0;
             }
         });
+        self.look_up(text.as_bytes(), &words[..count], cache, ids, &mut ends);
         if !text.is_empty() && !text.ends_with('\n') {
             ends(ids.len());
+        }
+    }
+
+    #[inline]
+    fn look_up(
+        &self,
+        text: &[u8],
+        words: &[Word],
+        cache: &mut Cache,
+        ids: &mut Vec<u32>,
+        ends: &mut impl FnMut(usize),
+    ) {
+        for &Word { key, place, start, end } in words {
+            if !cache.append(key, place, ids) {
+                let before = ids.len();
+                self.encode_word(&text[start..end], ids);
+                if key.is_short() {
+                    cache.store(key, place, &ids[before..]);
+                }
+            }
+            if text[end - 1] == b'\n' {
+                ends(ids.len());
+            }
         }
     }
 

@@ -88,8 +88,8 @@ impl<'a> Scanner<'a> {
         Self { text, at: 0, before, inside: 0, after: 0 }
     }
 
-    /// The offset of the next block, and before which of its bytes a word ends. The last block is a part of one, perhaps
-    /// an empty one.
+    /// The offset of the next block, and before which of its bytes a word ends. The last block is a part of one, or
+    /// empty.
     #[inline]
     fn next_block(&mut self) -> Option<(usize, u64)> {
         let (offset, rest) = (self.at, self.text.as_bytes().get(self.at..)?);
