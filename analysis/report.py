@@ -123,7 +123,8 @@ def read_text(path: Path) -> str:
 
 
 def events(run: Run) -> list[dict]:
-    """Ends and restarts that rank 0's log tells of, and ranks that became slow, in order of steps.
+    """Ends and restarts that rank 0's log tells of, changes of the configuration, and ranks that
+    became slow, in order of steps.
 
     Raises Unusable for a ranks.csv that cannot be read.
     """
@@ -141,13 +142,31 @@ def events(run: Run) -> list[dict]:
         for row in read_csv(path, ["step", "rank", "host", "factor"]).itertuples():
             text = f"rank {row.rank:g} on {row.host} took {row.factor:.3g} times the median's time"
             found.append({"kind": "slow rank", "step": int(row.step), "text": text})
+    found += changes(run.folder)
     return sorted(found, key=lambda event: event["step"])
 
 
-def read_config(folder: Path) -> dict[str, str]:
-    """config.yaml with its keys as `--set` takes them; empty if it cannot be read."""
+def changes(folder: Path) -> list[dict]:
+    """What became of the configuration, of which a run keeps those that were in force before."""
+    earlier = sorted(folder.glob("config.step-*.yaml"))
+    found = []
+    for path, later in zip(earlier, [*earlier, folder / "config.yaml"][1:], strict=True):
+        step = path.stem.removeprefix("config.step-")
+        before, after = read_config(path), read_config(later)
+        if not (step.isdigit() and before and after):
+            continue
+        for key in sorted(before.keys() | after.keys()):
+            old, new = before.get(key, "unset"), after.get(key, "unset")
+            if old != new:
+                text = f"{key} {old} -> {new}"
+                found.append({"kind": "change", "step": int(step), "text": text})
+    return found
+
+
+def read_config(path: Path) -> dict[str, str]:
+    """A configuration with its keys as `--set` takes them; empty if it cannot be read."""
     try:
-        nested = yaml.safe_load(read_text(folder / "config.yaml"))
+        nested = yaml.safe_load(read_text(path))
     except yaml.YAMLError:
         return {}
     flat = {}
@@ -258,11 +277,11 @@ def event_table(happened: dict[str, list[dict]]) -> str:
         for event in found
     ]
     if not rows:
-        return "<p>No restart and no slow rank is on record.</p>\n"
+        return "<p>No restart, no change and no slow rank is on record.</p>\n"
     left = len(rows) - EVENTS
     more = f"<p>{left:,} more are not shown.</p>\n" if left > 0 else ""
     head = ["Run", "After step", "What", "Record"]
-    return grid("Restarts and slow ranks", head, rows[:EVENTS]) + more
+    return grid("Restarts, changes and slow ranks", head, rows[:EVENTS]) + more
 
 
 def sample_list(run: Run) -> str:
@@ -301,7 +320,7 @@ def report(runs: list[Run]) -> str:
             for run in runs
         ],
     }
-    configurations = {run.name: read_config(run.folder) for run in runs}
+    configurations = {run.name: read_config(run.folder / "config.yaml") for run in runs}
     figures = {run.name: results(run, happened[run.name], configurations[run.name]) for run in runs}
     shares = {run.name: part_shares(run) for run in runs}
     machines = {run.name: conditions(run.folder) for run in runs}
@@ -311,13 +330,13 @@ def report(runs: list[Run]) -> str:
         ("Differences", differences(configurations)),
         ("Curves", (PAGE / "curves.html").read_text()),
         ("Time of a step", stacks + table("Mean time of the parts of a step", shares)),
-        ("Restarts and slow ranks", event_table(happened)),
+        ("Restarts, changes and slow ranks", event_table(happened)),
         ("Samples", "".join(sample_list(run) for run in runs)),
         ("Machine and versions", table("Machine and versions", machines)),
         ("Configuration", configuration(configurations)),
     ]
     shown = [(name, body) for name, body in sections if body]
-    identifier = {name: name.lower().replace(" ", "-") for name, _ in shown}
+    identifier = {name: name.lower().replace(",", "").replace(" ", "-") for name, _ in shown}
     title = f"Report: {runs[0].name}" if len(runs) == 1 else f"Report: {len(runs)} runs"
     scripts = [(PAGE / "uplot/uPlot.iife.min.js").read_text(), (PAGE / "report.js").read_text()]
     hashes = " ".join(f"'sha256-{digest(script)}'" for script in scripts)

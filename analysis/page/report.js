@@ -41,7 +41,7 @@
 
   // What all charts share ---------------------------------------------------------------------------------------------
 
-  // Marks the ends, restarts and slow ranks of the runs in a chart.
+  // Marks the ends, restarts, changes and slow ranks of the runs in a chart.
   function mark(chart, runs) {
     const { ctx, bbox } = chart;
     ctx.save();

@@ -83,6 +83,19 @@ def test_ends_restarts_and_slow_ranks_have_their_steps(run):
     assert '"events":[["end",100],["restart",100],["slow rank",120]]' in page
 
 
+def test_changes_of_the_configuration_have_their_steps(run):
+    now = (run / "config.yaml").read_text()
+    (run / "config.step-00000050.yaml").write_text(now.replace("lr: 0.001", "lr: 0.004"))
+    (run / "config.step-00000100.yaml").write_text(now.replace("lr: 0.001", "lr: 0.002"))
+    found = report.events(report.read_runs([run])[0])
+    changed = [(event["step"], event["text"]) for event in found if event["kind"] == "change"]
+    assert changed == [(50, "optim.lr 0.004 -> 0.002"), (100, "optim.lr 0.002 -> 0.001")]
+    assert "optim.lr 0.002 -&gt; 0.001" in page_of(run)
+    # One that cannot be read says nothing.
+    (run / "config.step-00000100.yaml").write_text("[")
+    assert [event["step"] for event in report.changes(run)] == []
+
+
 def test_several_runs_are_told_apart_by_what_differs(run, tmp_path, monkeypatch):
     other = make_whole_run(tmp_path / "high", lr=0.003)
     monkeypatch.chdir(tmp_path)
@@ -101,7 +114,7 @@ def test_a_run_that_has_only_begun_is_reported(tmp_path):
     page = page_of(run)
     assert row(page, "Steps") == ["1"]
     assert "Best validation loss" not in page
-    assert "No restart and no slow rank is on record." in page
+    assert "No restart, no change and no slow rank is on record." in page
     assert "There is no config.yaml that can be read of begun." in page
 
 
