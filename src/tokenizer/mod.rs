@@ -153,8 +153,9 @@ impl Tokenizer {
 
     /// The ids of each line of some texts, on all cores.
     pub fn encode_lines(&self, texts: &[&str]) -> Lines {
-        let pieces = texts.par_iter().flat_map_iter(|text| pieces(text)).map(|piece| self.encode_piece(piece));
-        Lines { pieces: pieces.collect() }
+        // Cut first: within one text, rayon would not share the pieces out.
+        let pieces: Vec<&str> = texts.iter().flat_map(|text| pieces(text)).collect();
+        Lines { pieces: pieces.par_iter().map(|piece| self.encode_piece(piece)).collect() }
     }
 
     fn encode_piece(&self, text: &str) -> Piece {
