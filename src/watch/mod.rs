@@ -283,8 +283,8 @@ impl Shared {
     /// Leaves heartbeats for as long as the process lives.
     fn beat(self: Arc<Self>) {
         let interval = heartbeats::interval(self.place.nodes);
-        // Not all nodes write at the same moment.
-        thread::sleep(interval.mul_f64(self.place.node as f64 / self.place.world_size as f64));
+        // But for the first time, so that a short run is seen too, not all nodes write at the same moment.
+        let early = interval.mul_f64(self.place.node as f64 / self.place.world_size as f64);
         let mut failed = false;
         for beat in 1.. {
             let beating = self.beating.lock();
@@ -311,7 +311,7 @@ impl Shared {
                 _ => {}
             }
             drop(beating);
-            thread::sleep(interval);
+            thread::sleep(if beat == 1 { interval - early } else { interval });
         }
     }
 }
