@@ -25,7 +25,8 @@ def heartbeat(run, rank):
     found = []
     for path in run.glob("heartbeats/node-*.txt"):
         for line in path.read_bytes().split(b"\n"):
-            check, _, text = line.rstrip().partition(b" ")
+            # The record before it may not have been written yet.
+            check, _, text = line.strip(b"\0 ").partition(b" ")
             if hashlib.sha256(text).hexdigest()[:8].encode() == check:
                 found.append(json.loads(text))
     return max((one for one in found if one["rank"] == rank), key=lambda b: b["beat"], default=None)
