@@ -166,8 +166,8 @@ pub enum Verb {
         /// How many continuations to write for each prompt.
         #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
         samples: u32,
-        /// The type that the weights are read in [default: fp32 on a CPU, the run's precision on a GPU]. bf16 takes
-        /// about half the time.
+        /// The type that the weights are read in [default: fp32 on a CPU, the run's precision on a GPU]. bf16 is
+        /// faster, and rounds.
         #[arg(long, value_enum)]
         dtype: Option<Dtype>,
     },

@@ -1,7 +1,7 @@
 //! A matrix times a few vectors, on the CPU: what a token costs in generation.
 //!
 //! Every weight is read once and used once for each vector, so the memory's bandwidth is the limit, and a matrix in bf16
-//! takes half the time. A BLAS is made for large products and comes nowhere near that.
+//! has half the bytes to read. A BLAS is made for large products.
 
 use std::borrow::Cow;
 
