@@ -11,7 +11,7 @@ use tracing::warn;
 use super::compile::load_module;
 use super::libtorch::AdamWNumbers;
 
-/// Threads of a block of [`Kernels::cross_entropy`].
+/// At most so many threads of a block of [`Kernels::cross_entropy`], as its __launch_bounds__ say.
 const ROW_THREADS: u32 = 512;
 
 /// The kernels, on this process's GPU. They run on the stream on which LibTorch computes, after what it was given before.
@@ -76,8 +76,8 @@ impl Kernels {
         let (words, stride) = (words as i32, stride as i32);
         let mut launch = self.stream.launch_builder(&self.cross_entropy);
         launch.arg(&logits).arg(&targets).arg(&weights).arg(&losses).arg(&words).arg(&stride).arg(&weight_stride);
-        let blocks =
-            LaunchConfig { grid_dim: (rows as u32, 1, 1), block_dim: (ROW_THREADS, 1, 1), shared_mem_bytes: 0 };
+        let threads = whole_warps(stride / 8).min(ROW_THREADS);
+        let blocks = LaunchConfig { grid_dim: (rows as u32, 1, 1), block_dim: (threads, 1, 1), shared_mem_bytes: 0 };
         // SAFETY: the arguments are the kernel's by number and type, and the tensors have the shapes and types that it reads
         // and writes, as checked above. LibTorch gives memory back to itself in the order of this stream.
         unsafe { launch.launch(blocks) }.unwrap_or_else(|e| panic!("CUDA: launching cross_entropy: {e}"));
@@ -279,9 +279,14 @@ impl Rows {
 
     /// At most so many blocks of a thread for each eight channels, in whole warps.
     fn in_blocks(&self, most: u32) -> LaunchConfig {
-        let threads = (self.width as u32 / 8).next_multiple_of(32);
+        let threads = whole_warps(self.width / 8);
         LaunchConfig { grid_dim: ((self.rows as u32).min(most), 1, 1), block_dim: (threads, 1, 1), shared_mem_bytes: 0 }
     }
+}
+
+/// So many threads, and more up to a multiple of a warp's 32.
+fn whole_warps(threads: i32) -> u32 {
+    (threads as u32).next_multiple_of(32)
 }
 
 /// Where a GPU's tensor of this kind lies; null if it is undefined.
