@@ -33,7 +33,7 @@ from runs import same_files
 ROOT = Path(__file__).resolve().parents[1]
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 GROUPS = ("first", "devices", "resume", "one-rank", "ranks", "speed", "fault", "doctor")
-STEPS = {"first": 2, "resume": 150, "devices": 20, "ranks": 30}
+STEPS = {"first": 2, "resume": 150, "devices": 10, "ranks": 10}
 DEADLINE_S = 20  # fault.step_deadline_s
 # By then nothing may be left of a broken run. After the deadline NCCL gets 5 s to let go, and MPI
 # 10 s to end the others; mpirun and the step under way get as much again.

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <csetjmp>
+#include <cstdlib>
 #include <memory>
 #include <unordered_map>
 #include <unordered_set>
@@ -48,10 +49,12 @@ struct Touched {
   uintptr_t start, end, low, high;
 };
 std::vector<Touched> all_touched;
+size_t last_touched;
 std::unordered_map<uintptr_t, unsigned> readers;  // of this block
 std::unordered_set<uintptr_t> own_pages;          // of a kernel's shared memory, and of its thread's number
 constexpr uintptr_t PAGE = 4096;
 int64_t bytes;
+const bool counts = getenv("EMULATED_GPU_LOG");
 
 void wait(Fiber::State state) {
   auto& mine = *fibers[current];
@@ -108,9 +111,11 @@ void access(const void* memory, size_t size, bool writes) {
   auto stack = reinterpret_cast<uintptr_t>(fibers[current]->stack.get());
   if (start >= stack && end <= stack + STACK) return;
   if (own_pages.count(start / PAGE)) return;
-  auto place = std::find_if(all_touched.begin(), all_touched.end(),
-                            [&](auto& touched) { return start >= touched.start && end <= touched.end; });
-  if (place == all_touched.end()) {
+  auto place = last_touched;
+  auto is_there = [&](auto& touched) { return start >= touched.start && end <= touched.end; };
+  if (place >= all_touched.size() || !is_there(all_touched[place]))
+    place = std::find_if(all_touched.begin(), all_touched.end(), is_there) - all_touched.begin();
+  if (place == all_touched.size()) {
     auto whole = allocation(memory);
     auto first = reinterpret_cast<uintptr_t>(whole.start), last = first + whole.length;
     if (!whole.length || end > last) {
@@ -118,10 +123,13 @@ void access(const void* memory, size_t size, bool writes) {
       if (dladdr(memory, &info)) return void(own_pages.insert(start / PAGE));
       fail("the kernel %s %s %zu bytes at %p, where no tensor is", name.c_str(), writes ? "writes" : "reads", size, memory);
     }
-    place = all_touched.insert(all_touched.end(), {first, last, start, end});
+    all_touched.push_back({first, last, start, end});
   }
-  place->low = std::min(place->low, start);
-  place->high = std::max(place->high, end);
+  last_touched = place;
+  auto& touched = all_touched[place];
+  touched.low = std::min(touched.low, start);
+  touched.high = std::max(touched.high, end);
+  if (!counts) return;
   if (writes || readers.emplace(start, current).first->second == current) bytes += static_cast<int64_t>(size);
 }
 
@@ -130,7 +138,7 @@ void access(const void* memory, size_t size, bool writes) {
 void run_kernel(const std::string& kernel, void (*function)(void**), const unsigned* grid, const unsigned* block,
                 void** parameters) {
   name = kernel, body = function, arguments = parameters;
-  all_touched.clear(), bytes = 0;
+  all_touched.clear(), last_touched = 0, bytes = 0;
   gridDim = {grid[0], grid[1], grid[2]}, blockDim = {block[0], block[1], block[2]};
   unsigned threads = block[0] * block[1] * block[2];
   while (fibers.size() < threads) fibers.push_back(std::make_unique<Fiber>());
