@@ -112,6 +112,7 @@ fn encoder(criterion: &mut Criterion) {
 /// All parts with this process's threads, as a rank has them.
 fn parts(criterion: &mut Criterion) {
     torch::set_threads(None).unwrap();
+    torch::keep_memory();
     for part in [head, blocks, adamw, loader, encoder] {
         part(criterion);
     }

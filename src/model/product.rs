@@ -8,6 +8,8 @@ use std::borrow::Cow;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
+use crate::torch::bf16;
+
 /// A matrix (N, K) of fp32 or bf16 numbers, row after row.
 pub struct Matrix<'a> {
     /// An fp32 number each, or two of bf16, the first in the low half; a row of odd length then ends in a zero.
@@ -24,7 +26,8 @@ impl<'a> Matrix<'a> {
 
     /// A copy of an fp32 matrix, rounded to bf16.
     pub fn bf16(elements: &[f32], width: usize) -> Self {
-        let pair = |pair: &[f32]| bf16(pair[0]) | pair.get(1).map_or(0, |&high| bf16(high) << 16);
+        let half = |x: f32| u32::from(bf16(x));
+        let pair = |pair: &[f32]| half(pair[0]) | pair.get(1).map_or(0, |&high| half(high) << 16);
         let mut bits = vec![0; elements.len() / width * width.div_ceil(2)];
         let rows = bits.par_chunks_mut(width.div_ceil(2)).zip(elements.par_chunks(width));
         rows.for_each(|(bits, row)| bits.iter_mut().zip(row.chunks(2)).for_each(|(bits, two)| *bits = pair(two)));
@@ -109,15 +112,6 @@ const CHUNKS: usize = 4;
 const SMALLEST_CHUNK: usize = 1 << 14;
 /// The high half of a pair.
 const HIGH: u32 = 0xffff_0000;
-
-/// The nearest bf16, of two equally near ones the even one, in the low half.
-fn bf16(x: f32) -> u32 {
-    let bits = x.to_bits();
-    if x.is_nan() {
-        return bits >> 16 | 0x40; // some bit of what makes it a NaN is kept
-    }
-    (bits + 0x7fff + (bits >> 16 & 1)) >> 16
-}
 
 /// The products of some rows with B vectors of H parts, R rows at a time: `product` (rows, B).
 struct Tiles<'a, const B: usize, const R: usize, const H: usize> {

@@ -2,11 +2,13 @@
 
 use std::ops::Range;
 
+use pulp::{Arch, Simd, WithSimd};
+use rayon::prelude::*;
 use tch::{no_grad, Device, Kind, Tensor};
 
 use crate::config::Optim;
 use crate::model::parameters::Parameters;
-use crate::torch::{self, AdamWNumbers, Kernels, Update};
+use crate::torch::{self, bf16, AdamWNumbers, Kernels, Update};
 
 /// Elements whose squares are added by themselves: the gradient's norm is the sum of the units' in their order, so that
 /// it has the same bits whichever ranks add up which units.
@@ -70,38 +72,59 @@ impl AdamW {
                 parameters.copy_is_made = self.exp_avg.size()[0] == parameters.numel();
             }
             None if device.is_cuda() => self.step_in_one_kernel(parameters, step, lr, norm),
-            None => self.step_in_caches(parameters, step, lr, norm.double_value(&[0])),
+            None => self.step_on_cores(parameters, step, lr, norm.double_value(&[0])),
         });
     }
 
-    fn step_in_caches(&mut self, parameters: &mut Parameters, step: usize, lr: f64, norm: f64) {
+    /// The update and the bf16 copy of the weights in one pass.
+    fn step_on_cores(&mut self, parameters: &mut Parameters, step: usize, lr: f64, norm: f64) {
         if !norm.is_finite() {
             return;
         }
-        let [beta1, beta2] = self.optim.betas;
-        let correction1 = 1.0 - beta1.powf(step as f64);
+        let Optim { betas: [beta1, beta2], eps, weight_decay, grad_clip, .. } = self.optim;
+        let scale = grad_clip / (norm + TINY);
         let correction2 = (1.0 - beta2.powf(step as f64)).sqrt();
-        let shrink = 1.0 - lr * self.optim.weight_decay;
-        for part in &self.decayed {
-            let _ = slice(&parameters.flat, part).g_mul_scalar_(shrink);
-        }
-        let scale = self.optim.grad_clip / (norm + TINY);
-        let mut done = 0;
-        for piece in pieces(&self.ranges, &parameters.flat) {
-            let length = piece.end - piece.start;
-            let mut grad = slice(&parameters.grad, &piece);
-            if self.optim.grad_clip > 0.0 && scale < 1.0 {
-                let _ = grad.g_mul_scalar_(scale);
+        let is_whole = self.exp_avg.size()[0] == parameters.numel();
+        for (decay, weight_decay) in [(true, weight_decay), (false, 0.0)] {
+            let rule = Rule {
+                scale: if grad_clip > 0.0 && scale < 1.0 { scale as f32 } else { 1.0 },
+                shrink: (1.0 - lr * weight_decay) as f32,
+                beta2: beta2 as f32,
+                rests: [(1.0 - beta1) as f32, (1.0 - beta2) as f32],
+                rate: (lr / (1.0 - beta1.powf(step as f64))) as f32,
+                correction: correction2 as f32,
+                eps: eps as f32,
+            };
+            for (range, place) in self.parts(decay) {
+                let moment = |all: &Tensor| all.narrow(0, place, range.end - range.start);
+                let [mut flat, grad] = [&parameters.flat, &parameters.grad].map(|all| slice(all, &range));
+                let [mut mean, mut square] = [&self.exp_avg, &self.exp_avg_sq].map(moment);
+                let weights = torch::floats_mut(&mut flat).par_chunks_mut(PIECE);
+                let grads = torch::floats(&grad).par_chunks(PIECE);
+                let means = torch::floats_mut(&mut mean).par_chunks_mut(PIECE);
+                let squares = torch::floats_mut(&mut square).par_chunks_mut(PIECE);
+                let pieces = weights.zip(grads).zip(means.zip(squares));
+                let update = |((weights, grads), (means, squares))| Piece {
+                    weights,
+                    grads,
+                    means,
+                    squares,
+                    copy: &mut [],
+                    rule,
+                };
+                let arch = Arch::new();
+                // Under ZeRO-1 the copy is of the weights that are gathered.
+                match parameters.copy().filter(|_| is_whole) {
+                    None => pieces.for_each(|piece| arch.dispatch(update(piece))),
+                    Some(copy) => {
+                        let mut copy = slice(&copy, &range);
+                        let copies = torch::halves_mut(&mut copy).par_chunks_mut(PIECE);
+                        pieces.zip(copies).for_each(|(piece, copy)| arch.dispatch(Piece { copy, ..update(piece) }));
+                    }
+                }
             }
-            let mut mean = self.exp_avg.narrow(0, done, length);
-            let mut square = self.exp_avg_sq.narrow(0, done, length);
-            done += length;
-            let _ = mean.lerp_(&grad, 1.0 - beta1);
-            let _ = square.g_mul_scalar_(beta2).addcmul_(&(&grad * (1.0 - beta2)), &grad);
-            let mut denominator = square.sqrt();
-            let _ = denominator.g_div_scalar_(correction2).g_add_scalar_(self.optim.eps);
-            let _ = slice(&parameters.flat, &piece).addcdiv_(&(mean * (-lr / correction1)), &denominator);
         }
+        parameters.copy_is_made = is_whole;
     }
 
     /// The update and the bf16 copy of the weights in one kernel of our own.
@@ -170,6 +193,52 @@ impl AdamW {
     }
 }
 
+/// Elements that a core updates at a time: they stay in its cache until they are copied.
+const PIECE: usize = 1 << 14;
+
+/// An update's numbers: the gradient's factor, the weights', the second moment's decay rate, 1 less each moment's, the learning rate with
+/// the mean's correction, the second moment's correction.
+#[derive(Clone, Copy)]
+struct Rule {
+    scale: f32,
+    shrink: f32,
+    beta2: f32,
+    rests: [f32; 2],
+    rate: f32,
+    correction: f32,
+    eps: f32,
+}
+
+/// A piece of the flat tensors, and of the bf16 copy if it is to be made.
+struct Piece<'a> {
+    weights: &'a mut [f32],
+    grads: &'a [f32],
+    means: &'a mut [f32],
+    squares: &'a mut [f32],
+    copy: &'a mut [u16],
+    rule: Rule,
+}
+
+/// Compiled for each set of vector instructions; plain loops, which the compiler makes vectors of.
+impl WithSimd for Piece<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let Rule { scale, shrink, beta2, rests, rate, correction, eps } = self.rule;
+        let moments = self.means.iter_mut().zip(self.squares);
+        for ((weight, &grad), (mean, square)) in self.weights.iter_mut().zip(self.grads).zip(moments) {
+            let grad = scale * grad;
+            *mean += rests[0] * (grad - *mean);
+            *square = beta2 * *square + rests[1] * grad * grad;
+            *weight = shrink * *weight - rate * *mean / (square.sqrt() / correction + eps);
+        }
+        for (copy, &weight) in self.copy.iter_mut().zip(&*self.weights) {
+            *copy = bf16(weight);
+        }
+    }
+}
+
 /// Added to a norm before something is divided by it, as PyTorch's `clip_grad_norm_` does.
 const TINY: f64 = 1e-6;
 
@@ -181,7 +250,11 @@ pub fn squares(parameters: &Parameters, ranges: &[Range<i64>]) -> Tensor {
     no_grad(|| {
         if parameters.grad.device().is_cuda() {
             let mut sum = Tensor::zeros([1], (Kind::Double, parameters.grad.device()));
-            for piece in pieces(ranges, &parameters.grad) {
+            // Many small squares get lost in a larger fp32 sum; a GPU pays for every launch.
+            let pieces = ranges
+                .iter()
+                .flat_map(|range| range.clone().step_by(1 << 24).map(|start| start..range.end.min(start + (1 << 24))));
+            for piece in pieces {
                 let _ = sum.g_add_(&slice(&parameters.grad, &piece).norm().to_kind(Kind::Double).square());
             }
             return sum;
@@ -221,16 +294,6 @@ fn slice(flat: &Tensor, range: &Range<i64>) -> Tensor {
     flat.narrow(0, range.start, range.end - range.start)
 }
 
-/// The ranges in pieces that are worked on one after another: on the CPU so small that an update's temporaries stay in the
-/// caches; on a GPU, which pays for every launch, so large that this does not show.
-fn pieces<'a>(ranges: &'a [Range<i64>], flat: &Tensor) -> impl Iterator<Item = Range<i64>> + use<'a> {
-    let length: i64 = if flat.device().is_cuda() { 1 << 24 } else { 1 << 18 };
-    ranges.iter().flat_map(move |range| {
-        let end = range.end;
-        range.clone().step_by(length as usize).map(move |start| start..end.min(start + length))
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -259,8 +322,8 @@ mod tests {
     }
 
     type Step = fn(&mut AdamW, &mut Parameters, usize, f64, &Tensor);
-    const IN_CACHES: Step = |optimizer, parameters, step, lr, norm| {
-        no_grad(|| optimizer.step_in_caches(parameters, step, lr, norm.double_value(&[0])));
+    const ON_CORES: Step = |optimizer, parameters, step, lr, norm| {
+        no_grad(|| optimizer.step_on_cores(parameters, step, lr, norm.double_value(&[0])));
     };
     const IN_ONE_KERNEL: Step = |optimizer, parameters, step, lr, norm| {
         no_grad(|| optimizer.step_in_one_kernel(parameters, step, lr, norm));
@@ -282,7 +345,7 @@ mod tests {
                     }
                     [parameters.flat, optimizer.exp_avg, optimizer.exp_avg_sq]
                 };
-                for (one, other) in run(IN_CACHES).iter().zip(run(IN_ONE_KERNEL)) {
+                for (one, other) in run(ON_CORES).iter().zip(run(IN_ONE_KERNEL)) {
                     let distance = ((one - &other).norm() / one.norm()).double_value(&[]);
                     assert!(distance < 1e-6, "{ranges:?}, clipped to {grad_clip}: {distance:e}");
                 }
@@ -292,7 +355,7 @@ mod tests {
 
     #[test]
     fn a_gradient_that_is_not_finite_changes_nothing() {
-        for step in [IN_CACHES, IN_ONE_KERNEL] {
+        for step in [ON_CORES, IN_ONE_KERNEL] {
             for bad in [f64::NAN, f64::INFINITY] {
                 let mut parameters = parameters();
                 let mut optimizer = optimizer(&parameters, &[ALL], 1.0);

@@ -1,5 +1,7 @@
 // What LibTorch offers in C++ only: the switches for deterministic kernels and for cuDNN's attention, its CUDA allocator's
-// statistics, a backward pass from a given gradient, and AdamW in one kernel.
+// statistics, a backward pass from a given gradient, and AdamW in one kernel; and how glibc keeps what LibTorch gives back.
+
+#include <malloc.h>
 
 #include <string>
 #include <vector>
@@ -14,6 +16,11 @@ extern "C" void lockstep_use_deterministic_algorithms() {
 }
 
 extern "C" void lockstep_allow_cudnn_attention(bool allowed) { at::globalContext().setSDPUseCuDNN(allowed); }
+
+extern "C" void lockstep_keep_memory() {
+  mallopt(M_MMAP_MAX, 0);
+  mallopt(M_TRIM_THRESHOLD, -1);
+}
 
 // The most bytes that tensors have taken of a GPU's memory; -1 if LibTorch cannot say.
 extern "C" int64_t lockstep_peak_device_bytes(int device) {

@@ -7,6 +7,7 @@ use tch::Tensor;
 extern "C" {
     fn lockstep_use_deterministic_algorithms();
     fn lockstep_allow_cudnn_attention(allowed: bool);
+    fn lockstep_keep_memory();
     fn lockstep_peak_device_bytes(device: c_int) -> i64;
     fn lockstep_forget_device_memory(device: c_int);
     fn lockstep_backward(output: *const c_void, gradient: *const c_void) -> *const c_char;
@@ -118,6 +119,13 @@ pub fn allow_cudnn_attention(allowed: bool) {
 /// Whether cuDNN's attention drops with this very probability: it is rounded to sixteenths there.
 pub fn cudnn_attention_is_exact(dropout: f64) -> bool {
     (dropout * 16.0).fract() == 0.0
+}
+
+/// Keeps the memory of tensors that are gone for those to come. glibc would give large pieces back to the system at once, and a
+/// training step on a CPU, which asks for the same ones again and again, would spend a tenth of its time on new pages.
+pub fn keep_memory() {
+    // SAFETY: two calls of glibc's mallopt, which any thread may make at any time.
+    unsafe { lockstep_keep_memory() };
 }
 
 /// The most bytes that tensors have taken of a GPU's memory; `None` if LibTorch cannot say.

@@ -25,12 +25,12 @@ pub use self::kernels::{kernels, Dropout, Kernels, Normed, Update, MOST_CHANNELS
 pub use self::libraries::{load_every_library, Library};
 pub use self::libtorch::{
     allow_cudnn_attention, ask_for_deterministic_libraries, backward, cudnn_attention_is_exact, fused_adamw,
-    use_deterministic_kernels, AdamWNumbers,
+    keep_memory, use_deterministic_kernels, AdamWNumbers,
 };
 pub use self::mark::{Mark, Marks};
 pub use self::peak::{describe_peak, measure_peak, measure_product};
 pub use self::threads::{bound_waiting, set_threads};
-pub use self::views::{floats, floats_mut};
+pub use self::views::{bf16, floats, floats_mut, halves_mut};
 use crate::error::{Error, Result};
 
 /// The device that `device: cpu|cuda|auto` means for this rank.

@@ -104,6 +104,9 @@ impl<'a> Trainer<'a> {
     ) -> Result<Self> {
         let opened = open(comm, &mut plan, || watchdog.enter(Phase::StartUp, 0))?;
         let Opened { threads, verifier, tokenizer, tokenizer_file, data_sha256, loader, valid } = opened;
+        if device == Device::Cpu {
+            torch::keep_memory();
+        }
         let config = &plan.config;
         let layout = config.data.layout;
         let kind = kind(config.precision);

@@ -4,9 +4,9 @@
 //! whole: a chunk of rows at a time becomes logits, loss, and gradients, and its memory serves the next chunk
 //! (the idea of Liger Kernel's fused linear cross-entropy, Hsu et al. 2024).
 //!
-//! On the CPU in fp32 every core takes a share of the rows, and its chunk stays in its cache from the product to the
-//! gradients. On a GPU in bf16 a kernel of our own turns logits into loss and gradient in place; elsewhere LibTorch's own
-//! kernels do the work.
+//! On the CPU, against a small head in fp32, every core takes a share of the rows, and its chunk stays in its cache from the
+//! product to the gradients; else all cores make a product together, and share out the rows of logits between products. On a
+//! GPU in bf16 a kernel of our own turns logits into loss and gradient in place; elsewhere LibTorch's own kernels do.
 mod softmax;
 
 pub(super) use self::softmax::exp_of_negative;
@@ -40,9 +40,16 @@ pub struct Score {
 pub fn scores(hidden: &Tensor, head: &Tensor, targets: &Targets) -> Vec<Score> {
     no_grad(|| {
         let rows = Rows::new(hidden, targets);
-        if runs_on_cores(&rows, head) {
-            let done: Vec<Done> = rows.share(head, false).into_par_iter().map(Share::compute).collect();
-            return done.into_iter().flat_map(|share| share.scores).collect();
+        if rows.is_empty() {
+            return Vec::new();
+        }
+        match head.device() {
+            Device::Cpu if is_shared(head.numel() as i64, head.kind()) => {
+                let done: Vec<Done> = rows.share(head, false).into_par_iter().map(Share::compute).collect();
+                return done.into_iter().flat_map(|share| share.scores).collect();
+            }
+            Device::Cpu => return by_turns(&rows, head, None).0,
+            _ => (),
         }
         let score = |(hidden, targets, weights): (Tensor, Tensor, Tensor)| {
             let logits = hidden.mm(&head.tr()).to_kind(Kind::Float); // (n, V)
@@ -54,7 +61,7 @@ pub fn scores(hidden: &Tensor, head: &Tensor, targets: &Targets) -> Vec<Score> {
         };
         let chunks: Vec<Tensor> = rows.chunks(head.size()[0], Rows::CHUNK_ELEMENTS).map(score).collect();
         // One copy for all chunks: each would wait for the device.
-        let numbers: Vec<f64> = if chunks.is_empty() { Vec::new() } else { values(&Tensor::cat(&chunks, 0)) };
+        let numbers: Vec<f64> = values(&Tensor::cat(&chunks, 0));
         numbers.chunks_exact(2).map(|row| Score { loss: row[0], is_likeliest: row[1] > 0.0 }).collect()
     })
 }
@@ -71,19 +78,26 @@ pub fn loss_and_gradients(
 ) -> (Tensor, Tensor) {
     no_grad(|| {
         let rows = Rows::new(hidden, targets);
-        let (loss, grads) = if runs_on_cores(&rows, head) {
-            // In the order of the shares, so that the sums do not depend on who is done first.
-            let done: Vec<Done> = rows.share(head, true).into_par_iter().map(Share::compute).collect();
-            for share in &done {
-                let _ = head_grad.g_add_(&share.head_grad);
+        let sum = |scores: &[Score]| scores.iter().map(|score| score.loss).sum::<f64>();
+        let (loss, grads) = match head.device() {
+            _ if rows.is_empty() => (Tensor::zeros([1], (Kind::Double, head.device())), Vec::new()),
+            Device::Cpu if is_shared(head.numel() as i64, head.kind()) => {
+                // In the order of the shares, so that the sums do not depend on who is done first.
+                let done: Vec<Done> = rows.share(head, true).into_par_iter().map(Share::compute).collect();
+                for share in &done {
+                    let _ = head_grad.g_add_(&share.head_grad);
+                }
+                let loss: f64 = done.iter().map(|share| sum(&share.scores)).sum();
+                (Tensor::from_slice(&[loss]), done.into_iter().map(|share| share.grad).collect())
             }
-            let share_loss = |share: &Done| share.scores.iter().map(|score| score.loss).sum::<f64>();
-            let loss: f64 = done.iter().map(share_loss).sum();
-            (Tensor::from_slice(&[loss]), done.into_iter().map(|share| share.grad).collect())
-        } else if let Some(kernels) = own_kernels(head) {
-            by_own_kernel(&rows, head, head_grad, kernels)
-        } else {
-            on_device(&rows, head, head_grad)
+            Device::Cpu => {
+                let (scores, grads) = by_turns(&rows, head, Some(head_grad));
+                (Tensor::from_slice(&[sum(&scores)]), grads)
+            }
+            _ => match own_kernels(head) {
+                Some(kernels) => by_own_kernel(&rows, head, head_grad, kernels),
+                None => on_device(&rows, head, head_grad),
+            },
         };
         (loss, rows.scatter(&grads, hidden))
     })
@@ -92,9 +106,15 @@ pub fn loss_and_gradients(
 /// The bytes that [`loss_and_gradients`] works with for N rows of C channels against V words, besides the gradient of the
 /// hidden states. `kind` is the type of the head, `threads` compute on a CPU.
 pub fn working_bytes(rows: i64, width: i64, words: i64, threads: i64, kind: Kind, device: Device) -> i64 {
-    if device == Device::Cpu && kind == Kind::Float {
-        let shares = shares(rows, words * width, threads);
-        return 4 * shares * words * (Share::chunk(words).min(rows) + width);
+    let bytes = if kind == Kind::Float { 4 } else { 2 };
+    if device == Device::Cpu {
+        if is_shared(words * width, kind) {
+            let shares = shares(rows, words * width, threads);
+            return 4 * shares * words * (Share::chunk(words).min(rows) + width);
+        }
+        // In bf16 also a chunk's gradient of the head, before it is added.
+        let product = if kind == Kind::Float { 0 } else { words * width };
+        return bytes * (Rows::chunk(words, Rows::CHUNK_ELEMENTS).min(rows) * words + product);
     }
     if device.is_cuda() && kind == Kind::BFloat16 {
         let words = padded(words);
@@ -106,6 +126,12 @@ pub fn working_bytes(rows: i64, width: i64, words: i64, threads: i64, kind: Kind
         Kind::Float => 4 * logits,
         _ => (4 + 2) * logits + 2 * words * width,
     }
+}
+
+/// Whether each core takes a share of the rows against a head of so many elements, all of which it then adds gradients to.
+fn is_shared(head: i64, kind: Kind) -> bool {
+    const MOST: i64 = 1 << 22;
+    kind == Kind::Float && head <= MOST
 }
 
 /// How many threads take a share of the rows, each with its own gradient of a head of so many elements.
@@ -146,9 +172,52 @@ fn by_own_kernel(rows: &Rows, head: &Tensor, head_grad: &Tensor, kernels: &Kerne
     (losses.sum(Kind::Double).view([1]), grads)
 }
 
+/// Each row's score, and each chunk's gradient (n, C) if the head's is given, to be added to: products by all cores, and
+/// between them the rows of logits shared out to them.
+fn by_turns(rows: &Rows, head: &Tensor, mut head_grad: Option<&mut Tensor>) -> (Vec<Score>, Vec<Tensor>) {
+    // MKL takes half as long again for a product with so many columns as for one with some of them.
+    const WORDS: i64 = 1 << 10;
+    let (n, v) = (rows.hidden.size()[0], head.size()[0]);
+    let at_a_time = if head.kind() == Kind::Float { WORDS } else { v };
+    let length = Rows::chunk(v, Rows::CHUNK_ELEMENTS).min(n);
+    let logits = Tensor::empty([length, v], (head.kind(), Device::Cpu));
+    let (mut scores, mut grads) = (Vec::with_capacity(n as usize), Vec::new());
+    for (hidden, targets, weights) in rows.chunks(v, Rows::CHUNK_ELEMENTS) {
+        let mut logits = logits.narrow(0, 0, hidden.size()[0]); // (n, V)
+        for first in (0..v).step_by(at_a_time as usize) {
+            let words = at_a_time.min(v - first);
+            let _ = hidden.mm_out(&logits.narrow(1, first, words), &head.narrow(0, first, words).tr());
+        }
+        let (targets, weights): (Vec<i64>, Vec<f32>) = (values(&targets), values(&weights));
+        let aims = targets.into_par_iter().zip(weights);
+        let wants_grad = head_grad.is_some();
+        let words = v as usize;
+        if head.kind() == Kind::Float {
+            let rows = torch::floats_mut(&mut logits).par_chunks_mut(words).zip(aims);
+            scores.par_extend(rows.map(|(row, (target, weight))| {
+                score(softmax::cross_entropy(row, target as usize, wants_grad.then_some(weight)), weight)
+            }));
+        } else {
+            let rows = torch::halves_mut(&mut logits).par_chunks_mut(words).zip(aims);
+            scores.par_extend(rows.map(|(row, (target, weight))| {
+                score(softmax::cross_entropy_bf16(row, target as usize, wants_grad.then_some(weight)), weight)
+            }));
+        }
+        if let Some(head_grad) = &mut head_grad {
+            let by_word = logits.tr(); // (V, n)
+            let _ = match head.kind() {
+                Kind::Float => head_grad.addmm_(&by_word, &hidden),
+                _ => head_grad.g_add_(&by_word.mm(&hidden)),
+            };
+            grads.push(logits.mm(head)); // (n, C)
+        }
+    }
+    (scores, grads)
+}
+
 /// The loss and each chunk's gradient (n, C), by LibTorch's kernels.
 fn on_device(rows: &Rows, head: &Tensor, head_grad: &mut Tensor) -> (Tensor, Vec<Tensor>) {
-    let mut total = zero(head);
+    let mut total = Tensor::zeros([1], (Kind::Double, head.device())); // losses are added up in fp64
     let mut grads = Vec::new();
     for (hidden, targets, weights) in rows.chunks(head.size()[0], Rows::CHUNK_ELEMENTS) {
         let mut logits = hidden.mm(&head.tr()).to_kind(Kind::Float); // (n, V)
@@ -172,13 +241,8 @@ fn on_device(rows: &Rows, head: &Tensor, head_grad: &mut Tensor) -> (Tensor, Vec
     (total, grads)
 }
 
-/// (1,) fp64, to add up losses.
-fn zero(head: &Tensor) -> Tensor {
-    Tensor::zeros([1], (Kind::Double, head.device()))
-}
-
-fn runs_on_cores(rows: &Rows, head: &Tensor) -> bool {
-    head.device() == Device::Cpu && head.kind() == Kind::Float && rows.hidden.size()[0] > 0
+fn score((nll, is_likeliest): (f32, bool), weight: f32) -> Score {
+    Score { loss: f64::from(nll) * f64::from(weight), is_likeliest }
 }
 
 /// The rows that one core computes.
@@ -227,8 +291,8 @@ impl Share {
                 let first = start as usize;
                 for (row, logits) in torch::floats_mut(&mut logits).chunks_exact_mut(v as usize).enumerate() {
                     let (target, weight) = (self.targets[first + row] as usize, self.weights[first + row]);
-                    let (nll, is_likeliest) = softmax::cross_entropy(logits, target, self.wants_grad.then_some(weight));
-                    scores.push(Score { loss: f64::from(nll) * f64::from(weight), is_likeliest });
+                    scores
+                        .push(score(softmax::cross_entropy(logits, target, self.wants_grad.then_some(weight)), weight));
                 }
                 if self.wants_grad {
                     let _ = head_grad.addmm_(&logits.tr(), &hidden);
@@ -277,6 +341,10 @@ impl Rows {
             weights: weights.index_select(0, counted),
             counted: Some(counted.shallow_clone()),
         }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.hidden.size()[0] == 0
     }
 
     /// Hidden states (n, C), targets (n, 1) and weights (n, 1) of each chunk.

@@ -4,6 +4,10 @@
 //! compiled for AVX-512, AVX2 and the machine's baseline, and chosen at run time.
 #![allow(unsafe_code)]
 
+use std::cell::RefCell;
+
+use crate::torch::bf16;
+
 /// Accumulators side by side: enough for four AVX-512 registers to be in flight.
 const LANES: usize = 64;
 
@@ -24,6 +28,22 @@ pub fn cross_entropy(logits: &mut [f32], target: usize, weight: Option<f32>) -> 
         }
     }
     row(logits, target, weight, |a, b, c| a * b + c)
+}
+
+/// The same for logits in bf16, each the upper half of an fp32 number. What is computed with them is fp32.
+pub fn cross_entropy_bf16(logits: &mut [u16], target: usize, weight: Option<f32>) -> (f32, bool) {
+    thread_local! {
+        static WIDE: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    }
+    WIDE.with_borrow_mut(|wide| {
+        wide.clear();
+        wide.extend(logits.iter().map(|&bits| f32::from_bits(u32::from(bits) << 16)));
+        let found = cross_entropy(wide, target, weight);
+        if weight.is_some() {
+            logits.iter_mut().zip(wide).for_each(|(bits, &mut gradient)| *bits = bf16(gradient));
+        }
+        found
+    })
 }
 
 #[cfg(target_arch = "x86_64")]
