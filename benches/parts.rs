@@ -54,6 +54,21 @@ fn blocks(criterion: &mut Criterion) {
     }
 }
 
+/// Causal attention of 4 sequences of 256 tokens, 12 heads of 64 channels, forward and backward.
+fn attention(criterion: &mut Criterion) {
+    for (name, kind) in KINDS {
+        let random = || Tensor::randn([4, 12, 256, 64], (Kind::Float, Device::Cpu)).to_kind(kind);
+        let [q, k, v] = [random(), random(), random()].map(|tensor| tensor.set_requires_grad(true));
+        let grad = random();
+        criterion.bench_function(&format!("attention/{name}"), |bencher| {
+            bencher.iter(|| {
+                let y = Tensor::scaled_dot_product_attention(&q, &k, &v, None::<&Tensor>, 0.0, true, None, false);
+                torch::backward(&y, &grad);
+            });
+        });
+    }
+}
+
 /// The gradient's norm and an update of 14 million weights.
 fn adamw(criterion: &mut Criterion) {
     let mut model = Gpt::new(shape(2, 64), Device::Cpu, Kind::Float);
@@ -113,7 +128,7 @@ fn encoder(criterion: &mut Criterion) {
 fn parts(criterion: &mut Criterion) {
     torch::set_threads(None).unwrap();
     torch::keep_memory();
-    for part in [head, blocks, adamw, loader, encoder] {
+    for part in [head, blocks, attention, adamw, loader, encoder] {
         part(criterion);
     }
 }

@@ -4,7 +4,8 @@
 
 installs the other programs and calls this. Programs take turns, ours and a peer's (A B A B), each a
 process of its own; a figure is the median of its rounds. Writes OUT/bench-DATE-CPU.csv, after every
-comparison anew, and OUT/bench.png.
+comparison anew, and OUT/bench.png. Groups of an earlier call on the same day stay, unless they are
+measured again.
 """
 
 import argparse
@@ -107,11 +108,14 @@ def machine(binary):
 class Bench:
     """The record, and how two programs are compared."""
 
-    def __init__(self, out, rounds, binary):
+    def __init__(self, out, rounds, binary, groups):
         self.out, self.rounds, self.machine, self.rows = out, rounds, machine(binary), []
         cpu = "".join(c if c.isalnum() else "-" for c in self.machine["cpu"])
         self.record = out / f"bench-{self.machine['date']}-{cpu}.csv"
         out.mkdir(parents=True, exist_ok=True)
+        if self.record.exists():
+            with self.record.open(newline="") as file:
+                self.rows = [row for row in csv.DictReader(file) if row["group"] not in groups]
 
     def compare(self, group, what, ours, peer, theirs, kept):
         """Runs both in turn, each {figure: (value, unit)}, and records the figures in `kept`."""
@@ -162,10 +166,13 @@ def environment(threads):
     return os.environ | {"OMP_NUM_THREADS": threads, "RAYON_NUM_THREADS": threads}
 
 
-def run(command, threads=None):
+def run(command, threads=None, **variables):
     """What a command prints with so many threads or all cores; its words, if it fails."""
     done = subprocess.run(
-        [str(word) for word in command], env=environment(threads), capture_output=True, text=True
+        [str(word) for word in command],
+        env=environment(threads) | variables,
+        capture_output=True,
+        text=True,
     )
     if done.returncode:
         sys.exit(
@@ -220,9 +227,20 @@ def training(bench, binary, prepared, scratch):
         bench.compare("training", what, ours, "PyTorch compiled", theirs, ["step", "memory"])
 
 
-def ranks(bench, binary, prepared, scratch):
-    """As many ranks as cores beside one rank with all of them, for the same batch."""
+def ranks(bench, binary, examples, prepared, scratch):
+    """As many ranks as cores beside one rank with all of them, for the same batch; and the sum of a
+    vector over the ranks beside a copy of it."""
     cores = len(os.sched_getaffinity(0))
+    mib, times = 64, ([], [])
+    print("ranks: all-reduce", flush=True)
+    for _ in range(bench.rounds):
+        program = {"LOCKSTEP_BIN": str(examples / "bench_all_reduce")}
+        told = json.loads(run([ROOT / "launch/local", cores, mib], 1, **program))
+        times[0].append(told["all_reduce_s"])
+        times[1].append(told["copy_s"])
+    ratio = statistics.median(copy / sum for sum, copy in zip(*times, strict=True))
+    what = f"all-reduce of {mib} MiB, {cores} ranks: time"
+    bench.write("ranks", what, "s", spread(times[0]), "a copy of it", spread(times[1]), ratio)
     for preset, length, batch in RANKS:
         data = {"dir": str(prepared("bpe:8192")), "block_size": length, "batch_size": batch * cores}
         config = {"name": "bench", "device": "cpu", "data": data, "model": {"preset": preset}}
@@ -368,8 +386,8 @@ def main():
     parser.add_argument("--text", type=Path, help="a folder with WikiText-2 (default: downloaded)")
     args = parser.parse_args()
     binary = Path(os.environ.get("LOCKSTEP_BIN", ROOT / "target/release/lockstep"))
-    bench = Bench(args.out, args.rounds, binary)
     groups = args.only or ["training", "ranks", "generation", "tokenizer"]
+    bench = Bench(args.out, args.rounds, binary, groups)
     if args.text is None and "tokenizer" in groups:
         print("tokenizer: NOT RUN, it needs a folder with WikiText-2's text: --text FOLDER")
         groups.remove("tokenizer")
@@ -396,7 +414,7 @@ def main():
         if "training" in groups:
             training(bench, binary, prepared, Path(scratch))
         if "ranks" in groups:
-            ranks(bench, binary, prepared, Path(scratch))
+            ranks(bench, binary, binary.parent / "examples", prepared, Path(scratch))
         if "generation" in groups:
             generation(bench, binary.parent / "examples")
         if "tokenizer" in groups:

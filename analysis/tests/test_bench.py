@@ -17,7 +17,7 @@ def bench(tmp_path, monkeypatch):
     machine = {"date": "2026-01-02", "cpu": "CPU (TM) 7", "cores": 2, "memory_gib": 8}
     machine |= {"kernel": "6.1", "lockstep": "0.1.0"}
     monkeypatch.setattr(module, "machine", lambda binary: machine)
-    return module, module.Bench(tmp_path, 3, "lockstep")
+    return module, module.Bench(tmp_path, 3, "lockstep", ["training", "generation"])
 
 
 def rows(bench):
@@ -59,3 +59,14 @@ def test_the_picture_has_a_bar_for_each_row(bench):
     assert rows(bench)[0]["ratio"] == "0.775"
     module.draw(bench)
     assert (bench.out / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_groups_that_are_not_measured_again_stay(bench):
+    module, bench = bench
+    spread = (1.0, 1.0, 1.0)
+    for group in ("training", "generation", "ranks"):
+        bench.write(group, group, "s", spread, "a peer", spread, 1.0)
+    again = module.Bench(bench.out, 3, "lockstep", ["generation"])
+    again.write("generation", "anew", "s", spread, "a peer", spread, 2.0)
+    assert [row["what"] for row in rows(again)] == ["training", "ranks", "anew"]
+    module.draw(again)

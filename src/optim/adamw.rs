@@ -303,10 +303,10 @@ mod tests {
     const MIDDLE: Range<i64> = 4096..8192;
 
     /// Three parameters, of which the first and the last decay, with a gradient.
-    fn parameters() -> Parameters {
+    fn parameters(kind: Kind) -> Parameters {
         let shapes = [("a", vec![70, 90], true), ("b", vec![77], false), ("c", vec![50, 60], true)];
         let shapes = shapes.map(|(name, shape, decay)| (name.to_string(), shape, decay));
-        let mut parameters = Parameters::new(shapes.into(), Device::Cpu, Kind::Float);
+        let mut parameters = Parameters::new(shapes.into(), Device::Cpu, kind);
         // LibTorch's generator is one for all tests, which run side by side.
         let numbers = Tensor::arange(parameters.numel(), (Kind::Float, Device::Cpu));
         no_grad(|| {
@@ -335,7 +335,7 @@ mod tests {
         for ranges in [&[ALL][..], &[0..4096, 8192..9377], &[MIDDLE]] {
             for grad_clip in [0.0, 1.0, 1e6] {
                 let run = |step: Step| {
-                    let mut parameters = parameters();
+                    let mut parameters = parameters(Kind::Float);
                     let mut optimizer = optimizer(&parameters, ranges, grad_clip);
                     for n in 1..=5 {
                         let gradient = &parameters.grad * 1.0;
@@ -354,10 +354,22 @@ mod tests {
     }
 
     #[test]
+    fn the_bf16_copy_is_that_of_the_weights_whoever_makes_it() {
+        for ranges in [&[ALL][..], &[MIDDLE]] {
+            let mut parameters = parameters(Kind::BFloat16);
+            let norm = norm(&squares(&parameters, ranges));
+            optimizer(&parameters, ranges, 1.0).step(&mut parameters, 1, 1e-2, &norm);
+            assert_eq!(parameters.copy_is_made, ranges == [ALL]);
+            parameters.publish();
+            assert!(parameters.copy().unwrap().equal(&parameters.flat.to_kind(Kind::BFloat16)));
+        }
+    }
+
+    #[test]
     fn a_gradient_that_is_not_finite_changes_nothing() {
         for step in [ON_CORES, IN_ONE_KERNEL] {
             for bad in [f64::NAN, f64::INFINITY] {
-                let mut parameters = parameters();
+                let mut parameters = parameters(Kind::Float);
                 let mut optimizer = optimizer(&parameters, &[ALL], 1.0);
                 step(&mut optimizer, &mut parameters, 1, 1e-2, &Tensor::from_slice(&[3.0f64]));
                 let state = |parameters: &Parameters, optimizer: &AdamW| {

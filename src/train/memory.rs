@@ -109,12 +109,11 @@ fn backward(shape: &Shape, setting: &Setting) -> i64 {
     16 * state * bytes
 }
 
-/// The most that the head works with, and how much of it goes back to the system afterwards.
+/// The most that the head works with, and how much of it serves other purposes afterwards.
 ///
-/// glibc gives back at once what is larger than 32 MiB. Smaller pieces stay with the thread that asked for them, and each
-/// thread comes to compute the share of another sooner or later.
+/// The pieces of a shared head stay with the thread that asked for them, and each thread comes to compute the share of
+/// another sooner or later.
 fn head(shape: &Shape, setting: &Setting) -> (i64, i64) {
-    const STAYS_BELOW: i64 = 32 << 20;
     let (state, bytes) = state(shape, setting);
     let Setting { kind, device, threads, .. } = *setting;
     let rows = setting.micro_batch * shape.block_size;
@@ -123,7 +122,7 @@ fn head(shape: &Shape, setting: &Setting) -> (i64, i64) {
     let working = head::working_bytes(rows, shape.n_embd, shape.vocab_size, threads, kind, device);
     let states = states * state * bytes;
     match device {
-        Device::Cpu if 4 * shape.vocab_size * shape.n_embd < STAYS_BELOW => (working * threads.min(2) + states, 0),
+        Device::Cpu if head::is_shared(shape.vocab_size * shape.n_embd, kind) => (working * threads.min(2) + states, 0),
         _ => (working + states, working),
     }
 }

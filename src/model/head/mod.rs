@@ -48,7 +48,7 @@ pub fn scores(hidden: &Tensor, head: &Tensor, targets: &Targets) -> Vec<Score> {
                 let done: Vec<Done> = rows.share(head, false).into_par_iter().map(Share::compute).collect();
                 return done.into_iter().flat_map(|share| share.scores).collect();
             }
-            Device::Cpu => return by_turns(&rows, head, None).0,
+            Device::Cpu => return by_turns(&rows, head, None, Rows::CHUNK_ELEMENTS).0,
             _ => (),
         }
         let score = |(hidden, targets, weights): (Tensor, Tensor, Tensor)| {
@@ -91,7 +91,7 @@ pub fn loss_and_gradients(
                 (Tensor::from_slice(&[loss]), done.into_iter().map(|share| share.grad).collect())
             }
             Device::Cpu => {
-                let (scores, grads) = by_turns(&rows, head, Some(head_grad));
+                let (scores, grads) = by_turns(&rows, head, Some(head_grad), Rows::CHUNK_ELEMENTS);
                 (Tensor::from_slice(&[sum(&scores)]), grads)
             }
             _ => match own_kernels(head) {
@@ -128,8 +128,8 @@ pub fn working_bytes(rows: i64, width: i64, words: i64, threads: i64, kind: Kind
     }
 }
 
-/// Whether each core takes a share of the rows against a head of so many elements, all of which it then adds gradients to.
-fn is_shared(head: i64, kind: Kind) -> bool {
+/// Whether each core of a CPU takes a share of the rows against a head of so many elements, with a gradient of all of them.
+pub fn is_shared(head: i64, kind: Kind) -> bool {
     const MOST: i64 = 1 << 22;
     kind == Kind::Float && head <= MOST
 }
@@ -173,16 +173,21 @@ fn by_own_kernel(rows: &Rows, head: &Tensor, head_grad: &Tensor, kernels: &Kerne
 }
 
 /// Each row's score, and each chunk's gradient (n, C) if the head's is given, to be added to: products by all cores, and
-/// between them the rows of logits shared out to them.
-fn by_turns(rows: &Rows, head: &Tensor, mut head_grad: Option<&mut Tensor>) -> (Vec<Score>, Vec<Tensor>) {
+/// between them the rows of logits shared out to them. A chunk has so many `elements` of logits.
+fn by_turns(
+    rows: &Rows,
+    head: &Tensor,
+    mut head_grad: Option<&mut Tensor>,
+    elements: i64,
+) -> (Vec<Score>, Vec<Tensor>) {
     // MKL takes half as long again for a product with so many columns as for one with some of them.
     const WORDS: i64 = 1 << 10;
     let (n, v) = (rows.hidden.size()[0], head.size()[0]);
     let at_a_time = if head.kind() == Kind::Float { WORDS } else { v };
-    let length = Rows::chunk(v, Rows::CHUNK_ELEMENTS).min(n);
+    let length = Rows::chunk(v, elements).min(n);
     let logits = Tensor::empty([length, v], (head.kind(), Device::Cpu));
     let (mut scores, mut grads) = (Vec::with_capacity(n as usize), Vec::new());
-    for (hidden, targets, weights) in rows.chunks(v, Rows::CHUNK_ELEMENTS) {
+    for (hidden, targets, weights) in rows.chunks(v, elements) {
         let mut logits = logits.narrow(0, 0, hidden.size()[0]); // (n, V)
         for first in (0..v).step_by(at_a_time as usize) {
             let words = at_a_time.min(v - first);
@@ -400,4 +405,66 @@ fn values<T: tch::kind::Element + Default + Clone>(tensor: &Tensor) -> Vec<T> {
     let mut values = vec![T::default(); tensor.numel()];
     tensor.copy_data(&mut values, tensor.numel());
     values
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Each way on the CPU beside fp64: several chunks of rows, and of words.
+    #[test]
+    fn every_way_on_the_cpu_is_that_of_double_precision() {
+        let (n, c, v) = (50, 24, 2500);
+        let options = (Kind::Float, Device::Cpu);
+        // LibTorch's generator is one for all tests, which run side by side.
+        let numbers = |shape: [i64; 2], factor: f64| {
+            let numbers = Tensor::arange(shape[0] * shape[1], options);
+            ((numbers * factor).sin() * 2.0).view(shape)
+        };
+        let (targets, weights) = ((Tensor::arange(n, (Kind::Int64, Device::Cpu)) * 49), numbers([n, 1], 0.3).abs());
+        for (kind, bound) in [(Kind::Float, 1e-5), (Kind::BFloat16, 2e-2)] {
+            let (hidden, head) = (numbers([n, c], 1.7).to_kind(kind), numbers([v, c], 1.3).to_kind(kind));
+            let exact = |x: &Tensor| x.to_kind(Kind::Double).detach().set_requires_grad(true);
+            let (x, w) = (exact(&hidden), exact(&head));
+            let logits = x.mm(&w.tr());
+            let nll = -logits.log_softmax(1, Kind::Double).gather(1, &targets.view([-1, 1]), false);
+            let losses = nll * &weights;
+            losses.sum(Kind::Double).backward();
+
+            let rows = Rows::new(&hidden, &Targets { ids: &targets, weights: &weights, counted: None });
+            let before = numbers([v, c], 0.9);
+            let mut by_turns_grad = before.copy();
+            let (scores, grads) = by_turns(&rows, &head, Some(&mut by_turns_grad), 20 * v);
+            assert_eq!(grads.len(), 3);
+            let mut found = vec![(scores, Tensor::cat(&grads, 0), by_turns_grad - &before)];
+            if kind == Kind::Float {
+                let done: Vec<Done> = rows.share(&head, true).into_iter().map(Share::compute).collect();
+                let head_grads: Vec<&Tensor> = done.iter().map(|share| &share.head_grad).collect();
+                let grads: Vec<&Tensor> = done.iter().map(|share| &share.grad).collect();
+                let (grad, head_grad) =
+                    (Tensor::cat(&grads, 0), Tensor::stack(&head_grads, 0).sum_dim_intlist(0, false, kind));
+                found.push((done.into_iter().flat_map(|share| share.scores).collect(), grad, head_grad));
+            }
+            for (scores, grad, head_grad) in found {
+                let losses_found: Vec<f64> = scores.iter().map(|score| score.loss).collect();
+                let pairs = [
+                    (&Tensor::from_slice(&losses_found).view([-1, 1]), &losses),
+                    (&grad, &x.grad()),
+                    (&head_grad, &w.grad()),
+                ];
+                for (found, expected) in pairs {
+                    let distance = ((found - expected).norm() / expected.norm()).double_value(&[]);
+                    assert!(distance < bound, "{kind:?}: {distance:e}");
+                }
+                let largest = logits.amax([1i64].as_slice(), false);
+                let likeliest = logits.gather(1, &targets.view([-1, 1]), false).view([-1]).eq_tensor(&largest);
+                let found: Vec<bool> = scores.iter().map(|score| score.is_likeliest).collect();
+                assert!(kind != Kind::Float || found == Vec::<bool>::try_from(&likeliest).unwrap());
+                // Without gradients the same.
+                let again = by_turns(&rows, &head, None, 20 * v).0;
+                let losses: Vec<f64> = again.iter().map(|score| score.loss).collect();
+                assert!(losses.iter().zip(&losses_found).all(|(a, b)| (a - b).abs() <= 1e-5 * b.abs().max(1.0)));
+            }
+        }
+    }
 }
