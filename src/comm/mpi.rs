@@ -281,28 +281,29 @@ impl Mpi {
         }
     }
 
-    /// Rank r receives everyone's r-th part and adds them in the order of the ranks.
+    /// Rank r receives everyone's r-th part and adds them in the order of the ranks, its own where it is.
     fn reduce_scatter(&mut self, data: &mut [f32], bounds: &[usize]) {
         let ranks = index(self.world.size());
-        let (counts, starts) = counts_and_starts(bounds);
+        let (mut counts, starts) = counts_and_starts(bounds);
         let rank = index(self.world.rank());
+        counts[rank] = 0;
         let mine = bounds[rank + 1] - bounds[rank];
-        let part_counts = vec![count(mine); ranks];
-        let part_starts: Vec<Count> = (0..ranks).map(|r| count(r * mine)).collect();
+        let part_counts: Vec<Count> = (0..ranks).map(|r| if r == rank { 0 } else { count(mine) }).collect();
+        let part_starts: Vec<Count> = (0..ranks).map(|r| count(if r > rank { r - 1 } else { r } * mine)).collect();
         let mut parts = std::mem::take(&mut self.scratch);
-        parts.resize(mine * ranks, 0.0);
+        parts.resize(mine * (ranks - 1), 0.0);
         {
             let send = Partition::new(&*data, &counts[..], &starts[..]);
             let mut receive = PartitionMut::new(&mut parts[..], &part_counts[..], &part_starts[..]);
             scope(|scope| self.wait(self.world.immediate_all_to_all_varcount_into(scope, &send, &mut receive)));
         }
-        let (sum, others) = parts.split_at_mut(mine);
-        for part in others.chunks_exact(mine.max(1)) {
-            for (total, value) in sum.iter_mut().zip(part) {
-                *total += value;
-            }
-        }
-        data[bounds[rank]..bounds[rank + 1]].copy_from_slice(sum);
+        let (before, after) = parts.split_at_mut(rank * mine);
+        let own = &mut data[bounds[rank]..bounds[rank + 1]];
+        let add = |sum: &mut [f32], part: &[f32]| sum.iter_mut().zip(part).for_each(|(sum, value)| *sum += value);
+        let (sum, others) = before.split_at_mut(mine.min(before.len()));
+        others.chunks_exact(mine.max(1)).for_each(|part| add(sum, part));
+        add(own, sum);
+        after.chunks_exact(mine.max(1)).for_each(|part| add(own, part));
         self.scratch = parts;
     }
 

@@ -48,7 +48,7 @@ pub fn scores(hidden: &Tensor, head: &Tensor, targets: &Targets) -> Vec<Score> {
                 let done: Vec<Done> = rows.share(head, false).into_par_iter().map(Share::compute).collect();
                 return done.into_iter().flat_map(|share| share.scores).collect();
             }
-            Device::Cpu => return by_turns(&rows, head, None, Rows::CHUNK_ELEMENTS).0,
+            Device::Cpu => return by_turns(&rows, head, None, turn_elements(head.numel() as i64, head.kind())).0,
             _ => (),
         }
         let score = |(hidden, targets, weights): (Tensor, Tensor, Tensor)| {
@@ -91,7 +91,8 @@ pub fn loss_and_gradients(
                 (Tensor::from_slice(&[loss]), done.into_iter().map(|share| share.grad).collect())
             }
             Device::Cpu => {
-                let (scores, grads) = by_turns(&rows, head, Some(head_grad), Rows::CHUNK_ELEMENTS);
+                let (scores, grads) =
+                    by_turns(&rows, head, Some(head_grad), turn_elements(head.numel() as i64, head.kind()));
                 (Tensor::from_slice(&[sum(&scores)]), grads)
             }
             _ => match own_kernels(head) {
@@ -114,7 +115,7 @@ pub fn working_bytes(rows: i64, width: i64, words: i64, threads: i64, kind: Kind
         }
         // In bf16 also a chunk's gradient of the head, before it is added.
         let product = if kind == Kind::Float { 0 } else { words * width };
-        return bytes * (Rows::chunk(words, Rows::CHUNK_ELEMENTS).min(rows) * words + product);
+        return bytes * (Rows::chunk(words, turn_elements(words * width, kind)).min(rows) * words + product);
     }
     if device.is_cuda() && kind == Kind::BFloat16 {
         let words = padded(words);
@@ -132,6 +133,12 @@ pub fn working_bytes(rows: i64, width: i64, words: i64, threads: i64, kind: Kind
 pub fn is_shared(head: i64, kind: Kind) -> bool {
     const MOST: i64 = 1 << 22;
     kind == Kind::Float && head <= MOST
+}
+
+/// Elements of logits that all cores of a CPU work on together: the more, the faster are the products, but they take no more
+/// memory than a head in fp32, unless that is small.
+fn turn_elements(head: i64, kind: Kind) -> i64 {
+    head.max(1 << 24) * if kind == Kind::Float { 1 } else { 2 }
 }
 
 /// How many threads take a share of the rows, each with its own gradient of a head of so many elements.
@@ -184,10 +191,12 @@ fn by_turns(
     const WORDS: i64 = 1 << 10;
     let (n, v) = (rows.hidden.size()[0], head.size()[0]);
     let at_a_time = if head.kind() == Kind::Float { WORDS } else { v };
-    let length = Rows::chunk(v, elements).min(n);
+    let most = Rows::chunk(v, elements);
+    let chunks = (n + most - 1) / most;
+    let length = (n + chunks - 1) / chunks; // nearly alike
     let logits = Tensor::empty([length, v], (head.kind(), Device::Cpu));
     let (mut scores, mut grads) = (Vec::with_capacity(n as usize), Vec::new());
-    for (hidden, targets, weights) in rows.chunks(v, elements) {
+    for (hidden, targets, weights) in rows.chunks(v, length * v) {
         let mut logits = logits.narrow(0, 0, hidden.size()[0]); // (n, V)
         for first in (0..v).step_by(at_a_time as usize) {
             let words = at_a_time.min(v - first);
