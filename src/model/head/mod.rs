@@ -115,7 +115,7 @@ pub fn working_bytes(rows: i64, width: i64, words: i64, threads: i64, kind: Kind
         }
         // In bf16 also a chunk's gradient of the head, before it is added.
         let product = if kind == Kind::Float { 0 } else { words * width };
-        return bytes * (Rows::chunk(words, turn_elements(words * width, kind)).min(rows) * words + product);
+        return bytes * (turn(rows, words, turn_elements(words * width, kind)) * words + product);
     }
     if device.is_cuda() && kind == Kind::BFloat16 {
         let words = padded(words);
@@ -139,6 +139,13 @@ pub fn is_shared(head: i64, kind: Kind) -> bool {
 /// memory than a head in fp32, unless that is small.
 fn turn_elements(head: i64, kind: Kind) -> i64 {
     head.max(1 << 24) * if kind == Kind::Float { 1 } else { 2 }
+}
+
+/// How many of these rows make a chunk of at most so many elements, if all chunks are nearly alike.
+fn turn(rows: i64, words: i64, elements: i64) -> i64 {
+    let most = Rows::chunk(words, elements);
+    let chunks = (rows + most - 1) / most;
+    (rows + chunks - 1) / chunks
 }
 
 /// How many threads take a share of the rows, each with its own gradient of a head of so many elements.
@@ -187,13 +194,11 @@ fn by_turns(
     mut head_grad: Option<&mut Tensor>,
     elements: i64,
 ) -> (Vec<Score>, Vec<Tensor>) {
-    // MKL takes half as long again for a product with so many columns as for one with some of them.
+    // MKL takes 1.4 times as long for a product with all columns as for products with so many of them.
     const WORDS: i64 = 1 << 10;
     let (n, v) = (rows.hidden.size()[0], head.size()[0]);
     let at_a_time = if head.kind() == Kind::Float { WORDS } else { v };
-    let most = Rows::chunk(v, elements);
-    let chunks = (n + most - 1) / most;
-    let length = (n + chunks - 1) / chunks; // nearly alike
+    let length = turn(n, v, elements);
     let logits = Tensor::empty([length, v], (head.kind(), Device::Cpu));
     let (mut scores, mut grads) = (Vec::with_capacity(n as usize), Vec::new());
     for (hidden, targets, weights) in rows.chunks(v, length * v) {
