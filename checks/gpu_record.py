@@ -84,10 +84,10 @@ def machine(session, version):
     }
 
 
-def default_path(folder, facts):
-    """gpu-check-DATE-GPU.csv."""
+def default_path(folder, facts, kind="check"):
+    """gpu-KIND-DATE-GPU.csv."""
     name = re.sub(r"[^a-z0-9]+", "-", (facts["gpu"] or facts["device"]).lower()).strip("-")
-    return folder / f"gpu-check-{facts['date'][:10]}-{name}.csv"
+    return folder / f"gpu-{kind}-{facts['date'][:10]}-{name}.csv"
 
 
 def write(path, facts, rows):

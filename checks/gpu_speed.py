@@ -15,7 +15,6 @@ from gpu_session import tail
 from outcomes import Failed, NotRun
 
 ROOT = Path(__file__).resolve().parents[1]
-WARM_UP = 5  # first steps, left out
 PEER_S = 150  # for a PyTorch run; torch.compile may take most of it
 PROGRAMS = ("lockstep", "pytorch", "pytorch-compiled")
 COLUMNS = ("step_ms", "tokens_per_s", "mfu", "memory_mib")
@@ -45,19 +44,18 @@ SHEET = re.compile(r"([\d.]+) % of its data sheet's")
 
 @dataclass
 class Shape:
-    """A model that is timed."""
+    """A model that is timed, and beside what; the first steps are left out."""
 
     name: str
     says: str
     values: dict
     steps: int
+    programs: tuple = PROGRAMS
+    warm_up: int = 5
 
 
-def shapes(gpu):
-    """GPT-2 and the homework's model. On a CPU, which only tries the script, smaller ones."""
-    batch, block, preset, precision = (
-        (16, 1024, "gpt2", "bf16") if gpu else (8, 64, "gpt-nano", "fp32")
-    )
+def pretraining(preset, precision, batch, micro_batch, block):
+    """A preset that learns packed blocks, and how it is named."""
     values = {
         "precision": precision,
         "model": {"preset": preset},
@@ -65,32 +63,57 @@ def shapes(gpu):
             "layout": "packed",
             "block_size": block,
             "batch_size": batch,
-            "micro_batch": batch,
+            "micro_batch": micro_batch,
         },
         "train": QUIET,
     }
-    yield Shape(preset, f"{precision}, {batch} x {block:,} tokens", values, 20)
-    batch = 256 if gpu else 16
+    return f"{precision}, {batch} x {block:,} tokens, {micro_batch} at a time", values
+
+
+def homework(precision, batch):
+    """The homework's model, and how it is named."""
     values = HOMEWORK | {
-        "precision": "fp32",
+        "precision": precision,
         "data": HOMEWORK["data"] | {"batch_size": batch, "micro_batch": batch},
         "train": HOMEWORK["train"] | QUIET,
     }
-    said = f"gpt-nano, fp32, {batch} x 32 tokens, vocabulary 50,257"
-    yield Shape("homework", said, values, 100 if gpu else 20)
+    return f"gpt-nano, {precision}, {batch} x 32 tokens, vocabulary 50,257", values
+
+
+def shapes(gpu):
+    """GPT-2 and the homework's model. On a CPU, which only tries the script, smaller ones."""
+    preset, *sizes = ("gpt2", "bf16", 16, 16, 1024) if gpu else ("gpt-nano", "fp32", 8, 8, 64)
+    yield Shape(preset, *pretraining(preset, *sizes), 20)
+    yield Shape("homework", *homework("fp32", 256 if gpu else 16), 100 if gpu else 20)
+
+
+def bench_shapes(gpu):
+    """GPT-2 with half a million tokens a step, the homework's 50 steps, larger GPT-2s. What matters
+    most comes first. PyTorch as it is usually written would take too long for the large ones."""
+    compiled = PROGRAMS[::2]
+    if not gpu:
+        yield Shape("gpt-nano", *pretraining("gpt-nano", "fp32", 8, 4, 64), 8, compiled)
+        yield Shape("homework-bf16", *homework("bf16", 16), 8)
+        return
+    yield Shape("gpt2", *pretraining("gpt2", "bf16", 512, 32, 1024), 12, compiled, 4)
+    yield Shape("homework", *homework("fp32", 256), 50)
+    yield Shape("homework-bf16", *homework("bf16", 256), 50)
+    for preset, size in (("gpt2-medium", 16), ("gpt2-large", 8)):
+        yield Shape(preset, *pretraining(preset, "bf16", 8 * size, size, 1024), 10, compiled, 4)
 
 
 class Speed:
     """Measures the shapes in a session."""
 
-    def __init__(self, session):
+    def __init__(self, session, bench=False):
         self.session = session
         self.gpu = session.device == "cuda"
+        self.shapes = bench_shapes(self.gpu) if bench else shapes(self.gpu)
 
     def plan(self):
         """(what, a function that measures it), in order."""
-        for shape in shapes(self.gpu):
-            for program in PROGRAMS:
+        for shape in self.shapes:
+            for program in shape.programs:
                 what = f"{shape.name}, {program}: "
                 for column in COLUMNS:
                     if program == "lockstep" or column != "mfu":  # the PyTorch run has no mfu
@@ -113,7 +136,7 @@ class Speed:
             raise NotRun("speed and memory of an emulated GPU mean nothing")
         time = partial(self.timed, shape, program)
         with session.once(f"{shape.name}-{program}", time).open(newline="") as file:
-            cells = [row[column] for row in csv.DictReader(file)][WARM_UP:]
+            cells = [row[column] for row in csv.DictReader(file)][shape.warm_up :]
         if not cells or not all(cells):
             raise NotRun(f"train.csv leaves {column} empty")
         return statistics.median(map(float, cells)), f"{shape.says}; median of {len(cells)} steps"

@@ -299,14 +299,27 @@ def test_sums_that_are_held_to_a_last_digit_have_an_order_on_a_gpu(open_session,
 
 def test_the_homework_is_timed_as_its_configuration_says():
     written = yaml.safe_load((ROOT / "configs/homework.yaml").read_text())
-    timed = list(gpu_speed.shapes(gpu=True))[1].values
-    for name in ("model", "optim"):
-        assert timed[name] == written[name]
-    assert timed["data"] == {k: v for k, v in written["data"].items() if k != "dir"} | {
-        "micro_batch": 256
-    }
-    assert timed["train"]["loss"] == written["train"]["loss"]
-    assert timed["precision"] == written.get("precision", "fp32")
+    shapes = [*gpu_speed.shapes(gpu=True), *gpu_speed.bench_shapes(gpu=True)]
+    timed = [shape.values for shape in shapes if shape.name.startswith("homework")]
+    assert [values.pop("precision") for values in timed] == ["fp32", "fp32", "bf16"]
+    for values in timed:
+        for name in ("model", "optim"):
+            assert values[name] == written[name]
+        assert values["data"] == {k: v for k, v in written["data"].items() if k != "dir"} | {
+            "micro_batch": 256
+        }
+        assert values["train"]["loss"] == written["train"]["loss"]
+    assert written.get("precision", "fp32") == "fp32"
+
+
+def test_the_bench_times_gpt2_first_as_its_configuration_says(session):
+    written = yaml.safe_load((ROOT / "configs/gpt2-124m.yaml").read_text())
+    shape = next(gpu_speed.bench_shapes(gpu=True))
+    assert shape.values["precision"] == written["precision"]
+    assert shape.values["model"]["preset"] == written["model"]["preset"]
+    assert shape.values["data"] == {k: v for k, v in written["data"].items() if k != "dir"}
+    plan = list(gpu_check.Checks(session, bench=True).plan())
+    assert {check.group for check in plan} == {"speed"}
 
 
 def test_the_data_sheets_share_is_mfus_by_what_the_program_says(tmp_path, monkeypatch):

@@ -187,11 +187,15 @@ def steps(folder, command, count, threads=None):
     run([*command, "--set", f"train.steps={count}"], threads)
     with (folder / "train.csv").open() as file:
         rows = list(csv.DictReader(file))
-    late = [float(row["step_ms"]) for row in rows[3:]]
-    return {
-        "step": (statistics.median(late) / 1e3, "s"),
+    late = [float(row["step_ms"]) / 1e3 for row in rows[3:]]
+    figures = {
+        "step": (statistics.median(late), "s"),
         "memory": (max(float(row["memory_mib"]) for row in rows) * 2**20 / 1e6, "MB"),
     }
+    if rows[0]["mfu"]:
+        times = [float(row["mfu"]) * float(row["step_ms"]) / 1e3 for row in rows[3:]]
+        figures["arithmetic"] = (statistics.median(times), "s")
+    return figures
 
 
 def training(bench, binary, prepared, scratch):
@@ -204,12 +208,13 @@ def training(bench, binary, prepared, scratch):
         config["train"] = keys.get("train", {}) | {"eval_every": 0, "save_every": 0}
         path = scratch / f"{number}.yaml"
         path.write_text(json.dumps(config))
-        numbers = itertools.count()
+        numbers, seen = itertools.count(), []
 
-        def ours(path=path, numbers=numbers):
+        def ours(path=path, numbers=numbers, seen=seen):
             folder = scratch / f"run-{path.stem}-{next(numbers)}"
             command = [binary, "train", "--config", path, "--run-dir", folder]
-            return steps(folder, command, 10)
+            seen.append(steps(folder, command, 10))
+            return seen[-1]
 
         def theirs(path=path, numbers=numbers):
             folder = scratch / f"peer-{path.stem}-{next(numbers)}"
@@ -225,6 +230,11 @@ def training(bench, binary, prepared, scratch):
             return steps(folder, command, 10)
 
         bench.compare("training", what, ours, "PyTorch compiled", theirs, ["step", "memory"])
+        # What a step computes, at the speed of a large product, measured as the run begins.
+        step, alone = ([run[name][0] for run in seen] for name in ("step", "arithmetic"))
+        ratio = statistics.median(a / b for a, b in zip(alone, step, strict=True))
+        name = f"{what}: step"
+        bench.write("training", name, "s", spread(step), "its products alone", spread(alone), ratio)
 
 
 def ranks(bench, binary, examples, prepared, scratch):

@@ -1,9 +1,10 @@
 """Does the same run in ordinary PyTorch, to compare with Lockstep.
 
 Reads a Lockstep configuration and the data folder that it names, and trains the same model as it is
-usually written: an nn.Module, logits of the whole batch, F.cross_entropy, torch.optim.AdamW.
-One process takes the whole batch at once. train.csv and eval.csv have Lockstep's columns, so
-analysis/plot.py can draw both runs in one picture; cells that PyTorch cannot fill stay empty.
+usually written: an nn.Module, logits of a whole micro-batch, F.cross_entropy, torch.optim.AdamW.
+One process takes the whole batch, at once if data.micro_batch does not say otherwise. train.csv and
+eval.csv have Lockstep's columns, so analysis/plot.py can draw both runs in one picture; cells that
+PyTorch cannot fill stay empty.
 
     .venv/bin/python analysis/bench/peer.py --config configs/wikitext2.yaml --out runs/peer
 
@@ -35,9 +36,9 @@ from presets import presets
 DEFAULTS = {
     "seed": 3407, "device": "auto", "precision": "fp32", "threads": "auto",
     "data.dir": "data/sample", "data.layout": "packed", "data.block_size": 128,
-    "data.batch_size": 32, "model.preset": None, "model.n_layer": None, "model.n_head": None,
-    "model.n_embd": None, "model.dropout": 0.0, "model.norm": "pre", "model.activation": "gelu",
-    "model.tied_head": True, "model.bias": True,
+    "data.batch_size": 32, "data.micro_batch": "auto", "model.preset": None, "model.n_layer": None,
+    "model.n_head": None, "model.n_embd": None, "model.dropout": 0.0, "model.norm": "pre",
+    "model.activation": "gelu", "model.tied_head": True, "model.bias": True,
     "optim.lr": 5e-4, "optim.betas": [0.9, 0.95], "optim.eps": 1e-8, "optim.weight_decay": 0.1,
     "optim.grad_clip": 1.0, "optim.schedule": "constant", "optim.warmup_steps": 0,
     "optim.decay_steps": 0, "optim.min_lr": 0.0,
@@ -218,12 +219,12 @@ def build_model(config, vocab_size):
     return GPT()
 
 
-def objective(nll, targets, kind):
-    """The loss to minimise, from the negative log-likelihoods (B, T) of all targets."""
-    counted = targets != IGNORED
+def objective(nll, targets, kind, sequences, tokens):
+    """A micro-batch's part of the loss of a batch of so many sequences with so many targets, from
+    the negative log-likelihoods (B, T) of its own targets."""
     if kind == "sequence_mean":
-        return (nll.sum(dim=1) / counted.sum(dim=1)).mean()
-    return nll.sum() / counted.sum()
+        return (nll.sum(dim=1) / (targets != IGNORED).sum(dim=1)).sum() / sequences
+    return nll.sum() / tokens
 
 
 def append_row(path, values):
@@ -264,7 +265,10 @@ class Run:
         cut = config["data.layout"], config["data.block_size"]
         self.training = Split(folder / "train.bin", *cut)
         self.validation = Split(folder / "valid.bin", *cut, tail=True)
-        self.model = build_model(config, meta["vocab_size"]).to(self.device)
+        vocab_size = meta["vocab_size"]
+        if self.device == "cuda" and config["precision"] == "bf16":
+            vocab_size = -(-vocab_size // 64) * 64  # tensor cores are slow at odd sizes
+        self.model = build_model(config, vocab_size).to(self.device)
         # Only matrices of linear layers decay; a tied head counts as an embedding.
         groups = [{"params": [], "weight_decay": d} for d in (0.0, config["optim.weight_decay"])]
         for name, p in self.model.named_parameters():
@@ -294,7 +298,7 @@ class Run:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # Linux counts in KiB
 
     def train(self):
-        """Runs all steps with their evaluations; returns the figures to report, by name."""
+        """Runs all steps with their evaluations, if any; returns the figures to report, by name."""
         config, optimizer, lengths = self.config, self.optimizer, self.training.lengths
         clip, limit = self.torch.nn.utils.clip_grad_norm_, config["optim.grad_clip"] or math.inf
         batches = shuffled(len(lengths), config["data.batch_size"], config["seed"])
@@ -302,12 +306,19 @@ class Run:
         for step in range(1, config["train.steps"] + 1):
             t0 = self.now()
             chosen = next(batches)
-            inputs, targets = self.batch(self.training, chosen)
+            micro = config["data.micro_batch"]
+            size = len(chosen) if micro == "auto" else micro
+            parts = (chosen[at : at + size] for at in range(0, len(chosen), size))
+            micro_batches = [self.batch(self.training, part) for part in parts]
             t1 = self.now()
             optimizer.zero_grad(set_to_none=True)
-            with self.autocast:
-                loss = objective(self.forward(inputs, targets), targets, config["train.loss"])
-            loss.backward()
+            whole, loss = (len(chosen), int(lengths[chosen].sum())), 0.0
+            for inputs, targets in micro_batches:
+                with self.autocast:
+                    nll = self.forward(inputs, targets)
+                    share = objective(nll, targets, config["train.loss"], *whole)
+                share.backward()
+                loss += share.detach()
             t2 = self.now()
             norm = clip(self.model.parameters(), limit)
             for group in optimizer.param_groups:
@@ -315,7 +326,7 @@ class Run:
             optimizer.step()
             t3 = self.now()
             seconds.append(t3 - t0)
-            tokens.append(int(lengths[chosen].sum()))
+            tokens.append(whole[1])
             if step % config["train.log_every"] == 0:
                 value = loss.item()
                 row = [step, sum(tokens), value, math.exp(value), group["lr"], norm.item()]
@@ -335,7 +346,10 @@ class Run:
             "tokens per second, median": np.median(np.divide(tokens, seconds)),
             "peak memory, MiB": self.memory_mib(),
         }
-        return figures | self.evaluate(config["train.steps"])
+        # 0 means never, the end included, as for Lockstep.
+        return figures | (
+            self.evaluate(config["train.steps"]) if config["train.eval_every"] else {}
+        )
 
     def evaluate(self, step):
         """Writes the token mean over the validation split to eval.csv; returns figures by name."""

@@ -14,6 +14,7 @@ import pandas as pd
 from presets import presets
 
 from .cost import (
+    BYTES,
     Machine,
     Model,
     NcclLink,
@@ -164,6 +165,7 @@ def setting(n: int, batch_size: int, overlap: bool, zero1: bool, gradient_bytes:
         overlap=overlap,
         zero1=zero1,
         gradient_bytes=gradient_bytes,
+        weight_bytes=BYTES["bf16"],
     )
 
 

@@ -25,7 +25,7 @@ import pandas as pd
 from measurements import Unusable
 
 from . import clusters, draw, footprint
-from .cost import GRADIENT_BYTES, Model, step
+from .cost import BYTES, Model, step
 from .fit import BOUND, PARAMETERS, errors, fit, machine, milliseconds
 from .runs import Run, read_run, read_runs, table
 
@@ -128,7 +128,7 @@ def check_command(arguments: argparse.Namespace) -> int:
 
 def predict_command(arguments: argparse.Namespace) -> int:
     name, path = arguments.preset, arguments.out
-    study = clusters.study(name, GRADIENT_BYTES[arguments.grad_dtype])
+    study = clusters.study(name, BYTES[arguments.grad_dtype])
     draw.clusters(study, path)
     numbers = path.with_suffix(".csv")
     study.rows().to_csv(numbers, index=False, float_format="%.5g")
@@ -218,7 +218,7 @@ def parse(given: list[str] | None) -> argparse.Namespace:
         help="the picture (default: runs/scaling.png); its numbers go into a CSV beside it",
     )
     predict.add_argument("--preset", choices=clusters.PRESETS, default="gpt2")
-    predict.add_argument("--grad-dtype", choices=list(GRADIENT_BYTES), default="fp32")
+    predict.add_argument("--grad-dtype", choices=list(BYTES), default="fp32")
     small = verb("footprint", footprint_command, "prints files and messages by ranks, as CSV")
     small.add_argument(
         "runs", nargs="*", type=Path, metavar="RUN", help="made with -v (default: the model's)"

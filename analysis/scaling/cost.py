@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-GRADIENT_BYTES = {"fp32": 4, "bf16": 2}
+BYTES = {"fp32": 4, "bf16": 2}
 MIB = 1 << 20
 
 # Lockstep's MPI all-reduce sends a bucket in messages of at most this size.
@@ -97,6 +97,7 @@ class Setting:
     overlap: bool = True
     zero1: bool = False
     gradient_bytes: int = 4
+    weight_bytes: int = 4  # of those that ZeRO-1 gathers: what the model computes with
 
     @property
     def sequences(self) -> float:
@@ -305,7 +306,7 @@ def step(model: Model, setting: Setting, machine: Machine) -> Step:
     updated = model.parameters
     if setting.zero1:
         updated /= n
-        exposed += sum(link.all_gather(4 * size, n) for size in sizes)
+        exposed += sum(link.all_gather(setting.weight_bytes * size, n) for size in sizes)
     return Step(
         data=crowd * (machine.data_fixed + machine.data_per_sequence * setting.sequences),
         compute=compute,

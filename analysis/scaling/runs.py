@@ -13,7 +13,7 @@ import yaml
 
 from measurements import Unusable, read_csv
 
-from .cost import GRADIENT_BYTES, Model, Setting, largest_micro_batch
+from .cost import BYTES, Model, Setting, largest_micro_batch
 
 PARTS = ["data_ms", "compute_ms", "comm_exposed_ms", "optimizer_ms"]
 
@@ -105,7 +105,8 @@ def read_config(folder: Path, world_size: int, vocab_size: int | None) -> tuple[
             bucket_mib=float(comm["bucket_mib"]) if comm else math.inf,
             overlap=bool(comm["overlap"]) if comm else False,
             zero1=bool(optim.get("zero1", False)),
-            gradient_bytes=GRADIENT_BYTES[comm.get("grad_dtype", "fp32") if comm else "fp32"],
+            gradient_bytes=BYTES[comm.get("grad_dtype", "fp32") if comm else "fp32"],
+            weight_bytes=BYTES[config.get("precision", "fp32")],
         )
     except FileNotFoundError:
         raise Unusable(

@@ -85,6 +85,18 @@ def test_one_rank_sends_nothing(link):
     )
 
 
+def test_zero1_gathers_what_the_model_computes_with():
+    machine = replace(h100("ring"), sync=0.0, jitter=0.0)
+    plain, fp32, bf16 = (
+        step(GPT2, Setting(8, 128, overlap=False, zero1=zero1, weight_bytes=bytes_), machine)
+        for zero1, bytes_ in ((False, 4), (True, 4), (True, 2))
+    )
+    link, sizes = machine.link, cost.bucket_sizes(GPT2.parameters, 25.0)
+    saved = sum(link.all_gather(4 * size, 8) - link.all_gather(2 * size, 8) for size in sizes)
+    assert fp32.exposed - bf16.exposed == pytest.approx(saved)
+    assert bf16.exposed < plain.exposed
+
+
 def test_a_ring_moves_what_the_formula_says():
     link = replace(h100("ring").link, protocols=(("ring", 0.0, 1e-6, 1e-5, 1.0),))
     within = 2 * 7 / 8 * 1e9 / link.node_bandwidth + 2 * 7 * 1e-6

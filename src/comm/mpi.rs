@@ -18,7 +18,7 @@ use mpi::environment::Universe;
 use mpi::ffi;
 use mpi::request::{scope, LocalScope, Request};
 use mpi::topology::{Communicator, SimpleCommunicator};
-use mpi::traits::{AsRaw, CommunicatorCollectives, Destination, Source};
+use mpi::traits::{AsRaw, CommunicatorCollectives, Destination, Equivalence, Source};
 use mpi::{Count, Threading};
 use tch::{Device, Kind, Tensor};
 
@@ -28,10 +28,15 @@ use crate::error::{tell, Error, Result};
 use crate::host;
 use crate::patience::receive;
 use crate::stop::exit_now;
+use crate::torch;
 
 /// Elements of one exchange of an all-reduce or a broadcast: bounds the scratch memory and keeps MPI's counts far from
 /// `i32::MAX`.
 const CHUNK: usize = 1 << 22;
+
+/// Elements of one rank's part of an exchange, if the ranks are few: what is received is still in the cache, 1 MiB, when it
+/// is added.
+const PART: usize = 1 << 18;
 
 /// The exit code of a lost peer: `Error::Communication`'s.
 const LOST: u8 = 6;
@@ -125,10 +130,14 @@ impl World {
         self.begin(tensor, move |mpi, data| mpi.reduce_scatter(data, &bounds))
     }
 
-    /// Begins to send each rank's part of a tensor to all the others.
+    /// Begins to send each rank's part of an fp32 or bf16 tensor to all the others.
     pub fn begin_all_gather(&self, tensor: &Tensor, bounds: &[usize]) -> Result<()> {
         let bounds = bounds.to_vec();
-        self.begin(tensor, move |mpi, data| mpi.all_gather(data, &bounds))
+        if tensor.kind() != Kind::BFloat16 {
+            return self.begin(tensor, move |mpi, data| mpi.all_gather(data, &bounds));
+        }
+        let mut lent = Lent::new(tensor, Kind::BFloat16)?;
+        self.send(Box::new(move |mpi| mpi.all_gather(torch::halves_mut(&mut lent.0), &bounds)))
     }
 
     /// Begins to replace a tensor by rank 0's.
@@ -137,8 +146,8 @@ impl World {
     }
 
     fn begin(&self, tensor: &Tensor, collective: impl FnOnce(&mut Mpi, &mut [f32]) + Send + 'static) -> Result<()> {
-        let mut floats = Floats::new(tensor)?;
-        self.send(Box::new(move |mpi| collective(mpi, floats.slice())))
+        let mut lent = Lent::new(tensor, Kind::Float)?;
+        self.send(Box::new(move |mpi| collective(mpi, torch::floats_mut(&mut lent.0))))
     }
 
     /// Waits until everything begun is done.
@@ -274,8 +283,9 @@ impl Mpi {
     /// Sums in the order of the ranks. MPI's own algorithms choose the order by size, topology and version; a
     /// reduce-scatter and an all-gather are the traffic of a ring all-reduce, with an order that never changes.
     fn all_reduce(&mut self, data: &mut [f32]) {
-        for chunk in data.chunks_mut(CHUNK) {
-            let bounds = super::even_parts(chunk.len(), index(self.world.size()));
+        let ranks = index(self.world.size());
+        for chunk in data.chunks_mut((ranks * PART).min(CHUNK)) {
+            let bounds = super::even_parts(chunk.len(), ranks);
             self.reduce_scatter(chunk, &bounds);
             self.all_gather(chunk, &bounds);
         }
@@ -307,15 +317,27 @@ impl Mpi {
         self.scratch = parts;
     }
 
-    fn all_gather(&mut self, data: &mut [f32], bounds: &[usize]) {
-        let (counts, starts) = counts_and_starts(bounds);
-        let rank = index(self.world.rank());
-        let mut mine = std::mem::take(&mut self.scratch);
-        mine.clear();
-        mine.extend_from_slice(&data[bounds[rank]..bounds[rank + 1]]);
-        let mut receive = PartitionMut::new(data, &counts[..], &starts[..]);
-        scope(|scope| self.wait(self.world.immediate_all_gather_varcount_into(scope, &mine[..], &mut receive)));
-        self.scratch = mine;
+    /// Each rank sends its part to every other one. All receive at once, in place.
+    fn all_gather<T: Equivalence>(&self, data: &mut [T], bounds: &[usize]) {
+        let (rank, ranks) = (index(self.world.rank()), index(self.world.size()));
+        let (before, rest) = data.split_at_mut(bounds[rank]);
+        let (mine, after) = rest.split_at_mut(bounds[rank + 1] - bounds[rank]);
+        let mine = &*mine;
+        scope(|scope| {
+            let mut requests = Vec::with_capacity(2 * ranks);
+            let mut parts = (before, after);
+            for other in (0..ranks).filter(|&other| other != rank) {
+                let rest = if other < rank { &mut parts.0 } else { &mut parts.1 };
+                let (part, left) = std::mem::take(rest).split_at_mut(bounds[other + 1] - bounds[other]);
+                *rest = left;
+                requests.push(self.world.process_at_rank(count(other)).immediate_receive_into(scope, part));
+            }
+            // Each begins with the rank after it, so that not all send to the same one first.
+            for other in (1..ranks).map(|step| (rank + step) % ranks) {
+                requests.push(self.world.process_at_rank(count(other)).immediate_send(scope, mine));
+            }
+            requests.into_iter().for_each(|request| self.wait(request));
+        });
     }
 
     fn broadcast(&mut self, data: &mut [f32]) {
@@ -411,27 +433,20 @@ impl Mpi {
     }
 }
 
-/// The memory of a contiguous fp32 CPU tensor, lent to MPI's thread.
-struct Floats(Tensor);
+/// A contiguous CPU tensor, lent to MPI's thread: whoever began the collective leaves it alone until [`World::complete`].
+struct Lent(Tensor);
 
-impl Floats {
-    fn new(tensor: &Tensor) -> Result<Self> {
-        if tensor.kind() != Kind::Float || tensor.device() != Device::Cpu || !tensor.is_contiguous() {
+impl Lent {
+    fn new(tensor: &Tensor, kind: Kind) -> Result<Self> {
+        if tensor.kind() != kind || tensor.device() != Device::Cpu || !tensor.is_contiguous() {
             return Err(Error::Communication(format!(
-                "MPI works on contiguous fp32 tensors on the CPU, this one is {:?} on {:?}",
+                "MPI works on contiguous fp32 tensors on the CPU, and gathers bf16 ones; this one is {:?} on {:?}",
                 tensor.kind(),
                 tensor.device()
             ))
             .into());
         }
         Ok(Self(tensor.shallow_clone()))
-    }
-
-    fn slice(&mut self) -> &mut [f32] {
-        // SAFETY: the tensor is contiguous fp32 in host memory (checked in `new`), so `numel` floats lie at its data
-        // pointer, and the clone keeps the storage alive. Whoever began the collective leaves these elements alone until
-        // `finish` (the contract of the `begin_*` functions), so nobody reads or writes them meanwhile.
-        unsafe { std::slice::from_raw_parts_mut(self.0.data_ptr().cast::<f32>(), self.0.numel()) }
     }
 }
 

@@ -47,7 +47,7 @@ pub struct Parameters {
     /// (P,) what autograd adds into: `grad` itself, or one micro-step's bf16 gradients (autograd refuses an fp32
     /// gradient on a bf16 leaf).
     compute_grad: Tensor,
-    /// Whether whoever changed `flat` last has also made its bf16 copy.
+    /// Whether whoever changed `flat` last has also made the bf16 copy of what they changed.
     pub copy_is_made: bool,
     leaves: Vec<Tensor>,
 }
@@ -122,6 +122,11 @@ impl Parameters {
         if self.is_mixed() && !std::mem::take(&mut self.copy_is_made) {
             no_grad(|| self.compute.copy_(&self.flat));
         }
+    }
+
+    /// (P,) the weights that the model computes with.
+    pub fn compute(&self) -> &Tensor {
+        &self.compute
     }
 
     /// (P,) the bf16 copy of the weights, if the model computes with one.

@@ -31,6 +31,8 @@ impl<'a> Trainer<'a> {
             save |= self.evaluate(step)?;
         }
         if sample {
+            self.enter(Phase::Exchange);
+            self.gather_weights()?;
             self.sample(step)?;
         }
         if save {
@@ -111,6 +113,7 @@ impl<'a> Trainer<'a> {
             return self.saved();
         }
         self.recorder.as_ref().map_or(Ok(()), Recorder::sync)?;
+        self.gather_weights()?;
         let Self { state, model, optimizer, .. } = &*self;
         self.saving = Some(Saving::begin(&checkpoints, state, &model.parameters, optimizer, writers)?);
         Ok(())

@@ -144,16 +144,16 @@ impl Gradients {
         Ok(())
     }
 
-    /// Gathers the weights, if each rank has updated only its own part.
+    /// Gathers weights, (P,), if each rank has updated only its own part of them.
     ///
     /// # Errors
     /// As [`Gradients::sum`].
-    pub fn gather_weights(&self, comm: &Comm, flat: &Tensor) -> Result<()> {
+    pub fn gather(&self, comm: &Comm, weights: &Tensor) -> Result<()> {
         if !self.sharded {
             return Ok(());
         }
         for bucket in &self.buckets {
-            comm.begin_all_gather(&bucket.of(flat), &bucket.parts)?;
+            comm.begin_all_gather(&bucket.of(weights), &bucket.parts)?;
         }
         comm.complete()
     }

@@ -208,12 +208,21 @@ impl Trainer<'_> {
         // Bad weights are not sent to other ranks, which might hide whose they are. A GPU's host does not know yet;
         // there the masked update sends the old weights.
         if parameters.flat.device().is_cuda() || norm.double_value(&[0]).is_finite() {
-            timeline.enter(Part::Exchange)?;
-            self.gradients.gather_weights(self.comm, &parameters.flat)?;
-            timeline.enter(Part::Optimizer)?;
             parameters.publish();
+            timeline.enter(Part::Exchange)?;
+            // In bf16 that is half of what the fp32 weights are. Those are gathered where they are wanted.
+            self.gradients.gather(self.comm, parameters.compute())?;
         }
         Ok(norm)
+    }
+
+    /// Makes the fp32 weights whole on each rank, which under ZeRO-1 has updated but its part; all ranks call it.
+    fn gather_weights(&self) -> Result<()> {
+        let parameters = &self.model.parameters;
+        match parameters.copy() {
+            None => Ok(()), // a step has gathered them
+            Some(_) => self.gradients.gather(self.comm, &parameters.flat),
+        }
     }
 
     /// Dropout draws the same, whenever and however often a micro-step is computed.

@@ -126,6 +126,12 @@ fn a_rank_checks_every_collective() {
             comm.begin_all_gather(&found, &bounds).unwrap();
             comm.complete().unwrap();
             assert_eq!(found, sum, "all-gather of {size} at {bounds:?}");
+
+            let found = Tensor::full([size], -1.0, (Kind::BFloat16, Device::Cpu));
+            part(&found).copy_(&part(&sum));
+            comm.begin_all_gather(&found, &bounds).unwrap();
+            comm.complete().unwrap();
+            assert_eq!(found, sum.to_kind(Kind::BFloat16), "all-gather of {size} in bf16 at {bounds:?}");
         }
     }
 

@@ -3,11 +3,29 @@
 use std::fs;
 use std::process::Stdio;
 
+use crate::common::alike::assert_learnt_alike;
+use crate::common::runs::Run;
 use crate::common::zero1::{assert_ways_alike, bucketed, optimizer_files};
 
 #[test]
 fn neither_overlap_nor_buckets_nor_zero1_change_a_bit() {
     assert_ways_alike(2);
+}
+
+/// In bf16 a step hands round only the copy that is computed with.
+#[test]
+fn in_bf16_the_fp32_weights_are_whole_where_they_are_saved_and_sampled() {
+    let folder = tempfile::tempdir().unwrap();
+    let settings = ["--set", "precision=bf16", "--set", "train.sample_every=3"];
+    let [plain, sharded] = ["false", "true"].map(|zero1| {
+        let run = bucketed(folder.path(), zero1, 2);
+        let zero1 = format!("optim.zero1={zero1}");
+        assert!(run.start(&[&settings[..], &["--set", &zero1]].concat()).success());
+        run
+    });
+    assert_learnt_alike(&sharded.dir, &plain.dir);
+    let samples = |run: &Run| fs::read_to_string(run.dir.join("samples/step-00000006.txt")).unwrap();
+    assert_eq!(samples(&sharded), samples(&plain));
 }
 
 #[test]
