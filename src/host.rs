@@ -16,6 +16,16 @@ pub fn name() -> String {
     }
 }
 
+/// Asks the processor to fetch the line of memory that an element is in, which is read soon. Where this program does not know
+/// how to ask (Arm), nothing is done.
+#[inline(always)]
+pub fn prefetch<T>(element: &T) {
+    #[cfg(target_arch = "x86_64")]
+    safe_arch::prefetch_t0(element);
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = element;
+}
+
 /// This program's file, and the SHA-256 of what it holds.
 ///
 /// # Errors

@@ -8,6 +8,7 @@ use std::borrow::Cow;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
+use crate::host;
 use crate::torch::bf16;
 
 /// A matrix (N, K) of fp32 or bf16 numbers, row after row.
@@ -67,7 +68,7 @@ impl<'a> Matrix<'a> {
                 }
             }
         } else if let (Some(vector), Some(product)) = (vectors.next(), products.next()) {
-            self.multiply::<1, 8>(&[vector], product);
+            self.multiply::<1, 1>(&[vector], product);
         }
         product
     }
@@ -135,28 +136,32 @@ impl<const B: usize, const R: usize, const H: usize> WithSimd for Tiles<'_, B, R
         }
         let mut tiles = self.rows.chunks_exact(R * width);
         let mut products = self.product.chunks_exact_mut(R * B);
+        let mut ahead = self.rows;
         for (tile, product) in (&mut tiles).zip(&mut products) {
             let mut rows: [&[u32]; R] = [&[]; R];
             for (row, bits) in rows.iter_mut().zip(tile.chunks_exact(width)) {
                 *row = bits;
             }
-            for (product, sums) in product.chunks_exact_mut(B).zip(dot(simd, rows, parts)) {
+            // The tile after this one is fetched meanwhile. The processor's own guesses end with a page.
+            ahead = ahead.get(R * width..).filter(|rest| rest.len() >= R * width).unwrap_or(tile);
+            for (product, sums) in product.chunks_exact_mut(B).zip(dot(simd, rows, ahead, parts)) {
                 product.copy_from_slice(&sums);
             }
         }
         for (row, product) in tiles.remainder().chunks_exact(width).zip(products.into_remainder().chunks_exact_mut(B)) {
-            product.copy_from_slice(&dot(simd, [row], parts)[0]);
+            product.copy_from_slice(&dot(simd, [row], row, parts)[0]);
         }
     }
 }
 
-/// R rows times B vectors of H parts each. No closure and no iterator's adaptor computes here: the compiler would not give
-/// them the vector instructions.
+/// R rows times B vectors of H parts each; `ahead`, as many rows, is read next. No closure and no iterator's adaptor computes
+/// here: the compiler would not give them the vector instructions.
 #[inline(always)]
 #[allow(clippy::needless_range_loop)]
 fn dot<S: Simd, const B: usize, const R: usize, const H: usize>(
     simd: S,
     rows: [&[u32]; R],
+    ahead: &[u32],
     vectors: [[&[f32]; H]; B],
 ) -> [[f32; B]; R] {
     let zero = simd.splat_f32s(0.0);
@@ -167,6 +172,10 @@ fn dot<S: Simd, const B: usize, const R: usize, const H: usize>(
         let (head, tail) = S::as_simd_u32s(rows[r]);
         (heads[r], tails[r]) = (&head[..whole], tail);
     }
+    let mut aheads: [&[S::u32s]; R] = [&[]; R];
+    for (to, row) in aheads.iter_mut().zip(ahead.chunks_exact(rows[0].len())) {
+        *to = &S::as_simd_u32s(row).0[..whole];
+    }
     let mut vector_heads: [[&[S::f32s]; H]; B] = [[&[]; H]; B];
     let mut vector_tails: [[&[f32]; H]; B] = [[&[]; H]; B];
     for b in 0..B {
@@ -176,6 +185,9 @@ fn dot<S: Simd, const B: usize, const R: usize, const H: usize>(
         }
     }
     for at in 0..whole {
+        for r in 0..R {
+            host::prefetch(&aheads[r][at]);
+        }
         for h in 0..H {
             let mut weights = [zero; R];
             for r in 0..R {

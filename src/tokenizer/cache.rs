@@ -1,6 +1,6 @@
 //! Short words met before, and their ids.
 
-use std::hint::black_box;
+use crate::host::prefetch;
 
 /// A word of up to 15 bytes: padded with zeros, and its length in the last byte.
 #[derive(Clone, Copy, PartialEq, Eq, Default)]
@@ -92,11 +92,11 @@ impl Cache {
         Self { buckets, several: vec![[0; FEW]; BUCKETS * WAYS] }
     }
 
-    /// Where a word is, or belongs: there, or next to it. Looks there, so that it is at hand a little later.
+    /// Where a word is, or belongs: there, or next to it. That is fetched, so that it is at hand a little later.
     #[inline]
     pub(super) fn place(&self, key: Key) -> usize {
         let at = key.hash() % BUCKETS;
-        black_box(self.buckets[at].keys[0].low);
+        prefetch(&self.buckets[at]);
         at
     }
 
