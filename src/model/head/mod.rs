@@ -4,9 +4,10 @@
 //! whole: a chunk of rows at a time becomes logits, loss, and gradients, and its memory serves the next chunk
 //! (the idea of Liger Kernel's fused linear cross-entropy, Hsu et al. 2024).
 //!
-//! On the CPU, against a small head in fp32, every core takes a share of the rows, and its chunk stays in its cache from the
-//! product to the gradients; else all cores make a product together, and share out the rows of logits between products. On a
+//! On the CPU, against a small head in fp32, every core takes a share of the rows, a piece of the words at a time, which
+//! stays in its cache between two products; else all cores make a product together, and share out the rows of logits between products. On a
 //! GPU in bf16 a kernel of our own turns logits into loss and gradient in place; elsewhere LibTorch's own kernels do.
+mod share;
 mod softmax;
 
 pub(super) use self::softmax::exp_of_negative;
@@ -14,6 +15,7 @@ pub(super) use self::softmax::exp_of_negative;
 use rayon::prelude::*;
 use tch::{no_grad, Device, Kind, Tensor};
 
+use self::share::{Done, Share};
 use super::parameters::HEAD_ROWS;
 use crate::torch::{self, Kernels};
 
@@ -186,6 +188,9 @@ fn by_own_kernel(rows: &Rows, head: &Tensor, head_grad: &Tensor, kernels: &Kerne
     (losses.sum(Kind::Double).view([1]), grads)
 }
 
+/// MKL takes 1.4 times as long for a product with all words as for products with so many of them.
+const WORDS: i64 = 1 << 10;
+
 /// Each row's score, and each chunk's gradient (n, C) if the head's is given, to be added to: products by all cores, and
 /// between them the rows of logits shared out to them. A chunk has so many `elements` of logits.
 fn by_turns(
@@ -194,8 +199,6 @@ fn by_turns(
     mut head_grad: Option<&mut Tensor>,
     elements: i64,
 ) -> (Vec<Score>, Vec<Tensor>) {
-    // MKL takes 1.4 times as long for a product with all columns as for products with so many of them.
-    const WORDS: i64 = 1 << 10;
     let (n, v) = (rows.hidden.size()[0], head.size()[0]);
     let at_a_time = if head.kind() == Kind::Float { WORDS } else { v };
     let length = turn(n, v, elements);
@@ -262,65 +265,6 @@ fn on_device(rows: &Rows, head: &Tensor, head_grad: &mut Tensor) -> (Tensor, Vec
 
 fn score((nll, is_likeliest): (f32, bool), weight: f32) -> Score {
     Score { loss: f64::from(nll) * f64::from(weight), is_likeliest }
-}
-
-/// The rows that one core computes.
-struct Share {
-    hidden: Tensor,
-    head: Tensor,
-    targets: Vec<i64>,
-    weights: Vec<f32>,
-    wants_grad: bool,
-}
-
-/// What became of a share; the gradients are undefined tensors if they were not wanted.
-struct Done {
-    scores: Vec<Score>,
-    grad: Tensor,
-    head_grad: Tensor,
-}
-
-impl Share {
-    /// Elements of logits at a time: they, and the rows of the head that meet them, stay near the core.
-    const CHUNK_ELEMENTS: i64 = 1 << 21;
-
-    /// Rows of a chunk against so many words.
-    fn chunk(words: i64) -> i64 {
-        (Self::CHUNK_ELEMENTS / words).clamp(16, 1024)
-    }
-
-    fn compute(self) -> Done {
-        no_grad(|| {
-            let (n, c) = (self.hidden.size()[0], self.hidden.size()[1]);
-            let v = self.head.size()[0];
-            let length = Self::chunk(v);
-            let options = (Kind::Float, Device::Cpu);
-            let logits = Tensor::empty([length.min(n), v], options);
-            let (grad, mut head_grad) = if self.wants_grad {
-                (Tensor::empty([n, c], options), Tensor::zeros([v, c], options))
-            } else {
-                (Tensor::new(), Tensor::new())
-            };
-            let mut scores = Vec::with_capacity(n as usize);
-            for start in (0..n).step_by(length as usize) {
-                let rows = length.min(n - start);
-                let hidden = self.hidden.narrow(0, start, rows);
-                let mut logits = logits.narrow(0, 0, rows); // (rows, V)
-                let _ = hidden.mm_out(&logits, &self.head.tr());
-                let first = start as usize;
-                for (row, logits) in torch::floats_mut(&mut logits).chunks_exact_mut(v as usize).enumerate() {
-                    let (target, weight) = (self.targets[first + row] as usize, self.weights[first + row]);
-                    scores
-                        .push(score(softmax::cross_entropy(logits, target, self.wants_grad.then_some(weight)), weight));
-                }
-                if self.wants_grad {
-                    let _ = head_grad.addmm_(&logits.tr(), &hidden);
-                    let _ = logits.mm_out(&grad.narrow(0, start, rows), &self.head);
-                }
-            }
-            Done { scores, grad, head_grad }
-        })
-    }
 }
 
 /// The rows that count: padding (weight 0) costs nothing in the head.
@@ -452,7 +396,8 @@ mod tests {
             assert_eq!(grads.len(), 3);
             let mut found = vec![(scores, Tensor::cat(&grads, 0), by_turns_grad - &before)];
             if kind == Kind::Float {
-                let done: Vec<Done> = rows.share(&head, true).into_iter().map(Share::compute).collect();
+                let done: Vec<Done> =
+                    rows.share(&head, true).into_iter().map(|share| share.compute_at_a_time(20)).collect();
                 let head_grads: Vec<&Tensor> = done.iter().map(|share| &share.head_grad).collect();
                 let grads: Vec<&Tensor> = done.iter().map(|share| &share.grad).collect();
                 let (grad, head_grad) =

@@ -46,6 +46,30 @@ pub fn cross_entropy_bf16(logits: &mut [u16], target: usize, weight: Option<f32>
     })
 }
 
+/// Replaces each logit by e to the power of its distance from the largest, and returns that and their sum.
+pub fn exponentials(logits: &mut [f32]) -> (f32, f32) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx512f,fma")]
+        fn avx512(logits: &mut [f32]) -> (f32, f32) {
+            powers(logits, f32::mul_add)
+        }
+        #[target_feature(enable = "avx2,fma")]
+        fn avx2(logits: &mut [f32]) -> (f32, f32) {
+            powers(logits, f32::mul_add)
+        }
+        if is_x86_feature_detected!("avx512f") {
+            // SAFETY: the feature that the function is compiled for was detected on this processor just now.
+            return unsafe { avx512(logits) };
+        }
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            // SAFETY: both features that the function is compiled for were detected on this processor just now.
+            return unsafe { avx2(logits) };
+        }
+    }
+    powers(logits, |a, b, c| a * b + c)
+}
+
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,fma")]
 fn avx512(logits: &mut [f32], target: usize, weight: Option<f32>) -> (f32, bool) {
@@ -67,9 +91,9 @@ fn row(
     multiply_add: impl Fn(f32, f32, f32) -> f32 + Copy,
 ) -> (f32, bool) {
     let picked = logits[target];
-    let largest = fold(logits, f32::NEG_INFINITY, |most, x| if x > most { x } else { most });
-    let sum = match weight {
+    let (largest, sum) = match weight {
         None => {
+            let largest = fold(logits, f32::NEG_INFINITY, |most, x| if x > most { x } else { most });
             let mut lanes = [0f32; LANES];
             let mut chunks = logits.chunks_exact(LANES);
             for chunk in &mut chunks {
@@ -77,33 +101,39 @@ fn row(
                     *lane += exp(x - largest, multiply_add);
                 }
             }
-            lanes.iter().sum::<f32>() + chunks.remainder().iter().map(|x| exp(x - largest, multiply_add)).sum::<f32>()
+            let rest = chunks.remainder().iter().map(|x| exp(x - largest, multiply_add)).sum::<f32>();
+            (largest, lanes.iter().sum::<f32>() + rest)
         }
-        Some(_) => {
-            let mut lanes = [0f32; LANES];
-            let mut chunks = logits.chunks_exact_mut(LANES);
-            for chunk in &mut chunks {
-                for (lane, x) in lanes.iter_mut().zip(chunk) {
-                    *x = exp(*x - largest, multiply_add);
-                    *lane += *x;
-                }
+        Some(weight) => {
+            let (largest, sum) = powers(logits, multiply_add);
+            let scale = weight / sum;
+            for x in logits.iter_mut() {
+                *x *= scale;
             }
-            let mut rest = 0.0;
-            for x in chunks.into_remainder() {
-                *x = exp(*x - largest, multiply_add);
-                rest += *x;
-            }
-            lanes.iter().sum::<f32>() + rest
+            logits[target] -= weight;
+            (largest, sum)
         }
     };
-    if let Some(weight) = weight {
-        let scale = weight / sum;
-        for x in logits.iter_mut() {
-            *x *= scale;
-        }
-        logits[target] -= weight;
-    }
     (sum.ln() - (picked - largest), picked == largest)
+}
+
+#[inline(always)]
+fn powers(logits: &mut [f32], multiply_add: impl Fn(f32, f32, f32) -> f32 + Copy) -> (f32, f32) {
+    let largest = fold(logits, f32::NEG_INFINITY, |most, x| if x > most { x } else { most });
+    let mut lanes = [0f32; LANES];
+    let mut chunks = logits.chunks_exact_mut(LANES);
+    for chunk in &mut chunks {
+        for (lane, x) in lanes.iter_mut().zip(chunk) {
+            *x = exp(*x - largest, multiply_add);
+            *lane += *x;
+        }
+    }
+    let mut rest = 0.0;
+    for x in chunks.into_remainder() {
+        *x = exp(*x - largest, multiply_add);
+        rest += *x;
+    }
+    (largest, lanes.iter().sum::<f32>() + rest)
 }
 
 #[inline(always)]
@@ -182,6 +212,25 @@ mod tests {
                 assert!((f64::from(only) - loss).abs() < 1e-5 * (1.0 + loss), "{only} {loss}");
                 assert!((f64::from(both) - loss).abs() < 1e-5 * (1.0 + loss), "{both} {loss}");
                 for (found, expected) in found.iter().zip(&gradient) {
+                    assert!((f64::from(*found) - expected).abs() < 1e-6, "{found} {expected}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn powers_are_those_of_double_precision_however_compiled() {
+        let plain = |logits: &mut [f32]| powers(logits, |a, b, c| a * b + c);
+        for length in [1, 63, 64, 200] {
+            let logits: Vec<f32> = (0..length).map(|i| ((i * 7919) % 1009) as f32 / 17.0 - 30.0).collect();
+            let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let expected: Vec<f64> = logits.iter().map(|&x| f64::from(x - largest).exp()).collect();
+            for compute in [&plain as &dyn Fn(&mut [f32]) -> (f32, f32), &exponentials] {
+                let mut found = logits.clone();
+                let (most, sum) = compute(&mut found);
+                assert_eq!(most, largest);
+                assert!((f64::from(sum) / expected.iter().sum::<f64>() - 1.0).abs() < 1e-6, "{sum}");
+                for (found, expected) in found.iter().zip(&expected) {
                     assert!((f64::from(*found) - expected).abs() < 1e-6, "{found} {expected}");
                 }
             }
