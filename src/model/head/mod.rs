@@ -5,8 +5,10 @@
 //! (the idea of Liger Kernel's fused linear cross-entropy, Hsu et al. 2024).
 //!
 //! On the CPU, against a small head in fp32, every core takes a share of the rows, a piece of the words at a time, which
-//! stays in its cache between two products; else all cores make a product together, and share out the rows of logits between products. On a
-//! GPU in bf16 a kernel of our own turns logits into loss and gradient in place; elsewhere LibTorch's own kernels do.
+//! stays in its cache between two products; else all cores make a product together, and share out the rows of logits
+//! between products. On a GPU in bf16 a kernel of our own turns logits into loss and gradient in place; elsewhere LibTorch's
+//! own kernels do.
+
 mod share;
 mod softmax;
 
