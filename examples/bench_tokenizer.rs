@@ -33,10 +33,11 @@ fn main() -> anyhow::Result<()> {
     let start = Instant::now();
     let ids = tokenizer.encode_lines(&[&text]);
     let encode_s = start.elapsed().as_secs_f64();
+    let tokens: usize = ids.iter().map(<[u32]>::len).sum();
+    drop(ids);
     let start = Instant::now();
     tokenizer.encode_lines(&[&text]);
     let again_s = start.elapsed().as_secs_f64();
-    let tokens: usize = ids.iter().map(<[u32]>::len).sum();
 
     println!(
         "{{\"count_s\": {count_s}, \"train_s\": {train_s}, \"load_s\": {load_s}, \

@@ -24,8 +24,8 @@ import numpy as np
 BYTES = {"fp32": 4, "bf16": 2}
 MIB = 1 << 20
 
-# Lockstep's MPI all-reduce sends a bucket in messages of at most this size.
-MPI_MESSAGE_BYTES = 16 * MIB
+# Lockstep's MPI all-reduce sums this much with each rank at a time, and at most so much with all.
+MPI_PART_BYTES, MPI_CHUNK_BYTES = MIB, 16 * MIB
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class MpiLink:
     def all_gather(self, size: float, n: int) -> float:
         if n == 1:
             return 0.0
-        messages = math.ceil(size / MPI_MESSAGE_BYTES)
+        messages = math.ceil(size / min(n * MPI_PART_BYTES, MPI_CHUNK_BYTES))
         waiting = self.latency * (n - 1) + self.crowd_latency * max(0.0, n - self.ranks_at_once)
         return (n - 1) / n * size * self.byte_s + messages * waiting / 2
 

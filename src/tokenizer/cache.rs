@@ -1,4 +1,6 @@
-//! Short words met before, and their ids.
+//! Words met before, and their ids.
+
+use rustc_hash::FxHashMap;
 
 use crate::host::prefetch;
 
@@ -59,96 +61,181 @@ const MASKS: [[u64; 2]; 16] = {
     masks
 };
 
-/// Most words are few tokens; longer ones are merged each time.
-const FEW: usize = 4;
+/// Most words are few tokens, which lie beside them.
+pub(super) const FEW: usize = 4;
 
-/// In place of the number of ids: two that are together in 32 bits.
-const TWO_SMALL: u64 = 15;
+/// In place of the number of ids: they lie elsewhere, and `ids` says where they start and how many they are.
+const ELSEWHERE: u64 = 8;
 
-/// The words that hash to the same place: those that came first, which are likely to be frequent ones, and the last.
+/// Added to the number of a word's ids if it ends a line.
+const ENDS_LINE: u64 = 10;
+
+/// A word and its ids. No other word has the key of an empty one.
 #[derive(Clone, Copy, Default)]
-#[repr(align(64))]
-struct Bucket {
-    keys: [Key; WAYS],
-    /// The id of a word of one token; both ids of a word of two, if they are below 2^16: the first in the upper half.
-    ids: [u32; WAYS],
+struct Entry {
+    /// With the number of ids.
+    key: Key,
+    ids: [u32; FEW],
+}
+
+impl Entry {
+    fn is_empty(&self) -> bool {
+        self.key == Key::default()
+    }
+
+    /// 0 if the word is this one.
+    #[inline]
+    fn differs(&self, key: Key) -> u64 {
+        (self.key.low ^ key.low) | (self.key.high ^ key.high) << (64 - COUNT_BIT)
+    }
+
+    fn count(&self) -> u64 {
+        self.key.high >> COUNT_BIT
+    }
 }
 
 /// As many as there is room for in a line of the processor's cache.
-const WAYS: usize = 3;
-const BUCKETS: usize = 1 << 15;
+#[derive(Clone, Copy, Default)]
+#[repr(align(64))]
+struct Bucket([Entry; 2]);
 
-/// Short words met before and their ids, in a table that never grows.
+/// Buckets of an empty cache, 2 MiB, and of one that grows no more.
+const FIRST: usize = 1 << 15;
+const MOST: usize = 1 << 17;
+
+/// Ids that lie elsewhere, and words there, are no more than these.
+const MOST_ELSEWHERE: usize = 1 << 18;
+
+/// Words met before and their ids: short ones in a hash table of open addresses, at most half full, and longer ones in a
+/// map.
 pub(super) struct Cache {
-    buckets: Box<[Bucket; BUCKETS]>,
-    /// The ids of words of more tokens, or larger ones. Memory is taken where there are such words only.
-    several: Vec<[u32; FEW]>,
+    buckets: Vec<Bucket>,
+    /// Short words.
+    count: usize,
+    long: FxHashMap<Box<[u8]>, [u32; 2]>,
+    /// The ids of long words and of those that have many.
+    elsewhere: Vec<u32>,
 }
 
 impl Cache {
     pub(super) fn new() -> Self {
-        let buckets = vec![Bucket::default(); BUCKETS].into_boxed_slice();
-        let buckets = buckets.try_into().unwrap_or_else(|_| unreachable!("the slice has as many"));
-        Self { buckets, several: vec![[0; FEW]; BUCKETS * WAYS] }
+        let buckets = vec![Bucket::default(); FIRST];
+        Self { buckets, count: 0, long: FxHashMap::default(), elsewhere: Vec::new() }
     }
 
-    /// Where a word is, or belongs: there, or next to it. That is fetched, so that it is at hand a little later.
+    /// Where a word is, or belongs: there, or after it. That is fetched, so that it is at hand a little later.
     #[inline]
     pub(super) fn place(&self, key: Key) -> usize {
-        let at = key.hash() % BUCKETS;
-        prefetch(&self.buckets[at]);
-        at
+        let place = key.hash();
+        prefetch(&self.buckets[self.at(place)]);
+        place
+    }
+
+    #[inline]
+    fn at(&self, place: usize) -> usize {
+        place & (self.buckets.len() - 1)
+    }
+
+    /// The ids of nearly every word, of which the first so many count; 0 if [`Self::append`] has to look for it. A word that
+    /// ends a line is none of these.
+    #[inline]
+    pub(super) fn few(&self, key: Key, place: usize) -> (&[u32; FEW], usize) {
+        let Bucket([first, second]) = &self.buckets[self.at(place)];
+        // Which of the two it is cannot be predicted, so there is no branch here.
+        let is_first = first.differs(key) == 0;
+        let entry = if is_first { first } else { second };
+        let is_one = is_first | (second.differs(key) == 0);
+        let is_few = is_one & (entry.count() <= FEW as u64);
+        (&entry.ids, if is_few { entry.count() as usize } else { 0 })
     }
 
     /// Appends the ids of a word; false if it is not known.
-    #[inline]
-    pub(super) fn append(&self, key: Key, place: usize, ids: &mut Vec<u32>) -> bool {
-        let Some((at, way)) = self.find(key, place).or_else(|| self.find(key, place ^ 1)) else {
+    pub(super) fn append(&self, key: Key, place: usize, word: &[u8], ids: &mut Vec<u32>) -> bool {
+        let [start, count] = if key.is_short() {
+            let (mut entries, mut at) = (&self.buckets[self.at(place)].0, place);
+            let entry = loop {
+                match entries.iter().find(|entry| entry.differs(key) == 0 || entry.is_empty()) {
+                    Some(entry) if entry.is_empty() => return false,
+                    Some(entry) => break entry,
+                    None => at += 1,
+                }
+                entries = &self.buckets[self.at(at)].0;
+            };
+            if entry.count() != ELSEWHERE {
+                ids.extend_from_slice(&entry.ids[..(entry.count() % ENDS_LINE) as usize]);
+                return true;
+            }
+            [entry.ids[0], entry.ids[1]]
+        } else if let Some(place) = self.long.get(word) {
+            *place
+        } else {
             return false;
         };
-        let Bucket { keys, ids: found } = &self.buckets[at];
-        match keys[way].high >> COUNT_BIT {
-            1 => ids.push(found[way]),
-            TWO_SMALL => ids.extend_from_slice(&[found[way] >> 16, found[way] & 0xffff]),
-            count => {
-                ids.extend_from_slice(&self.several[at * WAYS + way]);
-                ids.truncate(ids.len() - FEW + count as usize);
-            }
-        }
+        ids.extend_from_slice(&self.elsewhere[start as usize..][..count as usize]);
         true
     }
 
-    /// Finds a word in a bucket.
-    #[inline]
-    fn find(&self, key: Key, at: usize) -> Option<(usize, usize)> {
-        let at = at % BUCKETS;
-        // The number of ids, above the length, does not matter.
-        let is = |way: usize| {
-            let found = self.buckets[at].keys[way];
-            (found.low ^ key.low) | (found.high ^ key.high) << (64 - COUNT_BIT) == 0
-        };
-        // Without a branch, since no one could predict it.
-        let way = usize::from(!is(0)) * (1 + usize::from(!is(1)));
-        is(way).then_some((at, way))
+    /// Notes the ids of a word, if there is room for them.
+    pub(super) fn store(&mut self, key: Key, place: usize, word: &[u8], ids: &[u32]) {
+        let mut entry = Entry { key, ids: [0; FEW] };
+        let mut count = ids.len() as u64;
+        match entry.ids.get_mut(..ids.len()) {
+            Some(few) if key.is_short() => few.copy_from_slice(ids),
+            _ => {
+                if self.elsewhere.len() + ids.len() > MOST_ELSEWHERE {
+                    return;
+                }
+                let place = [self.elsewhere.len() as u32, ids.len() as u32];
+                self.elsewhere.extend_from_slice(ids);
+                if !key.is_short() {
+                    self.long.insert(word.into(), place);
+                    return;
+                }
+                entry.ids[..2].copy_from_slice(&place);
+                count = ELSEWHERE;
+            }
+        }
+        if count != ELSEWHERE && word.ends_with(b"\n") {
+            count += ENDS_LINE;
+        }
+        entry.key.high |= count << COUNT_BIT;
+        if self.count == self.buckets.len() {
+            if self.count == MOST {
+                // Words that came first are likely to be frequent ones, so the last one of the bucket goes.
+                let at = self.at(place);
+                if let Some(last) = self.buckets[at].0.iter_mut().rev().find(|entry| !entry.is_empty()) {
+                    *last = entry;
+                }
+                return;
+            }
+            self.grow();
+        }
+        self.count += 1;
+        *self.empty(place) = entry;
     }
 
-    /// Notes the ids of a word, if they are few.
-    pub(super) fn store(&mut self, key: Key, place: usize, ids: &[u32]) {
-        let free = |at: usize| Some((at, self.buckets[at].keys.iter().position(|key| *key == Key::default())?));
-        let (at, way) = free(place).or_else(|| free(place ^ 1)).unwrap_or((place, WAYS - 1));
-        let mut count = ids.len() as u64;
-        match *ids {
-            [id] => self.buckets[at].ids[way] = id,
-            [first @ 0..=0xffff, second @ 0..=0xffff] => {
-                self.buckets[at].ids[way] = first << 16 | second;
-                count = TWO_SMALL;
-            }
-            _ => match self.several[at * WAYS + way].get_mut(..ids.len()) {
-                Some(room) => room.copy_from_slice(ids),
-                None => return,
-            },
+    /// The first empty entry from a word's place on.
+    fn empty(&mut self, place: usize) -> &mut Entry {
+        let is_full = |at: usize| self.buckets[self.at(at)].0.iter().all(|entry| !entry.is_empty());
+        let at = (place..).find(|&at| !is_full(at)).unwrap_or(place);
+        let at = self.at(at);
+        let [first, second] = &mut self.buckets[at].0;
+        if first.is_empty() {
+            first
+        } else {
+            second
         }
-        self.buckets[at].keys[way] = Key { low: key.low, high: key.high | count << COUNT_BIT };
+    }
+
+    /// Doubles the room.
+    fn grow(&mut self) {
+        let buckets = vec![Bucket::default(); 2 * self.buckets.len()];
+        for entry in std::mem::replace(&mut self.buckets, buckets).into_iter().flat_map(|bucket| bucket.0) {
+            if !entry.is_empty() {
+                let Key { low, high } = entry.key;
+                *self.empty(Key { low, high: high & ((1 << COUNT_BIT) - 1) }.hash()) = entry;
+            }
+        }
     }
 }
 
@@ -161,35 +248,47 @@ mod tests {
         let text = format!("<{word}>{}", "#".repeat(word.len()));
         let (start, end) = (1, 1 + word.len());
         let alone = Key::new(word.as_bytes(), 0, word.len());
-        assert!(alone.is_short() && alone == Key::new(text.as_bytes(), start, end));
+        assert_eq!(alone.is_short(), word.len() < 16);
+        assert!(alone == Key::new(text.as_bytes(), start, end));
         alone
     }
 
     #[test]
     fn a_cache_gives_the_ids_of_the_word_itself_or_none() {
         let mut cache = Cache::new();
-        // More words than there is room for, some of which differ in zeros at their end or in the last byte only.
-        let words: Vec<String> = (0..200_000_u32)
-            .map(|number| format!("{number:x}{}", ["", "\0", "\0\0", "-------"][number as usize % 4]))
-            .collect();
-        // Two are below 2^16 now and then, both or one of them.
-        let ids = |at: usize| (0..1 + at % (FEW + 1)).map(|n| at as u32 + 3 * n as u32).collect::<Vec<_>>();
+        // More words than there is room for. Some end in a zero or a line, and some are long.
+        let ends = ["", "\0", "\n", "-------", "----------------"];
+        let words: Vec<String> =
+            (0..200_000_u32).map(|number| format!("{number:x}{}", ends[number as usize % ends.len()])).collect();
+        let ids = |at: usize| (0..1 + at % (FEW + 2)).map(|n| (at + 3 * n) as u32).collect::<Vec<_>>();
+        let find = |cache: &Cache, word: &str, ids: &mut Vec<u32>| {
+            let (key, place) = (key(word), cache.place(key(word)));
+            let (few, number) = cache.few(key, place);
+            let known = cache.append(key, place, word.as_bytes(), ids);
+            // What is quickly found is the same.
+            assert!(number == 0 || known && ids.ends_with(&few[..number]) && !word.ends_with('\n'), "{word}");
+            (known, number > 0)
+        };
         let mut found = Vec::new();
         for (at, word) in words.iter().enumerate() {
-            assert!(!cache.append(key(word), cache.place(key(word)), &mut found), "{word}");
-            cache.store(key(word), cache.place(key(word)), &ids(at));
+            assert!(!find(&cache, word, &mut found).0, "{word}");
+            cache.store(key(word), cache.place(key(word)), word.as_bytes(), &ids(at));
         }
         assert!(found.is_empty());
-        let mut known = 0;
+        let (mut known, mut quickly) = (0, 0);
         for (at, word) in words.iter().enumerate() {
             found.clear();
-            if cache.append(key(word), cache.place(key(word)), &mut found) {
+            let (is_known, was_quick) = find(&cache, word, &mut found);
+            if is_known {
                 assert_eq!(found, ids(at));
-                known += 1;
             }
+            known += usize::from(is_known);
+            quickly += usize::from(was_quick);
         }
-        assert!((2 * BUCKETS..=WAYS * BUCKETS).contains(&known), "{known}");
-        let long = Key::new(b"sixteen letters.", 0, 16);
-        assert!(!long.is_short() && !cache.append(long, cache.place(long), &mut found));
+        // Short words, and long ones on top.
+        assert!((MOST..MOST + words.len() / ends.len()).contains(&known), "{known}");
+        assert!((known / 3..known).contains(&quickly), "{quickly} of {known}");
+        assert_eq!(cache.buckets.len(), MOST);
+        assert!(cache.elsewhere.len() <= MOST_ELSEWHERE);
     }
 }

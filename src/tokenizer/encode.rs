@@ -3,29 +3,17 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
-use super::cache::{Cache, Key};
-use super::pretokenize::for_each_word;
+use super::cache::{Cache, Key, FEW};
+use super::pretokenize::{Scanner, ROOM};
 use super::Pair;
 
 /// The merges of a vocabulary, ready to be applied.
 pub(super) struct Encoder {
     /// The id of each byte.
     bytes: [u32; 256],
-    /// When each pair is merged: the lower, the earlier.
-    ranks: Ranks,
+    merges: Merges,
     /// The same for two bytes, at 256 times the first plus the second: these are in all words.
     byte_ranks: Vec<u32>,
-    /// The token that the pair of each rank becomes.
-    merged: Vec<u32>,
-}
-
-/// A word that is to be encoded: where it is in the text, and in the cache.
-#[derive(Clone, Copy, Default)]
-struct Word {
-    key: Key,
-    place: usize,
-    start: usize,
-    end: usize,
 }
 
 /// No pair here that merges.
@@ -40,56 +28,67 @@ impl Encoder {
     /// # Errors
     /// The rank of a merge that is there twice.
     pub(super) fn new(bytes: [u32; 256], merges: &[Pair], merged: Vec<u32>) -> Result<Self, usize> {
-        let mut ranks = Ranks::new(merges.len());
-        for (rank, &pair) in merges.iter().enumerate() {
-            if !ranks.insert(pair, rank as u32) {
+        let mut table = Merges::new(merges.len());
+        for (rank, (&pair, becomes)) in merges.iter().zip(merged).enumerate() {
+            if !table.insert(Merge { pair, becomes }) {
                 return Err(rank);
             }
         }
-        let byte_ranks = bytes.iter().flat_map(|&left| bytes.map(|right| ranks.get(left, right))).collect();
-        Ok(Self { bytes, ranks, byte_ranks, merged })
+        let byte_ranks = bytes.iter().flat_map(|&left| bytes.map(|right| table.rank((left, right)))).collect();
+        Ok(Self { bytes, merges: table, byte_ranks })
     }
 
     /// Appends the ids of a text, and says how many ids there are at the end of each of its lines.
     pub(super) fn encode(&self, text: &str, cache: &mut Cache, ids: &mut Vec<u32>, mut ends: impl FnMut(usize)) {
+        let bytes = text.as_bytes();
         // Words are cut first and looked up then, many at a time, so that memory fetches their places meanwhile.
-        let mut words = [Word::default(); 64];
-        let mut count = 0;
-        for_each_word(text, |start, end| {
-            let key = Key::new(text.as_bytes(), start, end);
-            words[count] = Word { key, place: cache.place(key), start, end };
-            count += 1;
-            if count == words.len() {
-                self.look_up(text.as_bytes(), &words, cache, ids, &mut ends);
-                count = 0;
+        let (mut scanner, mut room) = (Scanner::new(text), [0; ROOM]);
+        let mut words = [(Key::default(), 0); ROOM];
+        // Ids on their way to `ids`: four are written for each word, and those that do not exist are written over.
+        let (mut recent, mut count) = ([0; ROOM * FEW], 0);
+        let mut start = 0;
+        loop {
+            let cut = &*scanner.next_words(&mut room);
+            if cut.is_empty() {
+                break;
             }
-        });
-        self.look_up(text.as_bytes(), &words[..count], cache, ids, &mut ends);
+            let mut before = start;
+            for (word, &end) in words.iter_mut().zip(cut) {
+                let key = Key::new(bytes, before, end);
+                *word = (key, cache.place(key));
+                before = end;
+            }
+            for (&(key, place), &end) in words.iter().zip(cut) {
+                let (few, number) = cache.few(key, place);
+                if number > 0 {
+                    recent[count..count + FEW].copy_from_slice(few);
+                    count += number;
+                } else {
+                    ids.extend_from_slice(&recent[..count]);
+                    count = 0;
+                    self.append_word(key, place, &bytes[start..end], cache, ids);
+                    // No word that ends a line is among the few.
+                    if bytes[end - 1] == b'\n' {
+                        ends(ids.len());
+                    }
+                }
+                start = end;
+            }
+            ids.extend_from_slice(&recent[..count]);
+            count = 0;
+        }
         if !text.is_empty() && !text.ends_with('\n') {
             ends(ids.len());
         }
     }
 
-    #[inline]
-    fn look_up(
-        &self,
-        text: &[u8],
-        words: &[Word],
-        cache: &mut Cache,
-        ids: &mut Vec<u32>,
-        ends: &mut impl FnMut(usize),
-    ) {
-        for &Word { key, place, start, end } in words {
-            if !cache.append(key, place, ids) {
-                let before = ids.len();
-                self.encode_word(&text[start..end], ids);
-                if key.is_short() {
-                    cache.store(key, place, &ids[before..]);
-                }
-            }
-            if text[end - 1] == b'\n' {
-                ends(ids.len());
-            }
+    /// Appends the ids of a word that is seldom met.
+    #[cold]
+    fn append_word(&self, key: Key, place: usize, word: &[u8], cache: &mut Cache, ids: &mut Vec<u32>) {
+        if !cache.append(key, place, word, ids) {
+            let before = ids.len();
+            self.encode_word(word, ids);
+            cache.store(key, place, word, &ids[before..]);
         }
     }
 
@@ -131,16 +130,21 @@ impl Encoder {
             }
             let gone = usize::from(next[at]);
             let after = usize::from(next[gone]);
-            tokens[at] = self.merged[lowest as usize];
+            let token = self.merges.all[lowest as usize].becomes;
+            tokens[at] = token;
             ranks[gone] = NEVER;
             next[at] = after as u8;
-            ranks[at] = NEVER;
-            if after < length {
+            let before = usize::from(previous[at]);
+            // Both are looked up at the same time.
+            let (left, right) = (tokens.get(before), tokens[..length].get(after));
+            let (left, right) = (left.map(|&left| (left, token)), right.map(|&right| (token, right)));
+            let [with_left, with_right] = self.merges.ranks([left.unwrap_or(NO_PAIR), right.unwrap_or(NO_PAIR)]);
+            ranks[at] = with_right;
+            if right.is_some() {
                 previous[after] = at as u8;
-                ranks[at] = self.ranks.get(tokens[at], tokens[after]);
             }
-            if let Some(&token) = tokens.get(usize::from(previous[at])) {
-                ranks[usize::from(previous[at])] = self.ranks.get(token, tokens[at]);
+            if left.is_some() {
+                ranks[before] = with_left;
             }
         }
         let mut at = 0;
@@ -156,7 +160,7 @@ impl Encoder {
         let mut tokens: Vec<u32> = word.iter().map(|&byte| self.bytes[usize::from(byte)]).collect();
         let mut next: Vec<usize> = (1..=end).collect();
         let mut previous: Vec<usize> = (0..end).map(|at| at.wrapping_sub(1)).collect();
-        let mut ranks: Vec<u32> = tokens.windows(2).map(|pair| self.ranks.get(pair[0], pair[1])).collect();
+        let mut ranks: Vec<u32> = tokens.windows(2).map(|pair| self.merges.rank((pair[0], pair[1]))).collect();
         ranks.push(NEVER);
         let mut queue: BinaryHeap<Reverse<(u32, usize)>> =
             (0..end).filter(|&at| ranks[at] != NEVER).map(|at| Reverse((ranks[at], at))).collect();
@@ -167,7 +171,7 @@ impl Encoder {
                 continue;
             }
             let gone = next[at];
-            tokens[at] = self.merged[rank as usize];
+            tokens[at] = self.merges.all[rank as usize].becomes;
             ranks[gone] = NEVER;
             next[at] = next[gone];
             if next[at] < end {
@@ -175,7 +179,7 @@ impl Encoder {
             }
             for left in [previous[at], at].into_iter().filter(|&left| left < end) {
                 let right = next[left];
-                ranks[left] = if right < end { self.ranks.get(tokens[left], tokens[right]) } else { NEVER };
+                ranks[left] = if right < end { self.merges.rank((tokens[left], tokens[right])) } else { NEVER };
                 if ranks[left] != NEVER {
                     queue.push(Reverse((ranks[left], left)));
                 }
@@ -189,44 +193,79 @@ impl Encoder {
     }
 }
 
-/// The rank of each pair that merges: a hash table of open addresses, more than half of which are empty, so that most
-/// pairs that do not merge are known after one look.
-struct Ranks {
-    /// Pairs and their ranks.
-    entries: Vec<(u64, u32)>,
+/// A pair of tokens, and the token that it becomes.
+#[derive(Clone, Copy)]
+struct Merge {
+    pair: Pair,
+    becomes: u32,
 }
 
 /// No pair: there are fewer tokens.
-const EMPTY: (u64, u32) = (u64::MAX, NEVER);
+const NO_PAIR: Pair = (NEVER, NEVER);
 
-impl Ranks {
+/// The merges in the order in which they were learnt, and a hash table of open addresses that knows where each pair is. More
+/// than half of it is empty, so that most pairs that do not merge are known after one look.
+struct Merges {
+    all: Vec<Merge>,
+    /// A merge's rank in the lower bits, and in those above a part of its pair's hash.
+    slots: Vec<u32>,
+}
+
+impl Merges {
     fn new(merges: usize) -> Self {
-        Self { entries: vec![EMPTY; (2 * merges + 2).next_power_of_two()] }
+        Self { all: Vec::with_capacity(merges), slots: vec![NEVER; (2 * merges + 2).next_power_of_two()] }
     }
 
-    /// Where a pair is, or belongs.
+    /// Where the search for a pair begins, and what its slot holds above the rank.
     #[inline]
-    fn find(&self, pair: u64) -> usize {
-        let mask = self.entries.len() - 1;
-        let mut at = (pair.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as usize & mask;
-        while self.entries[at].0 != pair && self.entries[at].0 != EMPTY.0 {
-            at = (at + 1) & mask;
+    fn hash(&self, (left, right): Pair) -> (usize, u32) {
+        let bits = self.slots.len().trailing_zeros();
+        let hash = (u64::from(left) << 32 | u64::from(right)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        ((hash >> (64 - bits)) as usize, (hash << bits >> 32) as u32 >> bits << bits)
+    }
+
+    #[inline]
+    fn slot(&self, at: usize) -> u32 {
+        self.slots[at & (self.slots.len() - 1)]
+    }
+
+    /// When pairs are merged: the lower, the earlier.
+    #[inline]
+    fn ranks<const N: usize>(&self, pairs: [Pair; N]) -> [u32; N] {
+        let found = pairs.map(|pair| {
+            let (at, above) = self.hash(pair);
+            (pair, at, above, self.slot(at))
+        });
+        found.map(|(pair, mut at, above, mut slot)| {
+            while slot != NEVER {
+                let rank = slot ^ above;
+                if self.all.get(rank as usize).is_some_and(|merge| merge.pair == pair) {
+                    return rank;
+                }
+                at += 1;
+                slot = self.slot(at);
+            }
+            NEVER
+        })
+    }
+
+    fn rank(&self, pair: Pair) -> u32 {
+        self.ranks([pair])[0]
+    }
+
+    /// Adds the merge after all others; false if its pair is there already.
+    fn insert(&mut self, merge: Merge) -> bool {
+        let (mut at, above) = self.hash(merge.pair);
+        if self.rank(merge.pair) != NEVER {
+            return false;
         }
-        at
-    }
-
-    #[inline]
-    fn get(&self, left: u32, right: u32) -> u32 {
-        self.entries[self.find(u64::from(left) << 32 | u64::from(right))].1
-    }
-
-    /// False if the pair is there already.
-    fn insert(&mut self, (left, right): Pair, rank: u32) -> bool {
-        let pair = u64::from(left) << 32 | u64::from(right);
-        let at = self.find(pair);
-        let is_new = self.entries[at] == EMPTY;
-        self.entries[at] = (pair, rank);
-        is_new
+        while self.slot(at) != NEVER {
+            at += 1;
+        }
+        let mask = self.slots.len() - 1;
+        self.slots[at & mask] = above | self.all.len() as u32;
+        self.all.push(merge);
+        true
     }
 }
 

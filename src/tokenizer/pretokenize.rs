@@ -14,14 +14,15 @@ use wide::u8x64;
 /// Calls `each` with where every word of a text starts and ends, in order; joined, they are the text again.
 #[inline]
 pub fn for_each_word(text: &str, mut each: impl FnMut(usize, usize)) {
-    let mut start = 0;
-    let mut scanner = Scanner::new(text);
-    while let Some((offset, mut ends)) = scanner.next_block() {
-        while ends != 0 {
-            let end = offset + ends.trailing_zeros() as usize;
+    let (mut scanner, mut ends, mut start) = (Scanner::new(text), [0; ROOM], 0);
+    loop {
+        let ends = scanner.next_words(&mut ends);
+        if ends.is_empty() {
+            break;
+        }
+        for &mut end in ends {
             each(start, end);
             start = end;
-            ends &= ends - 1;
         }
     }
 }
@@ -49,6 +50,9 @@ fn class(c: char) -> Class {
 /// The bytes that are looked at together.
 const BLOCK: usize = 64;
 
+/// As many words are cut at a time, at most.
+pub(super) const ROOM: usize = 2 * BLOCK;
+
 /// Which bytes of a block belong to characters of a class: bit i for byte i.
 #[derive(Clone, Copy, Default)]
 struct Masks {
@@ -71,7 +75,7 @@ impl Masks {
 }
 
 /// Finds the words of a text, block by block.
-struct Scanner<'a> {
+pub(super) struct Scanner<'a> {
     text: &'a str,
     /// Where the next block begins.
     at: usize,
@@ -82,10 +86,37 @@ struct Scanner<'a> {
 }
 
 impl<'a> Scanner<'a> {
-    fn new(text: &'a str) -> Self {
+    pub(super) fn new(text: &'a str) -> Self {
         // The text's start is like a line's.
         let before = Masks { spaces: !0, newlines: !0, ..Masks::default() };
         Self { text, at: 0, before, inside: 0, after: 0 }
+    }
+
+    /// Where the next words end: a block's at least; none once there are no more.
+    #[inline]
+    pub(super) fn next_words<'b>(&mut self, ends: &'b mut [usize; ROOM]) -> &'b mut [usize] {
+        let mut count = 0;
+        while let Some(room) = ends[count..].first_chunk_mut::<BLOCK>() {
+            let Some((offset, mut bits)) = self.next_block() else { break };
+            let words = bits.count_ones() as usize;
+            let mut write = |room: &mut [usize]| {
+                for end in room {
+                    *end = offset + bits.trailing_zeros() as usize;
+                    bits &= bits.wrapping_sub(1);
+                }
+            };
+            // The processor cannot predict how many words a block has. So eight are written, or sixteen, and what is not
+            // there is written over.
+            write(&mut room[..8]);
+            if words > 8 {
+                write(&mut room[8..16]);
+            }
+            if words > 16 {
+                write(&mut room[16..words]);
+            }
+            count += words;
+        }
+        &mut ends[..count]
     }
 
     /// The offset of the next block, and before which of its bytes a word ends. The last block is a part of one, or
