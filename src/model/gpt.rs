@@ -343,9 +343,8 @@ impl Gpt {
     /// The block of a stage, if kernels of our own compute it.
     fn written(&self, stage: usize, seed: u64) -> Option<(Written<'_>, &Block)> {
         let block = self.blocks.get(stage.wrapping_sub(1))?;
-        let Shape { n_embd, norm, activation, dropout, .. } = self.shape;
-        let fits = norm == Norm::Pre && n_embd % 8 == 0 && n_embd <= torch::MOST_CHANNELS;
-        if !fits || self.kind() != Kind::BFloat16 {
+        let Shape { activation, dropout, .. } = self.shape;
+        if !self.shape.fits_kernels(self.kind()) {
             return None;
         }
         let kernels = torch::kernels(self.wte.device())?;

@@ -9,9 +9,16 @@
 use tch::{no_grad, with_grad, Kind, Tensor};
 
 use super::gpt::{Affine, Block};
-use crate::config::Activation;
+use crate::config::{Activation, Norm, Shape};
 use crate::random::mix;
 use crate::torch::{self, Dropout, Kernels, Normed};
+
+impl Shape {
+    /// Whether blocks of such a model are computed so on a GPU, if it has our kernels.
+    pub fn fits_kernels(&self, kind: Kind) -> bool {
+        kind == Kind::BFloat16 && self.norm == Norm::Pre && self.n_embd % 8 == 0 && self.n_embd <= torch::MOST_CHANNELS
+    }
+}
 
 /// What a block computes with, besides its weights.
 pub struct Written<'a> {

@@ -87,8 +87,8 @@ fn block(shape: &Shape, setting: &Setting) -> i64 {
     };
     // Mean and deviation of each row, twice.
     let mut rest = 4 * 4 * rows;
-    if shape.dropout > 0.0 {
-        // The masks of the two sublayers.
+    if shape.dropout > 0.0 && (setting.device == Device::Cpu || !shape.fits_kernels(setting.kind)) {
+        // The masks of the two sublayers, which our own kernels draw again.
         states += 2;
     }
     if shape.dropout > 0.0 && setting.device == Device::Cpu {
@@ -124,5 +124,39 @@ fn head(shape: &Shape, setting: &Setting) -> (i64, i64) {
     match device {
         Device::Cpu if head::is_shared(shape.vocab_size * shape.n_embd, kind) => (working * threads.min(2) + states, 0),
         _ => (working + states, working),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn masks_are_kept_where_no_kernel_draws_them_again() {
+        let shape = Shape {
+            vocab_size: 64,
+            block_size: 16,
+            n_layer: 2,
+            n_head: 2,
+            n_embd: 32,
+            dropout: 0.0,
+            norm: Norm::Pre,
+            activation: Activation::Gelu,
+            tied_head: true,
+            bias: true,
+            recompute: false,
+        };
+        let masks = |shape: &Shape, kind, device| {
+            let (micro_batch, moments, threads) = (4, 0, 2);
+            let flags = [false; 3];
+            let [has_wire, is_padded, saves_meanwhile] = flags;
+            let setting = Setting { micro_batch, kind, device, has_wire, moments, threads, is_padded, saves_meanwhile };
+            block(&Shape { dropout: 0.1, ..*shape }, &setting) - block(shape, &setting)
+        };
+        let state = 4 * 16 * 32;
+        assert_eq!(masks(&shape, Kind::BFloat16, Device::Cuda(0)), 0);
+        assert_eq!(masks(&shape, Kind::Float, Device::Cuda(0)), 2 * state * 4);
+        assert_eq!(masks(&Shape { norm: Norm::Post, ..shape }, Kind::BFloat16, Device::Cuda(0)), 2 * state * 2);
+        assert!(masks(&shape, Kind::BFloat16, Device::Cpu) > 2 * state * 2);
     }
 }
