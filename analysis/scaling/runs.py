@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
@@ -33,8 +33,8 @@ class Run:
     setting: Setting
     steps: int
     measured: dict[str, float]
-    # Distance of the quartiles of step_ms, as a share of its median: how far to trust the medians.
-    spread: float = 0.0
+    # The lower and the upper quartile of each, in milliseconds: how far to trust the medians.
+    quartiles: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def read_run(folder: Path, warm_up: int, vocab_size: int | None) -> Run:
@@ -67,9 +67,10 @@ def read_run(folder: Path, warm_up: int, vocab_size: int | None) -> Run:
         setting=setting,
         steps=len(rows),
         measured={name: float(rows[name].median()) for name in ["step_ms", *PARTS]},
-        spread=float(
-            rows["step_ms"].quantile([0.25, 0.75]).diff().iloc[1] / rows["step_ms"].median()
-        ),
+        quartiles={
+            name: tuple(map(float, rows[name].quantile([0.25, 0.75])))
+            for name in ["step_ms", *PARTS]
+        },
     )
 
 
@@ -164,6 +165,10 @@ def table(runs: list[Run]) -> pd.DataFrame:
             "zero1": [run.setting.zero1 for run in runs],
             "steps": [run.steps for run in runs],
             **{name: [run.measured[name] for run in runs] for name in ["step_ms", *PARTS]},
-            "step_ms_spread": [run.spread for run in runs],
+            **{
+                f"{name}_{quartile}": [run.quartiles[name][at] for run in runs]
+                for name in ["step_ms", "comm_exposed_ms"]
+                for at, quartile in enumerate(["q1", "q3"])
+            },
         }
     )

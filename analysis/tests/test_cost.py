@@ -111,9 +111,10 @@ def test_a_ring_moves_what_the_formula_says():
 def test_mpi_moves_what_the_formula_says():
     link = MpiLink(byte_s=8e-9, latency=2e-3)
     assert link.all_reduce(1e6, 4) == pytest.approx(2 * 3 / 4 * 1e6 * 8e-9 + 3 * 2e-3)
-    # A bucket of more than 16 MiB is several messages.
+    # A bucket of more than 1 MiB for each rank, or 16 for all, is several messages.
     large = 25 * cost.MIB
-    assert link.all_reduce(large, 2) == pytest.approx(large * 8e-9 + 2 * 2e-3)
+    assert link.all_reduce(large, 2) == pytest.approx(large * 8e-9 + 13 * 2e-3)
+    assert link.all_reduce(large, 32) == pytest.approx(2 * 31 / 32 * large * 8e-9 + 31 * 2 * 2e-3)
     busy = MpiLink(byte_s=0.0, latency=0.0, work_per_byte=2e-9)
     assert busy.all_reduce(1e6, 2) == busy.all_reduce(1e6, 8) == pytest.approx(2e-3)
     # Whoever gathers has nothing to add up.
