@@ -7,7 +7,7 @@ import pytest
 
 from virtual_cluster import BINARY, ROOT, script
 
-pytestmark = pytest.mark.full
+pytestmark = [pytest.mark.full, pytest.mark.slurm]
 
 VARIABLE = "OMPI_MCA_btl_tcp_if_include"
 

@@ -4,7 +4,7 @@ import pytest
 
 from emulation import Emulation, apart
 
-pytestmark = pytest.mark.full
+pytestmark = [pytest.mark.full, pytest.mark.slurm]
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import pytest
 
 from drills import DRILLS
 
-pytestmark = pytest.mark.full
+pytestmark = [pytest.mark.full, pytest.mark.slurm]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 from runs import heartbeat, same
 from virtual_cluster import BINARY, ROOT, script, start, wait_until
 
-pytestmark = pytest.mark.full
+pytestmark = [pytest.mark.full, pytest.mark.slurm]
 
 # More steps than any machine can do while a test waits for something. Once that has happened, the
 # test rewrites the configuration to give the run an end.
