@@ -27,6 +27,7 @@ fn main() -> anyhow::Result<()> {
     let load_s = start.elapsed().as_secs_f64();
     // The process's first call gives it memory and threads; it is not counted, here and of other programs.
     tokenizer.encode_lines(&[&text]);
+    drop(tokenizer);
 
     // A fresh tokenizer, and a second pass of the same one.
     let tokenizer = Tokenizer::gpt2()?;

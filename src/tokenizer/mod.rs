@@ -173,7 +173,8 @@ impl Tokenizer {
     fn encode_piece(&self, text: &str, mut piece: Piece) -> Piece {
         let kept = self.kept().caches.pop();
         let mut cache = kept.unwrap_or_else(Cache::new);
-        piece.ids.reserve(text.len() / 3);
+        // Rounded, so that memory that is kept suffices for the next piece, too.
+        piece.ids.reserve((text.len() / 3).next_power_of_two());
         self.encoder.encode(text, &mut cache, &mut piece.ids, |end| piece.ends.push(end));
         self.kept().caches.push(cache);
         piece
