@@ -45,7 +45,8 @@ impl Key {
     #[inline]
     fn hash(self) -> usize {
         let product = u128::from(self.low ^ 0x9e37_79b9_7f4a_7c15) * u128::from(self.high ^ 0xd6e8_feb8_6659_fd93);
-        (product as u64 ^ (product >> 64) as u64) as usize
+        // 32 bits, so that there is a place after each.
+        (product as u64 ^ (product >> 64) as u64) as u32 as usize
     }
 }
 
@@ -106,8 +107,8 @@ const MOST: usize = 1 << 17;
 /// Ids that lie elsewhere, and words there, are no more than these.
 const MOST_ELSEWHERE: usize = 1 << 18;
 
-/// Words met before and their ids: short ones in a hash table of open addresses, at most three quarters full, and longer ones in a
-/// map.
+/// Words met before and their ids: short ones in a hash table of open addresses, at most three quarters full, and longer
+/// ones in a map.
 pub(super) struct Cache {
     buckets: Vec<Bucket>,
     /// Short words.
@@ -151,28 +152,27 @@ impl Cache {
 
     /// Appends the ids of a word; false if it is not known.
     pub(super) fn append(&self, key: Key, place: usize, word: &[u8], ids: &mut Vec<u32>) -> bool {
-        let [start, count] = if key.is_short() {
-            let (mut entries, mut at) = (&self.buckets[self.at(place)].0, place);
-            let entry = loop {
-                match entries.iter().find(|entry| entry.differs(key) == 0 || entry.is_empty()) {
-                    Some(entry) if entry.is_empty() => return false,
-                    Some(entry) => break entry,
-                    None => at += 1,
+        let elsewhere = if key.is_short() {
+            match self.find(key, place) {
+                None => None,
+                Some(entry) if entry.count() == ELSEWHERE => Some([entry.ids[0], entry.ids[1]]),
+                Some(entry) => {
+                    ids.extend_from_slice(&entry.ids[..(entry.count() % ENDS_LINE) as usize]);
+                    return true;
                 }
-                entries = &self.buckets[self.at(at)].0;
-            };
-            if entry.count() != ELSEWHERE {
-                ids.extend_from_slice(&entry.ids[..(entry.count() % ENDS_LINE) as usize]);
-                return true;
             }
-            [entry.ids[0], entry.ids[1]]
-        } else if let Some(place) = self.long.get(word) {
-            *place
         } else {
-            return false;
+            self.long.get(word).copied()
         };
+        let Some([start, count]) = elsewhere else { return false };
         ids.extend_from_slice(&self.elsewhere[start as usize..][..count as usize]);
         true
+    }
+
+    /// Finds a short word: it is in the first entry that is not another's, or not there.
+    fn find(&self, key: Key, place: usize) -> Option<&Entry> {
+        let mut entries = (place..).flat_map(|at| &self.buckets[self.at(at)].0);
+        entries.find(|entry| entry.differs(key) == 0 || entry.is_empty()).filter(|entry| !entry.is_empty())
     }
 
     /// Notes the ids of a word, if there is room for them.
