@@ -24,7 +24,7 @@ import numpy as np
 BYTES = {"fp32": 4, "bf16": 2}
 MIB = 1 << 20
 
-# Lockstep's MPI all-reduce sums this much with each rank at a time, and at most so much with all.
+# Lockstep's MPI all-reduce takes a bucket piece by piece: a MiB for each rank, but at most 16.
 MPI_PART_BYTES, MPI_CHUNK_BYTES = MIB, 16 * MIB
 
 
@@ -127,7 +127,8 @@ class MpiLink:
     Each rank sends the r-th part of a message to rank r, which sums the parts and sends the result
     to all: (N-1)/N of the bytes each way. Summing the parts takes `work_per_byte`, whatever N; it
     belongs to the first half alone. `latency` is for each message and each further rank;
-    `crowd_latency` is for each rank beyond those that can run at once: it waits for a core.
+    `crowd_latency` is for each rank beyond those that can run at once: it waits for a core. A half
+    alone, as ZeRO-1 has it, is one message; both together are one for each piece of a bucket.
     """
 
     byte_s: float
@@ -136,18 +137,19 @@ class MpiLink:
     crowd_latency: float = 0.0
     ranks_at_once: float = math.inf
 
-    def all_gather(self, size: float, n: int) -> float:
+    def all_gather(self, size: float, n: int, messages: int = 1) -> float:
         if n == 1:
             return 0.0
-        messages = math.ceil(size / min(n * MPI_PART_BYTES, MPI_CHUNK_BYTES))
         waiting = self.latency * (n - 1) + self.crowd_latency * max(0.0, n - self.ranks_at_once)
         return (n - 1) / n * size * self.byte_s + messages * waiting / 2
 
-    def reduce_scatter(self, size: float, n: int) -> float:
-        return self.all_gather(size, n) + (size * self.work_per_byte if n > 1 else 0.0)
+    def reduce_scatter(self, size: float, n: int, messages: int = 1) -> float:
+        summing = size * self.work_per_byte if n > 1 else 0.0
+        return self.all_gather(size, n, messages) + summing
 
     def all_reduce(self, size: float, n: int) -> float:
-        return self.reduce_scatter(size, n) + self.all_gather(size, n)
+        pieces = math.ceil(size / min(n * MPI_PART_BYTES, MPI_CHUNK_BYTES))
+        return self.reduce_scatter(size, n, pieces) + self.all_gather(size, n, pieces)
 
 
 @dataclass(frozen=True)

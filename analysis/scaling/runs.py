@@ -33,7 +33,7 @@ class Run:
     setting: Setting
     steps: int
     measured: dict[str, float]
-    # The lower and the upper quartile of each, in milliseconds: how far to trust the medians.
+    # The lower and the upper quartile of what was measured: how far to trust the medians.
     quartiles: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 

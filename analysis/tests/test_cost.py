@@ -115,6 +115,9 @@ def test_mpi_moves_what_the_formula_says():
     large = 25 * cost.MIB
     assert link.all_reduce(large, 2) == pytest.approx(large * 8e-9 + 13 * 2e-3)
     assert link.all_reduce(large, 32) == pytest.approx(2 * 31 / 32 * large * 8e-9 + 31 * 2 * 2e-3)
+    # Half of it alone is one, however large.
+    assert link.all_gather(large, 2) == pytest.approx(large / 2 * 8e-9 + 2e-3 / 2)
+    assert link.reduce_scatter(large, 2) == link.all_gather(large, 2)
     busy = MpiLink(byte_s=0.0, latency=0.0, work_per_byte=2e-9)
     assert busy.all_reduce(1e6, 2) == busy.all_reduce(1e6, 8) == pytest.approx(2e-3)
     # Whoever gathers has nothing to add up.

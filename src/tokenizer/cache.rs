@@ -45,7 +45,7 @@ impl Key {
     #[inline]
     fn hash(self) -> usize {
         let product = u128::from(self.low ^ 0x9e37_79b9_7f4a_7c15) * u128::from(self.high ^ 0xd6e8_feb8_6659_fd93);
-        // 32 bits, so that there is a place after each.
+        // 32 bits, so that counting on from there never overflows.
         (product as u64 ^ (product >> 64) as u64) as u32 as usize
     }
 }
@@ -68,10 +68,13 @@ pub(super) const FEW: usize = 4;
 /// In place of the number of ids: they lie elsewhere, and `ids` says where they start and how many they are.
 const ELSEWHERE: u64 = 8;
 
-/// Added to the number of a word's ids if it ends a line.
+/// Added to the number of a word's ids if it ends a line, so that whoever encodes need not ask it of the others.
 const ENDS_LINE: u64 = 10;
 
-/// A word and its ids. No other word has the key of an empty one.
+// A number of ids must be told from these two, and fit into the bits of a key that are left.
+const _: () = assert!((FEW as u64) < ELSEWHERE && ELSEWHERE < ENDS_LINE && ENDS_LINE + (FEW as u64) < 1 << (64 - COUNT_BIT));
+
+/// A word and its ids. The key of an empty entry is no word's.
 #[derive(Clone, Copy, Default)]
 struct Entry {
     /// With the number of ids.
@@ -84,10 +87,10 @@ impl Entry {
         self.key == Key::default()
     }
 
-    /// 0 if the word is this one.
+    /// Whether the word is this one; the number of ids does not matter.
     #[inline]
-    fn differs(&self, key: Key) -> u64 {
-        (self.key.low ^ key.low) | (self.key.high ^ key.high) << (64 - COUNT_BIT)
+    fn is(&self, key: Key) -> bool {
+        (self.key.low ^ key.low) | (self.key.high ^ key.high) << (64 - COUNT_BIT) == 0
     }
 
     fn count(&self) -> u64 {
@@ -104,11 +107,12 @@ struct Bucket([Entry; 2]);
 const FIRST: usize = 1 << 15;
 const MOST: usize = 1 << 17;
 
-/// Ids that lie elsewhere, and words there, are no more than these.
+/// Ids that lie elsewhere, and those of the longest word there.
 const MOST_ELSEWHERE: usize = 1 << 18;
+const LONGEST: usize = 64;
 
 /// Words met before and their ids: short ones in a hash table of open addresses, at most three quarters full, and longer
-/// ones in a map.
+/// ones in a map. One that is full begins anew: frequent words are soon met again.
 pub(super) struct Cache {
     buckets: Vec<Bucket>,
     /// Short words.
@@ -143,9 +147,9 @@ impl Cache {
     pub(super) fn few(&self, key: Key, place: usize) -> (&[u32; FEW], usize) {
         let Bucket([first, second]) = &self.buckets[self.at(place)];
         // Which of the two it is cannot be predicted, so there is no branch here.
-        let is_first = first.differs(key) == 0;
+        let is_first = first.is(key);
         let entry = if is_first { first } else { second };
-        let is_one = is_first | (second.differs(key) == 0);
+        let is_one = is_first | second.is(key);
         let is_few = is_one & (entry.count() <= FEW as u64);
         (&entry.ids, if is_few { entry.count() as usize } else { 0 })
     }
@@ -172,44 +176,39 @@ impl Cache {
     /// Finds a short word: it is in the first entry that is not another's, or not there.
     fn find(&self, key: Key, place: usize) -> Option<&Entry> {
         let mut entries = (place..).flat_map(|at| &self.buckets[self.at(at)].0);
-        entries.find(|entry| entry.differs(key) == 0 || entry.is_empty()).filter(|entry| !entry.is_empty())
+        entries.find(|entry| entry.is(key) || entry.is_empty()).filter(|entry| !entry.is_empty())
     }
 
-    /// Notes the ids of a word, if there is room for them.
+    /// Notes the ids of a word, unless they are very many.
     pub(super) fn store(&mut self, key: Key, place: usize, word: &[u8], ids: &[u32]) {
-        let mut entry = Entry { key, ids: [0; FEW] };
-        let mut count = ids.len() as u64;
-        match entry.ids.get_mut(..ids.len()) {
-            Some(few) if key.is_short() => few.copy_from_slice(ids),
-            _ => {
-                if self.elsewhere.len() + ids.len() > MOST_ELSEWHERE {
-                    return;
-                }
-                let place = [self.elsewhere.len() as u32, ids.len() as u32];
-                self.elsewhere.extend_from_slice(ids);
-                if !key.is_short() {
-                    self.long.insert(word.into(), place);
-                    return;
-                }
-                entry.ids[..2].copy_from_slice(&place);
-                count = ELSEWHERE;
-            }
+        if ids.len() > LONGEST {
+            return;
         }
-        if count != ELSEWHERE && word.ends_with(b"\n") {
-            count += ENDS_LINE;
-        }
-        entry.key.high |= count << COUNT_BIT;
-        if self.count == self.buckets.len() * 3 / 2 {
-            if self.buckets.len() == MOST {
-                // Words that came first are likely to be frequent ones, so the last one of the bucket goes.
-                let at = self.at(place);
-                if let Some(last) = self.buckets[at].0.iter_mut().rev().find(|entry| !entry.is_empty()) {
-                    *last = entry;
-                }
-                return;
-            }
+        let is_full = self.count == self.buckets.len() * 3 / 2;
+        if is_full && self.buckets.len() == MOST || self.elsewhere.len() + ids.len() > MOST_ELSEWHERE {
+            self.buckets.fill(Bucket::default());
+            self.count = 0;
+            self.long.clear();
+            self.elsewhere.clear();
+        } else if is_full {
             self.grow();
         }
+        let mut count = ids.len() as u64;
+        let mut entry = Entry { key, ids: [0; FEW] };
+        if key.is_short() && ids.len() <= FEW {
+            entry.ids[..ids.len()].copy_from_slice(ids);
+            count += if word.ends_with(b"\n") { ENDS_LINE } else { 0 };
+        } else {
+            let span = [self.elsewhere.len() as u32, ids.len() as u32];
+            self.elsewhere.extend_from_slice(ids);
+            if !key.is_short() {
+                self.long.insert(word.into(), span);
+                return;
+            }
+            entry.ids[..2].copy_from_slice(&span);
+            count = ELSEWHERE;
+        }
+        entry.key.high |= count << COUNT_BIT;
         self.count += 1;
         *self.empty(place) = entry;
     }
@@ -256,10 +255,10 @@ mod tests {
     #[test]
     fn a_cache_gives_the_ids_of_the_word_itself_or_none() {
         let mut cache = Cache::new();
-        // More short words than there is room for. Some end in a zero or a line, and some are long.
+        // Some end in a zero or a line, and some are long.
         let ends = ["", "\0", "\n", "-------", "----------------"];
         let words: Vec<String> =
-            (0..300_000_u32).map(|number| format!("{number:x}{}", ends[number as usize % ends.len()])).collect();
+            (0..200_000_u32).map(|number| format!("{number:x}{}", ends[number as usize % ends.len()])).collect();
         let ids = |at: usize| (0..1 + at % (FEW + 2)).map(|n| (at + 3 * n) as u32).collect::<Vec<_>>();
         let find = |cache: &Cache, word: &str, ids: &mut Vec<u32>| {
             let (key, place) = (key(word), cache.place(key(word)));
@@ -275,20 +274,38 @@ mod tests {
             cache.store(key(word), cache.place(key(word)), word.as_bytes(), &ids(at));
         }
         assert!(found.is_empty());
-        let (mut known, mut quickly) = (0, 0);
+        let mut quickly = 0;
         for (at, word) in words.iter().enumerate() {
             found.clear();
-            let (is_known, was_quick) = find(&cache, word, &mut found);
-            if is_known {
-                assert_eq!(found, ids(at));
-            }
-            known += usize::from(is_known);
+            let (known, was_quick) = find(&cache, word, &mut found);
+            assert!(known && found == ids(at), "{word}");
             quickly += usize::from(was_quick);
         }
-        // Short words, and some of the long ones on top.
-        assert!((MOST * 3 / 2..2 * MOST).contains(&known), "{known}");
-        assert!((known / 3..known).contains(&quickly), "{quickly} of {known}");
+        assert!(quickly > words.len() / 3, "{quickly}");
         assert_eq!(cache.buckets.len(), MOST);
-        assert!(cache.elsewhere.len() <= MOST_ELSEWHERE);
+    }
+
+    #[test]
+    fn a_full_cache_begins_anew() {
+        let store = |cache: &mut Cache, word: &str, ids: &[u32]| {
+            cache.store(key(word), cache.place(key(word)), word.as_bytes(), ids);
+        };
+        let knows = |cache: &Cache, word: &str| {
+            cache.append(key(word), cache.place(key(word)), word.as_bytes(), &mut Vec::new())
+        };
+        let short = |number: usize| format!("{number}");
+        let long = |number: usize| format!("{number:16}");
+        for (word, ids) in [(&short as &dyn Fn(usize) -> String, 1), (&short, FEW + 1), (&long, LONGEST)] {
+            let mut cache = Cache::new();
+            let room = if ids == 1 { 2 * MOST * 3 / 4 } else { MOST_ELSEWHERE / ids };
+            for number in 0..room {
+                store(&mut cache, &word(number), &vec![7; ids]);
+            }
+            assert!((0..room).all(|number| knows(&cache, &word(number))));
+            store(&mut cache, &word(room), &vec![7; ids]);
+            assert!(knows(&cache, &word(room)) && !(0..room).any(|number| knows(&cache, &word(number))));
+            store(&mut cache, &word(0), &vec![7; LONGEST + 1]);
+            assert!(!knows(&cache, &word(0)));
+        }
     }
 }

@@ -48,7 +48,7 @@ impl Encoder {
         let (mut recent, mut count) = ([0; ROOM * FEW], 0);
         let mut start = 0;
         loop {
-            let cut = &*scanner.next_words(&mut room);
+            let cut = scanner.next_words(&mut room);
             if cut.is_empty() {
                 break;
             }
@@ -82,8 +82,8 @@ impl Encoder {
         }
     }
 
-    /// Appends the ids of a word that is seldom met.
-    #[cold]
+    /// Appends the ids of a word that is not among the few: it ends a line, say, or is new.
+    #[inline(never)]
     fn append_word(&self, key: Key, place: usize, word: &[u8], cache: &mut Cache, ids: &mut Vec<u32>) {
         if !cache.append(key, place, word, ids) {
             let before = ids.len();

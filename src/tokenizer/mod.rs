@@ -43,7 +43,7 @@ pub struct Tokenizer {
     kept: Mutex<Kept>,
 }
 
-/// What encoding has taken, for the next that encodes: memory that the system gives anew costs a fifth of the time.
+/// What one call has used, for the next: a page of memory that the system gives anew takes longer to get than to fill.
 #[derive(Default)]
 struct Kept {
     /// Words that were met; as many as have encoded at a time.
@@ -217,7 +217,15 @@ impl Drop for Lines<'_> {
             piece.ids.clear();
             piece.ends.clear();
         }
-        self.tokenizer.kept().pieces.append(&mut self.pieces);
+        let mut kept = self.tokenizer.kept();
+        let mut ids: usize = kept.pieces.iter().map(|piece| piece.ids.capacity()).sum();
+        for piece in self.pieces.drain(..) {
+            ids += piece.ids.capacity();
+            if ids > MOST_KEPT {
+                break;
+            }
+            kept.pieces.push(piece);
+        }
     }
 }
 
@@ -237,6 +245,9 @@ impl Lines<'_> {
         })
     }
 }
+
+/// Memory for so many ids is kept from one call to the next: those of a text of 32 MiB.
+const MOST_KEPT: usize = 16 << 20;
 
 /// At most so many bytes of text, and the rest of a line, are encoded at a time by one core.
 const PIECE: usize = 1 << 20;

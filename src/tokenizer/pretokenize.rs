@@ -20,7 +20,7 @@ pub fn for_each_word(text: &str, mut each: impl FnMut(usize, usize)) {
         if ends.is_empty() {
             break;
         }
-        for &mut end in ends {
+        for &end in ends {
             each(start, end);
             start = end;
         }
@@ -94,7 +94,7 @@ impl<'a> Scanner<'a> {
 
     /// Where the next words end: a block's at least; none once there are no more.
     #[inline]
-    pub(super) fn next_words<'b>(&mut self, ends: &'b mut [usize; ROOM]) -> &'b mut [usize] {
+    pub(super) fn next_words<'b>(&mut self, ends: &'b mut [usize; ROOM]) -> &'b [usize] {
         let mut count = 0;
         while let Some(room) = ends[count..].first_chunk_mut::<BLOCK>() {
             let Some((offset, mut bits)) = self.next_block() else { break };
@@ -116,7 +116,7 @@ impl<'a> Scanner<'a> {
             }
             count += words;
         }
-        &mut ends[..count]
+        &ends[..count]
     }
 
     /// The offset of the next block, and before which of its bytes a word ends. The last block is a part of one, or

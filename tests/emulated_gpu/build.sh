@@ -6,6 +6,9 @@ set -euo pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
 out=$1
 mkdir -p "$out"
+# Several tests ask for it at the same time.
+exec 9>"$out/lock"
+flock 9
 
 compile() {
   local library=$1 sources=() source newest

@@ -24,7 +24,7 @@ fn in_bf16_the_fp32_weights_are_whole_where_they_are_saved_and_sampled() {
         run
     });
     assert_learnt_alike(&sharded.dir, &plain.dir);
-    // A sample before this save would have made them whole for it.
+    // No sample is made at this save's step, which would have made them whole for it.
     for file in ["samples/step-00000004.txt", "checkpoints/step-00000003/model.safetensors"] {
         let read = |run: &Run| fs::read(run.dir.join(file)).unwrap();
         assert!(read(&sharded) == read(&plain), "{file} differs");
