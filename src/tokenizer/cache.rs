@@ -258,7 +258,7 @@ mod tests {
         // Some end in a zero or a line, and some are long.
         let ends = ["", "\0", "\n", "-------", "----------------"];
         let words: Vec<String> =
-            (0..200_000_u32).map(|number| format!("{number:x}{}", ends[number as usize % ends.len()])).collect();
+            (0..100_000_u32).map(|number| format!("{number:x}{}", ends[number as usize % ends.len()])).collect();
         let ids = |at: usize| (0..1 + at % (FEW + 2)).map(|n| (at + 3 * n) as u32).collect::<Vec<_>>();
         let find = |cache: &Cache, word: &str, ids: &mut Vec<u32>| {
             let (key, place) = (key(word), cache.place(key(word)));
@@ -282,7 +282,7 @@ mod tests {
             quickly += usize::from(was_quick);
         }
         assert!(quickly > words.len() / 3, "{quickly}");
-        assert_eq!(cache.buckets.len(), MOST);
+        assert!(cache.buckets.len() > FIRST);
     }
 
     #[test]
