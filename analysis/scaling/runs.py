@@ -36,6 +36,12 @@ class Run:
     # The lower and the upper quartile of what was measured: how far to trust the medians.
     quartiles: dict[str, tuple[float, float]] = field(default_factory=dict)
 
+    @property
+    def spread(self) -> float:
+        """The distance of the quartiles of step_ms, as a share of its median."""
+        low, high = self.quartiles["step_ms"]
+        return (high - low) / self.measured["step_ms"]
+
 
 def read_run(folder: Path, warm_up: int, vocab_size: int | None) -> Run:
     """Reads a run directory. Raises Unusable if it is not one or has too few rows."""
@@ -165,6 +171,7 @@ def table(runs: list[Run]) -> pd.DataFrame:
             "zero1": [run.setting.zero1 for run in runs],
             "steps": [run.steps for run in runs],
             **{name: [run.measured[name] for run in runs] for name in ["step_ms", *PARTS]},
+            "step_ms_spread": [run.spread for run in runs],
             **{
                 f"{name}_{quartile}": [run.quartiles[name][at] for run in runs]
                 for name in ["step_ms", "comm_exposed_ms"]

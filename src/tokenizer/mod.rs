@@ -218,10 +218,10 @@ impl Drop for Lines<'_> {
             piece.ends.clear();
         }
         let mut kept = self.tokenizer.kept();
-        let mut ids: usize = kept.pieces.iter().map(|piece| piece.ids.capacity()).sum();
+        let mut bytes: usize = kept.pieces.iter().map(Piece::bytes).sum();
         for piece in self.pieces.drain(..) {
-            ids += piece.ids.capacity();
-            if ids > MOST_KEPT {
+            bytes += piece.bytes();
+            if bytes > MOST_KEPT {
                 break;
             }
             kept.pieces.push(piece);
@@ -236,6 +236,13 @@ struct Piece {
     ends: Vec<usize>,
 }
 
+impl Piece {
+    /// The memory that it has.
+    fn bytes(&self) -> usize {
+        size_of::<u32>() * self.ids.capacity() + size_of::<usize>() * self.ends.capacity()
+    }
+}
+
 impl Lines<'_> {
     /// The ids of each line.
     pub fn iter(&self) -> impl Iterator<Item = &[u32]> {
@@ -246,8 +253,8 @@ impl Lines<'_> {
     }
 }
 
-/// Memory for so many ids is kept from one call to the next: those of a text of 32 MiB.
-const MOST_KEPT: usize = 16 << 20;
+/// So many bytes for ids are kept from one call to the next: twice what `prepare` takes at a time needs.
+const MOST_KEPT: usize = 64 << 20;
 
 /// At most so many bytes of text, and the rest of a line, are encoded at a time by one core.
 const PIECE: usize = 1 << 20;
