@@ -72,7 +72,8 @@ const ELSEWHERE: u64 = 8;
 const ENDS_LINE: u64 = 10;
 
 // A number of ids must be told from these two, and fit into the bits of a key that are left.
-const _: () = assert!((FEW as u64) < ELSEWHERE && ELSEWHERE < ENDS_LINE && ENDS_LINE + (FEW as u64) < 1 << (64 - COUNT_BIT));
+const _: () =
+    assert!((FEW as u64) < ELSEWHERE && ELSEWHERE < ENDS_LINE && ENDS_LINE + (FEW as u64) < 1 << (64 - COUNT_BIT));
 
 /// A word and its ids. The key of an empty entry is no word's.
 #[derive(Clone, Copy, Default)]
