@@ -112,8 +112,8 @@ const MOST: usize = 1 << 17;
 const MOST_ELSEWHERE: usize = 1 << 18;
 const LONGEST: usize = 64;
 
-/// Words met before and their ids: short ones in a hash table of open addresses, at most three quarters full, and longer
-/// ones in a map. One that is full begins anew: frequent words are soon met again.
+/// Words met before and their ids: short ones in a hash table of open addresses, at most three quarters full, and
+/// longer ones in a map. One that is full begins anew: frequent words are soon met again.
 pub(super) struct Cache {
     buckets: Vec<Bucket>,
     /// Short words.
@@ -142,8 +142,8 @@ impl Cache {
         place & (self.buckets.len() - 1)
     }
 
-    /// The ids of nearly every word, of which the first so many count; 0 if [`Self::append`] has to look for it. A word that
-    /// ends a line is none of these.
+    /// The ids of nearly every word, of which the first so many count; 0 if [`Self::append`] has to look for it. A word
+    /// that ends a line is none of these.
     #[inline]
     pub(super) fn few(&self, key: Key, place: usize) -> (&[u32; FEW], usize) {
         let Bucket([first, second]) = &self.buckets[self.at(place)];

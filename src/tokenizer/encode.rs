@@ -203,8 +203,8 @@ struct Merge {
 /// No pair: there are fewer tokens.
 const NO_PAIR: Pair = (NEVER, NEVER);
 
-/// The merges in the order in which they were learnt, and a hash table of open addresses that knows where each pair is. More
-/// than half of it is empty, so that most pairs that do not merge are known after one look.
+/// The merges in the order in which they were learnt, and a hash table of open addresses that knows where each pair is.
+/// More than half of it is empty, so that most pairs that do not merge are known after one look.
 struct Merges {
     all: Vec<Merge>,
     /// A merge's rank in the lower bits, and in those above a part of its pair's hash.

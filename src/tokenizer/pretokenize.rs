@@ -105,8 +105,8 @@ impl<'a> Scanner<'a> {
                     bits &= bits.wrapping_sub(1);
                 }
             };
-            // The processor cannot predict how many words a block has. So eight are written, or sixteen, and what is not
-            // there is written over.
+            // The processor cannot predict how many words a block has. So eight are written, or sixteen, and what is
+            // not there is written over.
             write(&mut room[..8]);
             if words > 8 {
                 write(&mut room[8..16]);

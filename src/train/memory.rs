@@ -88,7 +88,8 @@ fn block(shape: &Shape, setting: &Setting) -> i64 {
     // Mean and deviation of each row, twice.
     let mut rest = 4 * 4 * rows;
     if shape.dropout > 0.0 && (setting.device == Device::Cpu || !shape.fits_kernels(setting.kind)) {
-        // The masks of the two sublayers. Our own kernels keep none; a GPU that cannot have them keeps more than is said here.
+        // The masks of the two sublayers. Our own kernels keep none; a GPU that cannot have them keeps more than is
+        // said here.
         states += 2;
     }
     if shape.dropout > 0.0 && setting.device == Device::Cpu {
